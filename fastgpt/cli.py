@@ -1,0 +1,55 @@
+"""The command `fastgpt`: train, sample, prepare. What a user can mend is one line on stderr and exit status 2."""
+
+import os
+import sys
+
+from fastgpt.config import PrepareConfig, SampleConfig, UserError, parse, parse_train
+
+USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
+
+  train     train a model; without anything else, a small one on the embedded text
+  sample    continue a prompt with a trained model
+  prepare   turn a text file or folder into a dataset
+
+fastgpt COMMAND --help lists every flag with its default.
+"""
+
+
+def main(argv=None):
+    """Run a command line; the exit status."""
+    command, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if int(os.environ.get("RANK", 0)) > 0:  # under torchrun, one process speaks for all
+        sys.stdout = open(os.devnull, "w")
+    try:
+        if command == "train":
+            from fastgpt.trainer import train
+
+            train(*parse_train(argv, "fastgpt train"))
+        elif command == "sample":
+            from fastgpt.sample import sample
+
+            sample(parse(SampleConfig, argv, "fastgpt sample")[0])
+        elif command == "prepare":
+            from fastgpt.data import prepare
+
+            cfg, _ = parse(PrepareConfig, argv, "fastgpt prepare")
+            for name in ("input", "out"):
+                if not getattr(cfg, name):
+                    raise UserError(f"--{name} is missing; write --{name}=PATH")
+            prepare(cfg.input, cfg.tokenizer, cfg.out)
+        elif command in ("-h", "--help"):
+            print(USAGE, end="")
+        else:
+            raise UserError(f"there is no command {command!r}; fastgpt --help lists them")
+    except UserError as e:
+        print(f"fastgpt: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfastgpt: interrupted; --init_from=resume goes on from the last checkpoint saved", file=sys.stderr)
+        return 130
+    return 0
+
+
+def entry():
+    """The console script's entry point."""
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""torch.distributed as torchrun starts it: one process a GPU, data parallel."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgpt.config import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among `size` processes."""
+
+    rank: int
+    size: int
+    device: str
+
+    @property
+    def is_main(self):
+        """Whether this process logs, evaluates and saves."""
+        return self.rank == 0
+
+
+def init(device, backend):
+    """Join the process group that torchrun's environment names, if it does: a World. Raises UserError for an unusable device."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" in os.environ and device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    check_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend="gloo" if backend == "nccl" and device == "cpu" else backend)
+    return World(rank, size, device)
+
+
+def check_device(device):
+    """Raise UserError for a device that is not to be had."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UserError(f"--device={device}: there is no such device; write cuda, cuda:1, cpu or mps") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device={device}: PyTorch finds no CUDA GPU here; train with --device=cpu --compile=False, or mend the driver")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device={device}: this machine has {torch.cuda.device_count()} CUDA GPU(s), counted from cuda:0")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device={device}: PyTorch finds no MPS device here; train with --device=cpu")
+
+
+def wrap(model, world):
+    """The model in DDP where there are several processes."""
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[world.device] if world.device != "cpu" else None)
+
+
+def mean(tensor, world):
+    """The tensor's mean over all processes; every one of them must ask for it."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+        tensor /= world.size
+    return tensor
+
+
+def gather(thing, world):
+    """A picklable thing of every process, as a list by rank, on the main one; None elsewhere."""
+    if world.size == 1:
+        return [thing]
+    things = [None] * world.size if world.is_main else None
+    dist.gather_object(thing, things)
+    return things
+
+
+def finish(world):
+    """Leave the process group."""
+    if world.size > 1:
+        dist.destroy_process_group()

@@ -1,0 +1,101 @@
+"""Peak FLOP/s per GPU, for MFU; the metrics file and the loss curve."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+# Dense bf16/fp16 tensor-core peaks with fp32 accumulation, FLOP/s, from NVIDIA's data sheets (GeForce: the
+# architecture white papers). The first name that the GPU's name contains counts.
+PEAK_FLOPS = {
+    "B300": 2.25e15,
+    "B200": 2.25e15,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 6000 Ada": 364e12,
+    "A6000": 155e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 4080": 97.5e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def peak_flops(device, dtype):
+    """Peak FLOP/s of a device in a dtype ("bfloat16", "float16" or "float32", which runs as TF32), or None where unknown."""
+    if not str(device).startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+    if peak is None or dtype != "float32":
+        return peak
+    # TF32 runs at half of bf16's rate from Ampere on; older GPUs have none, and their fp32 is not in the table.
+    return peak / 2 if torch.cuda.get_device_capability(device) >= (8, 0) else None
+
+
+class MetricsFile:
+    """out_dir/metrics.jsonl, an object a line: `iter`, `loss`, `lr`, `grad_norm`, `dt_ms`, `tokens_per_s`, `mfu` of a logged
+    iteration; `iter`, `train_loss`, `val_loss` of an evaluation. What is unknown or not finite is null."""
+
+    def __init__(self, out_dir, resume_from=None):
+        self.path = Path(out_dir) / "metrics.jsonl"
+        # A resumed run repeats what came after its checkpoint: those lines would stand twice.
+        kept = [r for r in read_metrics(self.path) if r["iter"] < resume_from] if resume_from is not None else []
+        self.file = open(self.path, "w", encoding="utf-8", buffering=1)  # line by line, so that it can be followed
+        for record in kept:
+            self.write(**record)
+
+    def write(self, **record):
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(finite) + "\n")
+
+    def close(self):
+        self.file.close()
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl, in order; a last line cut short by a crash is left out."""
+    records = []
+    if Path(path).exists():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def plot_losses(records, path, title):
+    """Draw the loss curves of metrics records into a PNG: training loss by iteration, evaluations as points."""
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    steps = [r for r in records if r.get("loss") is not None]
+    evals = [r for r in records if r.get("val_loss") is not None]
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([r["iter"] for r in steps], [r["loss"] for r in steps], lw=1, alpha=0.6, label="training batches")
+    for key, style, label in (("train_loss", "o--", "train, evaluated"), ("val_loss", "o-", "held out, evaluated")):
+        axes.plot([r["iter"] for r in evals], [r[key] for r in evals], style, ms=4, label=label)
+        if evals:
+            axes.annotate(f"{evals[-1][key]:.3f}", (evals[-1]["iter"], evals[-1][key]), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.margins(x=0.06)
+    figure.savefig(path)

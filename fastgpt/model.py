@@ -1,0 +1,297 @@
+"""GPT: nanoGPT's model, by its names, its init and its interface, with each hot path one call into `ops`.
+
+Two things differ from nanoGPT's file, neither in what is computed:
+
+- The residual add is left to the LayerNorm that follows it. A block therefore takes and gives the pair
+  (stream, branch still to be added); called with a plain tensor it adds by itself, as nanoGPT's does.
+- `model(idx, targets, return_logits=False)` answers the loss alone, so that training never keeps the logits.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastgpt import ops, optim
+from fastgpt.config import GPTConfig
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias, over the last dimension; eps 1e-5."""
+
+    def __init__(self, ndim, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+
+    def forward(self, x, branch=None, dropout_p=0.0):
+        """Normalise x [...,C]. With a branch [...,C] due, (x + dropout(branch), its normalisation)."""
+        if branch is None:
+            return ops.layer_norm(x, self.weight, self.bias)
+        return ops.add_layer_norm(x, branch, self.weight, self.bias, dropout_p=dropout_p)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention with its projections. [B,T,C] in and out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # rows: q, then k, then v
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.n_embd = config.n_embd
+        self.dropout = config.dropout
+
+    def forward(self, x, cache=None, dropout=True):
+        """Attend within x [B,T,C]. `dropout=False` leaves the output's dropout to the add that follows."""
+        y = ops.attention(self.c_attn(x), self.n_head, self.dropout if self.training else 0.0, cache)
+        y = self.c_proj(y)
+        return self.resid_dropout(y) if dropout else y
+
+
+class MLP(nn.Module):
+    """Up-projection to 4C, exact-erf GELU, down-projection. [B,T,C] in and out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, dropout=True):
+        """`dropout=False` leaves the output's dropout to the add that follows."""
+        y = ops.gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
+        return self.dropout(y) if dropout else y
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        """x is the stream [B,T,C], or the pair (stream, the last block's branch, not yet added); gives back the same kind."""
+        if not isinstance(x, tuple):
+            x, branch = self((x, None), cache)
+            return x + self.mlp.dropout(branch)
+        x, branch = x
+        if branch is None:  # the first block: the stream is whole
+            h = self.ln_1(x)
+        else:  # every block's MLP has one and the same dropout, so this block's stands for the last one's
+            x, h = self.ln_1(x, branch, dropout_p(self.mlp.dropout))
+        x, h = self.ln_2(x, self.attn(h, cache, dropout=False), dropout_p(self.attn.resid_dropout))
+        return x, self.mlp(h, dropout=False)
+
+
+class GPT(nn.Module):
+    """nanoGPT's `GPT`: names, shapes, tie, initial weights and methods.
+
+    Constructing it prints one line with the number of parameters, and draws from torch's CPU generator exactly
+    what nanoGPT draws: its data loader reads the same generator, so a draw left out would change every batch.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        assert config.vocab_size is not None
+        assert config.block_size is not None
+        if config.n_embd % config.n_head != 0:
+            raise ValueError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
+        self.config = config
+        # The modules draw PyTorch's default weights as they are made. None of these values stays, but the order
+        # of the draws is nanoGPT's order of construction.
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                ln_f=LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # tied: one tensor under both names
+        self._init_weights()
+        print(f"number of parameters: {self.get_num_params() / 1e6:.2f}M")
+
+    def _init_weights(self):
+        """GPT-2's init as nanoGPT draws it: std 0.02, and 0.02/sqrt(2 n_layer) where a layer writes to the stream."""
+        t = self.transformer
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        nn.init.normal_(t.wte.weight, std=0.02)  # thrown away: the tied head below draws it again
+        nn.init.normal_(t.wpe.weight, std=0.02)
+        for block in t.h:
+            # Both c_proj are drawn here too, and thrown away.
+            for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+                nn.init.normal_(linear.weight, std=0.02)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+        nn.init.normal_(self.lm_head.weight, std=0.02)  # the draw of the shared tensor that stays
+        for block in t.h:
+            # Each block adds two branches to the stream: the smaller std keeps its final variance free of depth.
+            # Drawn anew, not scaled.
+            nn.init.normal_(block.attn.c_proj.weight, std=residual_std)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
+
+    def get_num_params(self, non_embedding=True):
+        """Number of parameters; less the position embeddings by default. The token embeddings count: they are the head."""
+        n_params = sum(p.numel() for p in self.parameters())
+        if non_embedding:
+            n_params -= self.transformer.wpe.weight.numel()
+        return n_params
+
+    def forward(self, idx, targets=None, return_logits=True):
+        """(logits, loss) of token ids idx [B,T], T from 1 to block_size.
+
+        targets [B,T]: the next token of each, -1 where none counts. With them the logits are [B,T,V] and the loss is
+        their mean cross entropy; without, the logits are the last position's [B,1,V] and the loss is None.
+        `return_logits=False` (targets needed) gives (None, loss).
+        Raises AssertionError for a sequence that is empty or longer than block_size.
+        """
+        h = self._hidden(idx)
+        if targets is None:
+            return self.lm_head(h[:, [-1], :]), None
+        if not return_logits:
+            return None, ops.linear_cross_entropy(h, self.lm_head.weight, targets)
+        logits = self.lm_head(h)
+        return logits, ops.cross_entropy(logits, targets)
+
+    def _hidden(self, idx, caches=None):
+        """The final LayerNorm's output [B,T,C]; `caches` holds one KVCache per block, or None."""
+        start = caches[0].length if caches else 0
+        end = start + idx.size(1)
+        assert idx.size(1) > 0, "Cannot forward an empty sequence"
+        assert end <= self.config.block_size, (
+            f"Cannot forward sequence of length {end}, block size is only {self.config.block_size}"
+        )
+        t = self.transformer
+        wpe = t.wpe.weight[start:] if start else t.wpe.weight
+        x = ops.embedding(idx, t.wte.weight, wpe, dropout_p(t.drop)), None
+        for i, block in enumerate(t.h):
+            x = block(x, caches[i] if caches else None)
+        _, h = t.ln_f(*x, dropout_p(t.h[-1].mlp.dropout))
+        return h
+
+    def crop_block_size(self, block_size):
+        """Shorten the context to block_size, in place. Do it before an optimizer is made: wpe becomes a new parameter."""
+        assert block_size <= self.config.block_size
+        self.config.block_size = block_size
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())  # clone: a checkpoint stores whole storages
+        wpe.num_embeddings = block_size
+
+    @classmethod
+    def from_pretrained(cls, model_type, override_args=None):
+        """GPT-2's weights from Hugging Face, by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or from a local folder.
+
+        Only dropout may be overridden. Needs the extra `hf` (transformers). nanoGPT runs these weights with the erf
+        GELU, where OpenAI trained them with the tanh form; so does this (at most 4.8e-4 apart per activation).
+        """
+        override_args = override_args or {}
+        assert all(k == "dropout" for k in override_args), f"only dropout can be overridden, not {sorted(override_args)}"
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        print(f"loading weights from pretrained gpt: {model_type}")
+        c = GPT2Config.from_pretrained(model_type)
+        print(f"forcing vocab_size={c.vocab_size}, block_size={c.n_positions}, bias=True")
+        if "dropout" in override_args:
+            print(f"overriding dropout rate to {override_args['dropout']}")
+        shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size, block_size=c.n_positions)
+        model = cls(GPTConfig(**shape, bias=True, **override_args))
+        source = GPT2LMHeadModel.from_pretrained(model_type)
+        theirs = {k: v for k, v in source.state_dict().items() if not k.endswith((".attn.masked_bias", ".attn.bias"))}
+        ours = model.state_dict()
+        assert theirs.keys() == ours.keys(), f"mismatched keys: {sorted(theirs.keys() ^ ours.keys())}"
+        conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+        with torch.no_grad():
+            for name, value in theirs.items():
+                # OpenAI's Conv1D holds its matrix as (in, out), a Linear as (out, in).
+                value = value.t() if name.endswith(conv1d) else value
+                assert value.shape == ours[name].shape, f"{name}: {tuple(value.shape)} is not {tuple(ours[name].shape)}"
+                ours[name].copy_(value)
+        return model
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW over nanoGPT's two parameter groups; see `optim.adamw`."""
+        return optim.adamw(self, weight_decay, learning_rate, betas, device_type)
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
+        """Model FLOPs utilisation of fwdbwd_per_iter sequences in dt seconds: FLOP/s over peak_flops (default: A100 bf16).
+
+        FLOPs as PaLM's appendix B counts them (arXiv 2204.02311), attention as if it were not causal.
+        """
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+
+    def flops_per_token(self):
+        """FLOPs of one token, forward and backward: 6 N + 12 L H Q T, as nanoGPT counts."""
+        c = self.config
+        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None):
+        """Continue idx [B,T] (T >= 1) by max_new_tokens sampled tokens: [B, T + max_new_tokens].
+
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest (and ties), None or 0 keeps all; n_vocab
+        allows ids below it only, for a vocabulary that is padded beyond its tokenizer. Call eval() first, as with
+        nanoGPT. While the text fits into block_size, the keys and values of earlier tokens are kept; beyond it the
+        window slides, every position changes, and each token is computed from the whole window.
+        """
+        block_size = self.config.block_size
+        caches = None
+        for _ in range(max_new_tokens):
+            # Dropout in train mode draws anew for every token, old ones too: nothing to keep.
+            if self.training or idx.size(1) > block_size:
+                logits, _ = self(idx[:, -block_size:])
+            else:
+                new = idx if caches is None else idx[:, -1:]
+                caches = caches or [KVCache(block_size) for _ in self.transformer.h]
+                logits = self.lm_head(self._hidden(new, caches)[:, [-1], :])
+            idx = torch.cat((idx, sample_token(logits[:, -1, :], temperature, top_k, n_vocab)), dim=1)
+        return idx
+
+
+def sample_token(logits, temperature=1.0, top_k=None, n_vocab=None):
+    """One token id per row of logits [B,V]: [B,1]. See `GPT.generate`."""
+    if n_vocab is not None:
+        logits = logits[:, :n_vocab]
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+        logits = logits.masked_fill(logits < kth, -float("inf"))
+    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+
+
+class KVCache:
+    """The keys and values of one attention layer, kept while text is generated.
+
+    Room for block_size tokens is taken once, so that a step appends without copying what is there.
+    """
+
+    def __init__(self, block_size):
+        self.block_size = block_size
+        self.length = 0
+
+    def append(self, k, v):
+        """Store k and v [B,H,T,C/H] behind those held already, and return all of them."""
+        if self.length == 0:
+            B, H, _, D = k.shape
+            self.k, self.v = k.new_empty(2, B, H, self.block_size, D)
+        start, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+def dropout_p(module):
+    """The probability at which an nn.Dropout drops now: 0 outside training."""
+    return module.p if module.training else 0.0

@@ -1,0 +1,73 @@
+"""The hot paths in plain PyTorch: what each op computes, in lines that can be checked by eye.
+
+This is the oracle that kernels are held against, and the path that runs without a GPU. The order of
+operations is nanoGPT's, so on the CPU in fp32 a model built on it equals nanoGPT bit for bit; under
+autocast each line takes the dtypes that nanoGPT's own modules take.
+
+Shapes: B sequences, T tokens each, C = n_embd, V = vocab_size. Source: the GPT-2 architecture as nanoGPT
+(github.com/karpathy/nanoGPT, model.py) writes it.
+"""
+
+from torch.nn import functional as F
+
+EPS = 1e-5  # nanoGPT's and GPT-2's LayerNorm epsilon
+
+
+def embedding(idx, wte, wpe, dropout_p=0.0):
+    """Token plus position embeddings, [B,T,C] in the weights' dtype.
+
+    idx [B,T] int64; wte [V,C]; wpe [>=T,C], whose row t belongs to column t of idx.
+    """
+    x = F.embedding(idx, wte) + wpe[: idx.size(1)]
+    return F.dropout(x, dropout_p, training=dropout_p > 0)
+
+
+def layer_norm(x, weight, bias=None, eps=EPS):
+    """Normalise the last dimension of x [...,C] by weight [C] and bias [C] or None."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0):
+    """Add a branch to the residual stream, and normalise the sum: (new stream, normalised), each [B,T,C].
+
+    Dropout falls on the branch before it is added.
+    """
+    x = x + F.dropout(branch, dropout_p, training=dropout_p > 0)
+    return x, layer_norm(x, weight, bias, eps)
+
+
+def attention(qkv, n_head, dropout_p=0.0, cache=None):
+    """Causal self-attention of packed queries, keys and values: [B,T,3C] in (q, then k, then v), [B,T,C] out.
+
+    Scale 1/sqrt(C/n_head); dropout falls on the attention probabilities. `cache` is None in training; in
+    generation its `append` takes the keys and values of these tokens and gives those of all so far; T is then
+    the whole prompt on the first call, and 1 afterwards.
+    """
+    B, T, C3 = qkv.shape
+    q, k, v = (t.view(B, T, n_head, -1).transpose(1, 2) for t in qkv.split(C3 // 3, dim=2))  # [B,H,T,C/H]
+    if cache is not None:
+        k, v = cache.append(k, v)
+    # A lone new token attends to all that the cache holds: nothing is masked.
+    causal = T == k.size(2)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal)
+    return y.transpose(1, 2).contiguous().view(B, T, C3 // 3)
+
+
+def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj):
+    """The MLP: up-projection [4C,C], exact-erf GELU, down-projection [C,4C]; biases may be None. [B,T,C] in and out."""
+    return F.linear(F.gelu(F.linear(h, w_fc, b_fc)), w_proj, b_proj)
+
+
+def linear_cross_entropy(h, weight, targets, ignore_index=-1):
+    """Mean cross entropy of logits h.weight^T against targets, without handing out the logits. A scalar, fp32 under autocast.
+
+    h [B,T,C]; weight [V,C]; targets [B,T] int64, where `ignore_index` counts for nothing. All ignored gives nan,
+    as torch's mean over nothing does.
+    """
+    return cross_entropy(F.linear(h, weight), targets, ignore_index)
+
+
+def cross_entropy(logits, targets, ignore_index=-1):
+    """Mean cross entropy of logits [B,T,V] against targets [B,T]: a scalar."""
+    return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=ignore_index)
+

@@ -1,0 +1,106 @@
+"""Text to token ids and back: bytes, chars, or any of tiktoken's encodings by name.
+
+Each has `n_vocab`, `encode_array(text)` -> integer ids, `encode_prompt(text)` -> list, and `decode(ids)` -> text. A
+data folder's `meta.pkl` says which one made it: {"vocab_size", "stoi", "itos"} for bytes and chars, as in nanoGPT,
+with fastgpt's "tokenizer" beside them; none at all for GPT-2's, again as in nanoGPT.
+"""
+
+import numpy as np
+import tiktoken
+
+from fastgpt.config import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tiktoken:
+    """One of tiktoken's encodings; the end-of-text mark is allowed in a prompt, and is plain text elsewhere."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.n_vocab = encoding.n_vocab
+        self.end_of_text = encoding.eot_token if END_OF_TEXT in encoding.special_tokens_set else None
+
+    def encode_array(self, text):
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def encode_prompt(self, text):
+        return self.encoding.encode(text, allowed_special={END_OF_TEXT} & self.encoding.special_tokens_set)
+
+    def decode(self, ids):
+        return self.encoding.decode(ids)
+
+    def meta(self):
+        # None for gpt2: nanoGPT then pads the vocabulary to 50304, and looks for GPT-2's encoding when it samples.
+        return None if self.encoding.name == "gpt2" else {"vocab_size": self.n_vocab, "tokenizer": self.encoding.name}
+
+
+class Bytes(Tiktoken):
+    """A token a byte of UTF-8: 256 ranks and no merges. What is no UTF-8 decodes to U+FFFD."""
+
+    def __init__(self):
+        ranks = {bytes([i]): i for i in range(256)}
+        super().__init__(tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", mergeable_ranks=ranks, special_tokens={}))
+
+    def meta(self):
+        # A character per byte (exact below 128), so that nanoGPT's sample.py can print these tokens too.
+        itos = {i: chr(i) for i in range(256)}
+        return {"vocab_size": 256, "tokenizer": "bytes", "itos": itos, "stoi": {c: i for i, c in itos.items()}}
+
+
+class Chars:
+    """A token a character, of those that a corpus has; `itos` maps ids from 0 to characters, nanoGPT's way."""
+
+    end_of_text = None
+
+    def __init__(self, itos):
+        self.itos = itos
+        self.stoi = {c: i for i, c in itos.items()}
+        self.n_vocab = len(itos)
+        codes = [ord(c) for c in self.stoi]
+        self.table = np.zeros(max(codes, default=0) + 1, dtype=np.uint32)
+        self.table[codes] = list(self.stoi.values())
+
+    @classmethod
+    def of(cls, chars):
+        return cls(dict(enumerate(sorted(chars))))
+
+    def encode_array(self, text):
+        """Ids of a text all of whose characters are known (prepare has collected them)."""
+        return self.table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)]
+
+    def encode_prompt(self, text):
+        unknown = sorted(set(text) - self.stoi.keys())
+        if unknown:
+            known = "".join(sorted(self.stoi))
+            raise UserError(f"--start: the character {unknown[0]!r} is not among the {self.n_vocab} that the model knows: {known!r}")
+        return [self.stoi[c] for c in text]
+
+    def decode(self, ids):
+        return "".join(self.itos[i] for i in ids)
+
+    def meta(self):
+        return {"vocab_size": self.n_vocab, "tokenizer": "chars", "itos": self.itos, "stoi": self.stoi}
+
+
+def get_tokenizer(name):
+    """The tokenizer called bytes, or one of tiktoken's encodings. Raises UserError for an unknown or unreachable one."""
+    if name == "bytes":
+        return Bytes()
+    if name not in tiktoken.list_encoding_names():
+        raise UserError(f"--tokenizer={name}: there is none of that name; choose bytes, chars, or one of {', '.join(tiktoken.list_encoding_names())}")
+    try:
+        return Tiktoken(tiktoken.get_encoding(name))
+    except (OSError, ValueError) as e:  # requests' errors are OSErrors; a damaged cache file fails its hash with ValueError
+        raise UserError(
+            f"tokenizer {name}: its table is fetched from the network on first use, and could not be ({type(e).__name__}); go online "
+            "once, point TIKTOKEN_CACHE_DIR at a folder that has it, or prepare the data with --tokenizer=bytes or chars"
+        ) from None
+
+
+def from_meta(meta):
+    """The tokenizer that a dataset's meta.pkl names; GPT-2's where there is none."""
+    if meta is None:
+        return get_tokenizer("gpt2")
+    name = meta.get("tokenizer", "chars")
+    return Chars(meta["itos"]) if name == "chars" else get_tokenizer(name)
