@@ -6,14 +6,13 @@ the batch under way, so that a resumed run goes on as if it had not stopped.
 """
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from fastgpt.config import GPTConfig, UserError
 from fastgpt.model import GPT
-
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
 
 
 def checkpoint_path(out_dir):
@@ -44,33 +43,56 @@ def load(out_dir, device="cpu"):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         missing = {"model", "model_args"} - checkpoint.keys()
     except Exception as e:  # a damaged file can fail in any way
-        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}); it is truncated or of another program") from None
+        raise UserError(
+            f"{path}: not a readable checkpoint ({type(e).__name__}); it is truncated or of another program"
+        ) from None
     if missing:
         raise UserError(f"{path}: not a checkpoint of nanoGPT or fastgpt: it has no {sorted(missing)[0]!r}")
     return checkpoint
 
 
+def shape(checkpoint, out_dir):
+    """The GPTConfig of a checkpoint. Raises UserError where its model_args are no such thing."""
+    try:
+        return GPTConfig(**checkpoint["model_args"])
+    except TypeError as e:
+        raise UserError(f"{checkpoint_path(out_dir)}: its model_args are not a GPT's: {e}") from None
+
+
 def build_model(checkpoint, out_dir, dropout=None):
     """The GPT that a checkpoint holds, on the CPU. Raises UserError where weights and model_args do not fit each other."""
-    args = dict(checkpoint["model_args"])
-    if dropout is not None:
-        args["dropout"] = dropout
+    config = shape(checkpoint, out_dir)
+    config.dropout = config.dropout if dropout is None else dropout
     try:
-        model = GPT(GPTConfig(**args))
+        model = GPT(config)
         model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()})
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (ValueError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:300]
-        raise UserError(f"{checkpoint_path(out_dir)}: its weights are of another shape than its model_args: {reason}") from None
+        raise UserError(
+            f"{checkpoint_path(out_dir)}: its weights are of another shape than its model_args: {reason}"
+        ) from None
     return model
 
 
-def check_shape(checkpoint, cfg, given, out_dir):
-    """Raise UserError where the user asked for another shape than the checkpoint's. A smaller block_size may be: it is cropped."""
-    args = checkpoint["model_args"]
-    for name in SHAPE[:-1]:
+def keep_shape(checkpoint, cfg, given):
+    """The TrainConfig with the checkpoint's shape in place of what was not asked for by name; says what changed.
+
+    Raises UserError where another shape was asked for. A smaller block_size may be: the model is cropped to it.
+    """
+    args, changed = asdict(shape(checkpoint, cfg.out_dir)), {}
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
         asked = getattr(cfg, name)
-        if name in given and asked != args[name] and not (name == "block_size" and asked < args[name]):
-            raise UserError(f"--{name}={asked}: the checkpoint {checkpoint_path(out_dir)} has {name}={args[name]}; leave the flag out, or train anew")
+        if asked == args[name] or (name == "block_size" and name in given and asked < args[name]):
+            continue
+        if name in given:
+            raise UserError(
+                f"--{name}={asked}: the checkpoint {checkpoint_path(cfg.out_dir)} has {name}={args[name]}; "
+                "leave the flag out, or train from scratch"
+            )
+        changed[name] = args[name]
+    if changed:
+        print("from the checkpoint: " + ", ".join(f"{k} = {v}" for k, v in changed.items()))
+    return cfg.model_copy(update=changed)
 
 
 def pretrained(name, dropout):
@@ -78,7 +100,9 @@ def pretrained(name, dropout):
     try:
         return GPT.from_pretrained(name, dict(dropout=dropout))
     except ImportError:
-        raise UserError(f"--init_from={name}: Hugging Face's transformers is not installed; pip install 'fastgpt[hf]'") from None
+        raise UserError(
+            f"--init_from={name}: Hugging Face's transformers is not installed; pip install 'fastgpt[hf]'"
+        ) from None
     except (OSError, ValueError, AssertionError) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(f"--init_from={name}: no GPT-2 weights could be loaded from there: {reason}") from None

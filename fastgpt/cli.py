@@ -53,3 +53,7 @@ def main(argv=None):
 def entry():
     """The console script's entry point."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -56,6 +56,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 Preset = Literal["", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "shakespeare-char", "tiny"]
 
 
+# fmt: off
 class TrainConfig(Settings):
     """Every flag of training. Names, defaults and meanings are nanoGPT's; the last group is fastgpt's own."""
 
@@ -139,6 +140,8 @@ class PrepareConfig(Settings):
     out: str = Field("", description="folder to write, such as data/NAME")
 
 
+# fmt: on
+
 MODEL_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
@@ -178,13 +181,15 @@ def preset(name):
 
 def quickstart():
     """A run on text that every machine has, sized to the machine at hand."""
-    common = dict(dataset="python-stdlib", out_dir="out-quickstart", sample_tokens=400, log_interval=10, gradient_accumulation_steps=1)
+    common = dict(dataset="python-stdlib", out_dir="out-quickstart", sample_tokens=400, log_interval=10)
     if torch.cuda.is_available():  # nanoGPT's shakespeare_char size; the corpus is ten times as large, so no dropout
-        gpu = {k: SHAKESPEARE_CHAR[k] for k in ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "learning_rate", "min_lr", "warmup_iters", "beta2")}
-        return dict(common, **gpu, max_iters=2000, lr_decay_iters=2000, eval_interval=500, eval_iters=50)
+        return dict(
+            SHAKESPEARE_CHAR | common, dropout=0.0, always_save_checkpoint=True,
+            max_iters=2000, lr_decay_iters=2000, eval_interval=500, eval_iters=50,
+        )  # fmt: skip
     return dict(
-        common, device="cpu", compile=False,
-        batch_size=16, block_size=128, n_layer=4, n_head=4, n_embd=128,
+        common, device="cpu", compile=False, gradient_accumulation_steps=1,
+        batch_size=16, block_size=64, n_layer=4, n_head=4, n_embd=128,
         learning_rate=3e-3, min_lr=3e-4, warmup_iters=50, max_iters=1000, lr_decay_iters=1000,
         eval_interval=250, eval_iters=20,
     )  # fmt: skip
@@ -242,7 +247,9 @@ def parse_train(argv, prog="train.py"):
         near = min((h for h in range(1, cfg.n_embd + 1) if cfg.n_embd % h == 0), key=lambda h: abs(h - cfg.n_head))
         raise UserError(f"--n_head={cfg.n_head} does not divide n_embd={cfg.n_embd}; the nearest that does is {near}")
     if cfg.decay_lr and cfg.lr_decay_iters < cfg.warmup_iters:
-        raise UserError(f"--lr_decay_iters={cfg.lr_decay_iters} is before the end of the warm-up, warmup_iters={cfg.warmup_iters}")
+        raise UserError(
+            f"--lr_decay_iters={cfg.lr_decay_iters} is before the end of the warm-up, warmup_iters={cfg.warmup_iters}"
+        )
     return cfg, given
 
 
@@ -268,7 +275,9 @@ def check_value(schema, name, value, where):
         return getattr(schema.__pydantic_validator__.validate_assignment(schema.model_construct(), name, value), name)
     except ValidationError as e:
         problem = e.errors()[0]["msg"].lower().removeprefix("input ")
-        raise UserError(f"{where}: {value!r} {problem}; the nearest right value is {nearest(schema, name, value)!r}") from None
+        raise UserError(
+            f"{where}: {value!r} {problem}; the nearest right value is {nearest(schema, name, value)!r}"
+        ) from None
 
 
 def nearest(schema, name, value):
@@ -300,11 +309,15 @@ def nearest(schema, name, value):
 
 def help_text(schema, prog):
     """What --help prints: every flag with its default and one line."""
-    parser = argparse.ArgumentParser(prog, usage=f"{prog} [FILE.py|FILE.toml ...] [--key=value ...]", description=schema.__doc__, add_help=False)
+    parser = argparse.ArgumentParser(
+        prog, usage=f"{prog} [FILE.py|FILE.toml ...] [--key=value ...]", description=schema.__doc__, add_help=False
+    )
     for name, field in schema.model_fields.items():
         kind = getattr(field.annotation, "__name__", "value").upper()
         default = field.get_default(call_default_factory=True)
-        parser.add_argument(f"--{name}", metavar=kind, help=f"{field.description} (default: {default!r})".replace("%", "%%"))
+        parser.add_argument(
+            f"--{name}", metavar=kind, help=f"{field.description} (default: {default!r})".replace("%", "%%")
+        )
     return parser.format_help()
 
 
@@ -349,9 +362,17 @@ def read_assignments(path, text, known, settings):
     known, found = dict(known), {}
     for node in tree.body:
         where = f"{path}, line {node.lineno}"
-        if isinstance(node, (ast.Import, ast.ImportFrom)) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        ):
             continue
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [getattr(node, "target", None)]
+            if isinstance(node, ast.AnnAssign)
+            else []
+        )
         if not targets or not all(isinstance(t, ast.Name) for t in targets) or node.value is None:
             raise UserError(f"{where}: a config file is read, not run: only assignments `name = value` may stand in it")
         value = evaluate(node.value, known, where)
@@ -370,7 +391,13 @@ def evaluate(node, known, where):
         return known[node.id]
     if isinstance(node, ast.Call) and ast.unparse(node) == "time.time()":
         return time.time()
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "str" and len(node.args) == 1 and not node.keywords:
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "str"
+        and len(node.args) == 1
+        and not node.keywords
+    ):
         return str(evaluate(node.args[0], known, where))
     try:
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd, ast.Not)):

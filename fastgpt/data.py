@@ -51,7 +51,9 @@ class Tokens:
             with open(path, "rb") as f:
                 head = np.frombuffer(f.read(12), dtype="<i4")
         except OSError as e:
-            raise UserError(f"{path}: cannot be read ({e.strerror}); prepare the data, or give another --dataset") from None
+            raise UserError(
+                f"{path}: cannot be read ({e.strerror}); prepare the data, or give another --dataset"
+            ) from None
         except ValueError:  # shorter than 12 bytes and no multiple of 4: no header
             head = ()
         # Tokens 55432, 308, 1, 0 could open a headerless file too, but 55432 is no GPT-2 token.
@@ -59,13 +61,17 @@ class Tokens:
         if dtype is not None:
             expected = HEADER_BYTES + int(head[2]) * dtype.itemsize
             if size != expected:
-                raise UserError(f"{path}: the shard's header promises {head[2]:,} tokens, {expected:,} bytes, but the file has {size:,}; fetch it again")
+                raise UserError(
+                    f"{path}: the shard's header promises {head[2]:,} tokens, {expected:,} bytes, but the file has {size:,}; fetch it again"
+                )
             return dtype, HEADER_BYTES, int(head[2])
         dtype = np.dtype("<u4" if self.vocab_size > 65536 else "<u2")
         if size == 0:
             raise UserError(f"{path}: the file is empty; prepare the data again")
         if size % dtype.itemsize:
-            raise UserError(f"{path}: {size:,} bytes are no whole number of {dtype.name} tokens; the file is truncated or no token file")
+            raise UserError(
+                f"{path}: {size:,} bytes are no whole number of {dtype.name} tokens; the file is truncated or no token file"
+            )
         return dtype, 0, size // dtype.itemsize
 
     def _map(self, shard):
@@ -88,7 +94,9 @@ class Tokens:
                 row[done : done + len(part)] = part
                 done += len(part)
         if out.max() >= self.vocab_size:
-            self._refuse_ids(self.paths[bisect.bisect_right(self.ends, starts[int(out.max(1).argmax())])], int(out.max()))
+            self._refuse_ids(
+                self.paths[bisect.bisect_right(self.ends, starts[int(out.max(1).argmax())])], int(out.max())
+            )
         return out
 
     def check_ids(self, most=2**29):
@@ -105,7 +113,8 @@ class Tokens:
 
     def _refuse_ids(self, path, top):
         raise UserError(
-            f"{path}: token id {top} is not below vocab_size={self.vocab_size}; the file was made with another tokenizer, or its meta.pkl is missing"
+            f"{path}: token id {top} is not below vocab_size={self.vocab_size}; "
+            "the file was made with another tokenizer, or its meta.pkl is missing"
         )
 
 
@@ -125,12 +134,18 @@ def load_meta(folder):
         with open(path, "rb") as f:
             meta = PlainUnpickler(f).load()
         itos = meta.get("itos", {0: ""})
-        if not (type(meta["vocab_size"]) is int and meta["vocab_size"] > 0 and all(type(i) is int and type(c) is str for i, c in itos.items())):
+        if not (
+            type(meta["vocab_size"]) is int
+            and meta["vocab_size"] > 0
+            and all(type(i) is int and type(c) is str for i, c in itos.items())
+        ):
             raise ValueError("vocab_size or itos is not what it should be")
         if "tokenizer" not in meta and set(itos) != set(range(len(itos))):
             raise ValueError("itos does not count from 0 on")
     except Exception as e:  # a pickle can fail in any way
-        raise UserError(f"{path}: not the meta.pkl of a dataset ({type(e).__name__}: {e}); prepare the data again") from None
+        raise UserError(
+            f"{path}: not the meta.pkl of a dataset ({type(e).__name__}: {e}); prepare the data again"
+        ) from None
     return meta
 
 
@@ -182,7 +197,10 @@ class Batches:
 
     def __init__(self, tokens, batch_size, block_size, device, generator=None):
         if len(tokens) <= block_size:
-            raise UserError(f"{tokens.paths[0]}: {len(tokens):,} tokens are too few for block_size={block_size}; take a smaller --block_size, or more text")
+            raise UserError(
+                f"{tokens.paths[0]}: {len(tokens):,} tokens are too few for block_size={block_size}; "
+                "take a smaller --block_size, or more text"
+            )
         self.tokens, self.batch_size, self.block_size = tokens, batch_size, block_size
         self.device, self.generator = torch.device(device), generator
         self.thread = ThreadPoolExecutor(max_workers=1)
@@ -194,6 +212,10 @@ class Batches:
             offsets = torch.randint(len(self.tokens) - self.block_size, (self.batch_size,), generator=self.generator)
         self.offsets = offsets
         self.pending = self.thread.submit(self._read, offsets.tolist())
+
+    def fits(self, offsets):
+        """Whether offsets make a batch of this size within this stream."""
+        return len(offsets) == self.batch_size and int(offsets.max()) < len(self.tokens) - self.block_size
 
     def _read(self, starts):
         batch = torch.from_numpy(self.tokens.read(starts, self.block_size + 1))
@@ -247,7 +269,10 @@ def prepare(source, tokenizer_name, out, files=None):
     except OSError as e:
         raise UserError(f"--out={out}: cannot be written ({e.strerror})") from None
     try:
-        with ThreadPoolExecutor() as pool, tqdm(total=n_chars, unit="char", unit_scale=True, desc="tokenizing", disable=None) as bar:
+        with (
+            ThreadPoolExecutor() as pool,
+            tqdm(total=n_chars, unit="char", unit_scale=True, desc="tokenizing", disable=None) as bar,
+        ):
             stream = blocks(files, n_train)
             while batch := list(islice(stream, 2 * pool._max_workers)):  # a bounded number in flight: constant memory
                 encoded = pool.map(tokenizer.encode_array, (text for _, text, _ in batch))
@@ -308,31 +333,37 @@ SAFE_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 def blocks(files, n_train, size=2**19):
     """The text of the files as (split, text, whether a file ends here), cut where tokens allow it and at n_train characters."""
-    split, left = "train", n_train
+    left = n_train  # characters still to go to train; below 0 once val has begun
     for path in files:
         with open(path, encoding="utf-8") as f:
-            text, more = "", True
-            while more:
-                new = f.read(min(size, left) if split == "train" else size)
-                text, more = text + new, bool(new)
-                if split == "train":
+            text = ""
+            while True:
+                if left == 0:  # nanoGPT splits by characters, wherever that falls; the file goes on in the other split
+                    yield "train", text, False
+                    text, left = "", -1
+                new = f.read(size if left < 0 else min(size, left))
+                text += new
+                if left > 0:
                     left -= len(new)
-                if split == "train" and left == 0:
-                    # nanoGPT splits by characters, wherever that falls. The file goes on in the other split.
-                    yield split, text, False
-                    text, split, left = "", "val", -1
-                    continue
-                cut = len(text) if not more else max((m.start() for m in SAFE_CUT.finditer(text, max(0, len(text) - 2**12))), default=0)
+                    if left == 0:
+                        continue
+                split = "train" if left > 0 else "val"
+                if not new:
+                    yield split, text, True
+                    break
+                cut = max((m.start() for m in SAFE_CUT.finditer(text, max(0, len(text) - 2**12))), default=0)
                 if not cut and len(text) > 32 * size:  # no word ends for 16 million characters: not what BPE is for
                     cut = len(text)
-                if not more or cut:
-                    yield split, text[:cut], not more
+                if cut:
+                    yield split, text[:cut], False
                     text = text[cut:]
 
 
 def embedded_folder():
     """The cache folder of the embedded corpus of this interpreter: under FASTGPT_CACHE, XDG_CACHE_HOME or ~/.cache."""
-    cache = os.environ.get("FASTGPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt"
+    cache = (
+        os.environ.get("FASTGPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt"
+    )
     return Path(cache) / f"{EMBEDDED}-{sysconfig.get_python_version()}"
 
 

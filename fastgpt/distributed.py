@@ -33,7 +33,12 @@ def init(device, backend):
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend="gloo" if backend == "nccl" and device == "cpu" else backend)
+        backend = "gloo" if backend == "nccl" and device == "cpu" else backend
+        if not dist.is_backend_available(backend):
+            raise UserError(
+                f"--backend={backend}: this PyTorch has no such backend; write nccl on GPUs, gloo elsewhere"
+            )
+        dist.init_process_group(backend)
     return World(rank, size, device)
 
 
@@ -44,18 +49,33 @@ def check_device(device):
     except RuntimeError:
         raise UserError(f"--device={device}: there is no such device; write cuda, cuda:1, cpu or mps") from None
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device={device}: PyTorch finds no CUDA GPU here; train with --device=cpu --compile=False, or mend the driver")
+        raise UserError(
+            f"--device={device}: PyTorch finds no CUDA GPU here; train with --device=cpu --compile=False, or mend the driver"
+        )
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device={device}: this machine has {torch.cuda.device_count()} CUDA GPU(s), counted from cuda:0")
+        raise UserError(
+            f"--device={device}: this machine has {torch.cuda.device_count()} CUDA GPU(s), counted from cuda:0"
+        )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device={device}: PyTorch finds no MPS device here; train with --device=cpu")
+
+
+def share(steps, world):
+    """Each process's share of an iteration's micro-steps. Raises UserError where they cannot be shared evenly."""
+    if steps % world.size:
+        near = max(1, round(steps / world.size)) * world.size
+        raise UserError(
+            f"--gradient_accumulation_steps={steps} cannot be shared by {world.size} processes; "
+            f"the nearest multiple is {near}"
+        )
+    return steps // world.size
 
 
 def wrap(model, world):
     """The model in DDP where there are several processes."""
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[world.device] if world.device != "cpu" else None)
+    return DistributedDataParallel(model, device_ids=[world.device] if world.device.startswith("cuda") else None)
 
 
 def mean(tensor, world):

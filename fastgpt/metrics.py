@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -53,10 +54,10 @@ class MetricsFile:
     """out_dir/metrics.jsonl, an object a line: `iter`, `loss`, `lr`, `grad_norm`, `dt_ms`, `tokens_per_s`, `mfu` of a logged
     iteration; `iter`, `train_loss`, `val_loss` of an evaluation. What is unknown or not finite is null."""
 
-    def __init__(self, out_dir, resume_from=None):
+    def __init__(self, out_dir, keep_before=0):
         self.path = Path(out_dir) / "metrics.jsonl"
-        # A resumed run repeats what came after its checkpoint: those lines would stand twice.
-        kept = [r for r in read_metrics(self.path) if r["iter"] < resume_from] if resume_from is not None else []
+        # Of an earlier run that this one goes on from, what came after its checkpoint will come again.
+        kept = [r for r in read_metrics(self.path) if r["iter"] < keep_before]
         self.file = open(self.path, "w", encoding="utf-8", buffering=1)  # line by line, so that it can be followed
         for record in kept:
             self.write(**record)
@@ -81,6 +82,40 @@ def read_metrics(path):
     return records
 
 
+class Clock:
+    """Seconds and iterations of training, evaluations apart.
+
+    `sync` waits for the device, so that queued work counts where it was queued. Set `iterations` on at each.
+    """
+
+    def __init__(self, sync):
+        self.sync = sync
+        self.seconds, self.iterations = 0.0, 0
+        self.laps = [(0.0, 0)]
+
+    def start(self):
+        self.began = time.perf_counter()
+
+    def stop(self):
+        self.sync()
+        self.seconds += time.perf_counter() - self.began
+
+    def lap(self):
+        """Mean seconds of an iteration since the last lap."""
+        self.stop()
+        self.start()
+        seconds, iterations = self.laps[-1]
+        self.laps = [*self.laps[:2], (self.seconds, self.iterations)]
+        return (self.seconds - seconds) / (self.iterations - iterations)
+
+    def iterations_per_s(self):
+        """Of all iterations, less those of the first lap where there are more: they may have waited for a compiler."""
+        seconds, iterations = self.laps[min(1, len(self.laps) - 1)]
+        if iterations == self.iterations:
+            seconds, iterations = 0.0, 0
+        return (self.iterations - iterations) / (self.seconds - seconds)
+
+
 def plot_losses(records, path, title):
     """Draw the loss curves of metrics records into a PNG: training loss by iteration, evaluations as points."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
@@ -93,7 +128,13 @@ def plot_losses(records, path, title):
     for key, style, label in (("train_loss", "o--", "train, evaluated"), ("val_loss", "o-", "held out, evaluated")):
         axes.plot([r["iter"] for r in evals], [r[key] for r in evals], style, ms=4, label=label)
         if evals:
-            axes.annotate(f"{evals[-1][key]:.3f}", (evals[-1]["iter"], evals[-1][key]), xytext=(6, 0), textcoords="offset points", va="center")
+            axes.annotate(
+                f"{evals[-1][key]:.3f}",
+                (evals[-1]["iter"], evals[-1][key]),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+            )
     axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -196,7 +196,9 @@ class GPT(nn.Module):
         GELU, where OpenAI trained them with the tanh form; so does this (at most 4.8e-4 apart per activation).
         """
         override_args = override_args or {}
-        assert all(k == "dropout" for k in override_args), f"only dropout can be overridden, not {sorted(override_args)}"
+        assert all(k == "dropout" for k in override_args), (
+            f"only dropout can be overridden, not {sorted(override_args)}"
+        )
         from transformers import GPT2Config, GPT2LMHeadModel
 
         print(f"loading weights from pretrained gpt: {model_type}")
@@ -204,7 +206,9 @@ class GPT(nn.Module):
         print(f"forcing vocab_size={c.vocab_size}, block_size={c.n_positions}, bias=True")
         if "dropout" in override_args:
             print(f"overriding dropout rate to {override_args['dropout']}")
-        shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size, block_size=c.n_positions)
+        shape = dict(
+            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size, block_size=c.n_positions
+        )
         model = cls(GPTConfig(**shape, bias=True, **override_args))
         source = GPT2LMHeadModel.from_pretrained(model_type)
         theirs = {k: v for k, v in source.state_dict().items() if not k.endswith((".attn.masked_bias", ".attn.bias"))}

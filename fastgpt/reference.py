@@ -48,7 +48,7 @@ def attention(qkv, n_head, dropout_p=0.0, cache=None):
     if cache is not None:
         k, v = cache.append(k, v)
     # A lone new token attends to all that the cache holds: nothing is masked.
-    causal = T == k.size(2)
+    causal = k.size(2) == T
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal)
     return y.transpose(1, 2).contiguous().view(B, T, C3 // 3)
 
@@ -70,4 +70,3 @@ def linear_cross_entropy(h, weight, targets, ignore_index=-1):
 def cross_entropy(logits, targets, ignore_index=-1):
     """Mean cross entropy of logits [B,T,V] against targets [B,T]: a scalar."""
     return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=ignore_index)
-

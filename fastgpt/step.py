@@ -13,7 +13,9 @@ def train_step(model, optimizer, scaler, batches, accumulation, autocast, grad_c
     total = 0.0
     for micro_step in range(accumulation):
         x, y = batches.get()
-        if hasattr(model, "require_backward_grad_sync"):  # DDP: average in the last backward only; read when a forward begins
+        if hasattr(
+            model, "require_backward_grad_sync"
+        ):  # DDP: average in the last backward only; read when a forward begins
             model.require_backward_grad_sync = micro_step == accumulation - 1
         with autocast:
             _, loss = model(x, y, return_logits=False)

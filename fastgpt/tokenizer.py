@@ -40,7 +40,9 @@ class Bytes(Tiktoken):
 
     def __init__(self):
         ranks = {bytes([i]): i for i in range(256)}
-        super().__init__(tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", mergeable_ranks=ranks, special_tokens={}))
+        super().__init__(
+            tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", mergeable_ranks=ranks, special_tokens={})
+        )
 
     def meta(self):
         # A character per byte (exact below 128), so that nanoGPT's sample.py can print these tokens too.
@@ -73,7 +75,9 @@ class Chars:
         unknown = sorted(set(text) - self.stoi.keys())
         if unknown:
             known = "".join(sorted(self.stoi))
-            raise UserError(f"--start: the character {unknown[0]!r} is not among the {self.n_vocab} that the model knows: {known!r}")
+            raise UserError(
+                f"--start: the character {unknown[0]!r} is not among the {self.n_vocab} that the model knows: {known!r}"
+            )
         return [self.stoi[c] for c in text]
 
     def decode(self, ids):
@@ -88,10 +92,15 @@ def get_tokenizer(name):
     if name == "bytes":
         return Bytes()
     if name not in tiktoken.list_encoding_names():
-        raise UserError(f"--tokenizer={name}: there is none of that name; choose bytes, chars, or one of {', '.join(tiktoken.list_encoding_names())}")
+        raise UserError(
+            f"--tokenizer={name}: there is none of that name; choose bytes, chars, or one of {', '.join(tiktoken.list_encoding_names())}"
+        )
     try:
         return Tiktoken(tiktoken.get_encoding(name))
-    except (OSError, ValueError) as e:  # requests' errors are OSErrors; a damaged cache file fails its hash with ValueError
+    except (
+        OSError,
+        ValueError,
+    ) as e:  # requests' errors are OSErrors; a damaged cache file fails its hash with ValueError
         raise UserError(
             f"tokenizer {name}: its table is fetched from the network on first use, and could not be ({type(e).__name__}); go online "
             "once, point TIKTOKEN_CACHE_DIR at a folder that has it, or prepare the data with --tokenizer=bytes or chars"

@@ -1,10 +1,9 @@
 """The training loop: nanoGPT's, with its data order, schedule, evaluations and checkpoints."""
 
-import shutil
 import sys
 import tempfile
-import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -27,264 +26,253 @@ def train(cfg, given=frozenset()):
 
 
 class Run:
-    """One training run: what is set up before the first iteration, and the loop."""
+    """One training run: all that is made and checked before the first iteration, and the loop."""
 
     def __init__(self, cfg, given, world):
-        self.cfg, self.world = cfg, world
-        if cfg.gradient_accumulation_steps % world.size:
-            raise UserError(
-                f"--gradient_accumulation_steps={cfg.gradient_accumulation_steps} cannot be shared by {world.size} processes; the nearest "
-                f"multiple is {max(1, round(cfg.gradient_accumulation_steps / world.size)) * world.size}"
-            )
-        self.accumulation = cfg.gradient_accumulation_steps // world.size
+        self.world = world
+        self.cuda = world.device.startswith("cuda")
+        saved = checkpoints.load(cfg.out_dir) if cfg.init_from == "resume" else None
+        self.cfg = cfg = checkpoints.keep_shape(saved, cfg, given) if saved else cfg
+        self.accumulation = distributed.share(cfg.gradient_accumulation_steps, world)
         self.sequences = cfg.gradient_accumulation_steps * cfg.batch_size  # of an iteration, over all processes
         print(f"tokens per iteration will be: {self.sequences * cfg.block_size:,}")
         if world.is_main:
             check_writable(cfg.out_dir)
-        wandb = import_wandb() if cfg.wandb_log and world.is_main else None
+        self.wandb = import_wandb() if cfg.wandb_log and world.is_main else None
 
         torch.manual_seed(cfg.seed + world.rank)
-        self.device_type = "cuda" if "cuda" in world.device else "cpu"  # nanoGPT's: on mps too, autocast stays off
-        if self.device_type == "cuda":
+        self.autocast = nullcontext()  # on the CPU and mps float32, as in nanoGPT
+        if self.cuda:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
-        self.autocast = torch.autocast("cuda", dtype=getattr(torch, cfg.dtype)) if self.device_type == "cuda" else nullcontext()
+            self.autocast = torch.autocast("cuda", dtype=getattr(torch, cfg.dtype))
 
         train_tokens, val_tokens, self.meta, vocab_size = data.load_dataset(cfg)
-        for tokens in (train_tokens, val_tokens) if world.is_main else ():
-            tokens.check_ids()
-        self.tokens = {"train": train_tokens, "val": val_tokens}
-        self.batches = self.make_batches("train")
-        self.make_batches("val")  # too short a val.bin is found now, not at the first evaluation
+        self.model = self.build_model(saved, vocab_size).to(world.device)
+        for tokens in (train_tokens, val_tokens):
+            tokens.vocab_size = min(tokens.vocab_size, self.model.config.vocab_size)
+            if world.is_main:
+                tokens.check_ids()
+        shape = (cfg.batch_size, cfg.block_size, world.device)
+        self.batches = data.Batches(train_tokens, *shape)
+        # Evaluations draw from the training's generator, as nanoGPT's do, unless they have a seed of their own.
+        self.eval_generator = None if cfg.eval_seed is None else torch.Generator()
+        self.eval_batches = {
+            "train": data.Batches(train_tokens, *shape, self.eval_generator),
+            "val": data.Batches(val_tokens, *shape, self.eval_generator),
+        }
 
-        self.iter_num, self.best_val_loss = 0, float("inf")
-        saved = checkpoints.load(cfg.out_dir) if cfg.init_from == "resume" else None
-        self.model = self.build_model(saved, given, vocab_size).to(world.device)
-        shape = self.model.config
-        self.model_args = {k: getattr(shape, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
-
-        # Loss scaling is float16's; enabled elsewhere it would only cost.
-        self.scaler = torch.amp.GradScaler("cuda", enabled=self.device_type == "cuda" and cfg.dtype == "float16")
-        self.optimizer = self.model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), self.device_type)
-        offsets = self.restore(saved, given) if saved else None
+        # Loss scaling is float16's: the other dtypes have fp32's range.
+        self.scaler = torch.amp.GradScaler("cuda", enabled=self.cuda and cfg.dtype == "float16")
+        self.optimizer = self.model.configure_optimizers(
+            cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), "cuda" if self.cuda else "cpu"
+        )
+        self.iter_num, self.best_val_loss, offsets = 0, float("inf"), None
+        if saved:
+            self.restore_optimizer(saved, given)
+            offsets = self.restore_random_state(saved.get("fastgpt"))
         if cfg.compile:
             print("compiling the model... (takes a ~minute)")
         self.compiled = torch.compile(self.model) if cfg.compile else self.model
         self.parallel = distributed.wrap(self.compiled, world)
+
         self.peak_flops = cfg.peak_flops or metrics.peak_flops(world.device, cfg.dtype)
-        self.metrics = None
+        self.mfu = None
+        self.clock = metrics.Clock(lambda: torch.cuda.synchronize(world.device) if self.cuda else None)
         if world.is_main:
-            resumed = None if saved is None else float("inf") if cfg.eval_only else self.iter_num
-            self.metrics = metrics.MetricsFile(cfg.out_dir, resumed)
-        if wandb:
-            wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=cfg.model_dump())
-        self.wandb = wandb
+            kept = float("inf") if cfg.eval_only else self.iter_num if saved else 0
+            self.metrics = metrics.MetricsFile(cfg.out_dir, keep_before=kept)
+        if self.wandb:
+            self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=cfg.model_dump())
         self.batches.prefetch(offsets)
 
-    def build_model(self, saved, given, vocab_size):
+    def build_model(self, saved, vocab_size):
         """The model of init_from: new, from a checkpoint, or GPT-2's, cropped to a smaller block_size."""
         cfg = self.cfg
         if cfg.init_from == "scratch":
             print("Initializing a new model from scratch")
             return GPT(cfg.gpt_config(vocab_size))
-        if saved is not None:
+        if saved:
             print(f"Resuming training from {cfg.out_dir}")
-            checkpoints.check_shape(saved, cfg, given, cfg.out_dir)
             model = checkpoints.build_model(saved, cfg.out_dir, cfg.dropout)
         else:
             print(f"Initializing from OpenAI GPT-2 weights: {cfg.init_from}")
             model = checkpoints.pretrained(cfg.init_from, cfg.dropout)
-        if vocab_size > model.config.vocab_size and self.meta is not None:
-            raise UserError(f"--dataset={cfg.dataset}: its vocabulary of {vocab_size} is larger than the model's {model.config.vocab_size}")
-        for tokens in self.tokens.values():
-            tokens.vocab_size = min(vocab_size, model.config.vocab_size)
-        if cfg.block_size > model.config.block_size:
-            raise UserError(f"--block_size={cfg.block_size}: the model of --init_from={cfg.init_from} has {model.config.block_size}; take that or less")
-        if cfg.block_size < model.config.block_size:
+        shape = model.config
+        if self.meta is not None and vocab_size > shape.vocab_size:
+            raise UserError(
+                f"--dataset={cfg.dataset}: its vocabulary of {vocab_size} is larger than the model's {shape.vocab_size}; "
+                "take the dataset that the model was trained on"
+            )
+        if cfg.block_size > shape.block_size:
+            raise UserError(f"--block_size={cfg.block_size}: {cfg.init_from} has {shape.block_size}; take that or less")
+        if cfg.block_size < shape.block_size:
             model.crop_block_size(cfg.block_size)
         return model
 
-    def restore(self, saved, given):
-        """Put optimizer, counters and random state back; the offsets of the batch under way, if the checkpoint has them."""
-        cfg, path = self.cfg, checkpoints.checkpoint_path(self.cfg.out_dir)
+    def restore_optimizer(self, saved, given):
+        """Put the optimizer and the counters back. The checkpoint's settings stand, but for those given by name."""
+        cfg = self.cfg
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.iter_num, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
         except (KeyError, ValueError, TypeError) as e:
-            raise UserError(f"{path}: its optimizer state does not fit this model ({type(e).__name__}: {e}); start from scratch") from None
-        # The checkpoint's values stand, but for what the user asks for by name.
+            raise UserError(
+                f"{checkpoints.checkpoint_path(cfg.out_dir)}: its optimizer state does not fit this model "
+                f"({type(e).__name__}: {e}); train from scratch"
+            ) from None
+        wpe = self.model.transformer.wpe.weight  # where block_size was cropped, its moments are as well
+        moments = self.optimizer.state[wpe]
+        moments.update({k: v[: wpe.size(0)].clone() for k, v in moments.items() if v.dim() == 2})
         decay, no_decay = self.optimizer.param_groups
         for group in (decay, no_decay):
-            group["betas"] = tuple(cfg_value if name in given else old for name, cfg_value, old in zip(("beta1", "beta2"), (cfg.beta1, cfg.beta2), group["betas"], strict=True))
+            beta1, beta2 = group["betas"]
+            group["betas"] = cfg.beta1 if "beta1" in given else beta1, cfg.beta2 if "beta2" in given else beta2
         if "weight_decay" in given:
             decay["weight_decay"] = cfg.weight_decay
-        extra = saved.get("fastgpt")
-        if extra is None:  # nanoGPT's own
-            return None
-        self.scaler.load_state_dict(extra["scaler"]) if extra["scaler"] else None
-        if len(extra["ranks"]) != self.world.size:
-            print(f"the checkpoint is of {len(extra['ranks'])} processes, this run of {self.world.size}: batches are drawn anew")
-            return None
-        mine = extra["ranks"][self.world.rank]
-        torch.set_rng_state(mine["rng"].cpu())
-        if mine["cuda_rng"] is not None and self.device_type == "cuda":
-            torch.cuda.set_rng_state(mine["cuda_rng"].cpu(), self.world.device)
-        same_batches = mine["offsets"].numel() == cfg.batch_size and int(mine["offsets"].max()) < len(self.tokens["train"]) - cfg.block_size
-        return mine["offsets"].cpu() if same_batches else None
-
-    def make_batches(self, split, generator=None):
-        return data.Batches(self.tokens[split], self.cfg.batch_size, self.cfg.block_size, self.world.device, generator)
 
     def random_state(self):
         """What a resumed run needs to draw what this one would: per process, gathered on the main one."""
-        cuda_rng = torch.cuda.get_rng_state(self.world.device) if self.device_type == "cuda" else None
-        return distributed.gather({"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "offsets": self.batches.offsets}, self.world)
+        return distributed.gather(
+            {
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(self.world.device) if self.cuda else None,
+                "offsets": self.batches.offsets,
+            },
+            self.world,
+        )
+
+    def restore_random_state(self, extra):
+        """Go on drawing where the checkpoint stopped; the offsets of the batch that was under way, or None.
+
+        nanoGPT's checkpoint has none of this (`extra` is None): the seed's batches then come again, as in nanoGPT.
+        """
+        if extra is None:
+            return None
+        if extra["scaler"]:
+            self.scaler.load_state_dict(extra["scaler"])
+        if len(extra["ranks"]) != self.world.size:
+            print(f"saved by {len(extra['ranks'])} processes, resumed by {self.world.size}: batches start anew")
+            return None
+        mine = extra["ranks"][self.world.rank]
+        torch.set_rng_state(mine["rng"])
+        if self.cuda and mine["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(mine["cuda_rng"], self.world.device)
+        offsets = mine["offsets"]
+        return offsets if self.batches.fits(offsets) else None
 
     def loop(self):
         """Train to max_iters; evaluate and save on the way and at the end."""
-        cfg, world = self.cfg, self.world
-        live = world.is_main and sys.stderr.isatty()
-        clock = Clock(self.sync)
+        cfg, main = self.cfg, self.world.is_main
+        live = main and sys.stderr.isatty()
         with tqdm(total=cfg.max_iters, initial=self.iter_num, disable=not live, unit="it", dynamic_ncols=True) as bar:
-            self.say = bar.write if live else lambda line: print(line, flush=True)
-            clock.start()
+            say = bar.write if live else lambda line: print(line, flush=True)
+            self.clock.start()
             while True:
                 lr = optim.learning_rate(self.iter_num, cfg)
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
                 last = cfg.eval_only or self.iter_num >= cfg.max_iters
                 if last or self.iter_num % cfg.eval_interval == 0:
-                    with clock.paused():
-                        self.evaluate_and_save(lr, clock)
+                    self.clock.stop()
+                    state = self.random_state()  # before the evaluation draws: a resumed run evaluates here again
+                    if main:
+                        self.evaluate(lr, say)
+                        self.save(state, say)
+                    self.clock.start()
                 if last:
                     break
                 loss, grad_norm = train_step(
                     self.parallel, self.optimizer, self.scaler, self.batches, self.accumulation, self.autocast, cfg.grad_clip
-                )
-                clock.count()
+                )  # fmt: skip
+                self.clock.iterations += 1
                 if self.iter_num % cfg.log_interval == 0:
-                    loss = distributed.mean(loss, world)
-                    if world.is_main:
-                        self.log(loss.item(), lr, grad_norm.item(), clock, bar if live else None)
+                    loss = distributed.mean(loss, self.world)
+                    if main:
+                        loss, time, speed = self.log(loss.item(), lr, grad_norm.item())
+                        bar.set_postfix_str(f"{loss}, {speed}")
+                        if not live:
+                            say(f"iter {self.iter_num}: {loss}, {time}, {speed}")
                 self.iter_num += 1
-                if live:
-                    bar.update()
-        if world.is_main:
-            self.finish(clock)
+                bar.update()
+        if main:
+            self.finish()
 
-    def sync(self):
-        if self.device_type == "cuda":
-            torch.cuda.synchronize(self.world.device)
-
-    def log(self, loss, lr, grad_norm, clock, bar):
-        dt = clock.lap()
+    def log(self, loss, lr, grad_norm):
+        """Write a logged iteration to the metrics; its loss, its time and its speed as text."""
+        dt = self.clock.lap()
         tokens_per_s = self.sequences * self.cfg.block_size / dt
-        mfu = self.model.estimate_mfu(self.sequences / self.world.size, dt, self.peak_flops) if self.peak_flops else None
-        self.metrics.write(iter=self.iter_num, loss=loss, lr=lr, grad_norm=grad_norm, dt_ms=dt * 1e3, tokens_per_s=tokens_per_s, mfu=mfu)
-        self.mfu = mfu
-        mfu_text = "" if mfu is None else f", mfu {mfu * 100:.2f}%"
-        if bar is not None:
-            bar.set_postfix_str(f"loss {loss:.4f}{mfu_text}, {tokens_per_s:,.0f} tok/s")
-        else:
-            self.say(f"iter {self.iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms{mfu_text}, {tokens_per_s:,.0f} tok/s")
+        if self.peak_flops:
+            self.mfu = self.model.estimate_mfu(self.sequences / self.world.size, dt, self.peak_flops)
+        self.metrics.write(
+            iter=self.iter_num, loss=loss, lr=lr, grad_norm=grad_norm, dt_ms=dt * 1e3, tokens_per_s=tokens_per_s, mfu=self.mfu
+        )  # fmt: skip
+        mfu = "" if self.mfu is None else f"mfu {self.mfu * 100:.2f}%, "
+        return f"loss {loss:.4f}", f"time {dt * 1000:.2f}ms", f"{mfu}{tokens_per_s:,.0f} tok/s"
 
-    def evaluate_and_save(self, lr, clock):
-        cfg = self.cfg
-        state = self.random_state()  # before the evaluation draws: a resumed run evaluates here again
-        if not self.world.is_main:
-            return
+    def evaluate(self, lr, say):
+        """Measure the loss of both splits; say it, and write it down."""
         self.losses = {}
-        for split in ("train", "val"):
-            generator = None if cfg.eval_seed is None else torch.Generator().manual_seed(cfg.eval_seed)
-            self.losses[split] = evaluate(self.compiled, self.make_batches(split, generator), cfg.eval_iters, self.autocast)
-        self.say(f"step {self.iter_num}: train loss {self.losses['train']:.4f}, val loss {self.losses['val']:.4f}")
-        self.metrics.write(iter=self.iter_num, train_loss=self.losses["train"], val_loss=self.losses["val"])
+        for split, batches in self.eval_batches.items():
+            if self.eval_generator is not None:
+                self.eval_generator.manual_seed(self.cfg.eval_seed)  # the same batches every time
+            self.losses[split] = evaluate(self.compiled, batches, self.cfg.eval_iters, self.autocast)
+        train_loss, val_loss = self.losses["train"], self.losses["val"]
+        say(f"step {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        self.metrics.write(iter=self.iter_num, train_loss=train_loss, val_loss=val_loss)
         if self.wandb:
-            mfu = getattr(self, "mfu", None)
-            self.wandb.log({"iter": self.iter_num, "train/loss": self.losses["train"], "val/loss": self.losses["val"], "lr": lr, "mfu": mfu and mfu * 100})
-        best = self.losses["val"] < self.best_val_loss
-        self.best_val_loss = min(self.best_val_loss, self.losses["val"])
-        if self.iter_num > 0 and not cfg.eval_only and (best or cfg.always_save_checkpoint):
-            self.say(f"saving checkpoint to {cfg.out_dir}")
-            checkpoints.save(
-                {
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "model_args": self.model_args,
-                    "iter_num": self.iter_num,
-                    "best_val_loss": torch.tensor(self.best_val_loss),
-                    "config": cfg.model_dump(),
-                    "fastgpt": {"meta": self.meta, "scaler": self.scaler.state_dict(), "ranks": state},
-                },
-                cfg.out_dir,
+            mfu = None if self.mfu is None else self.mfu * 100
+            self.wandb.log(
+                {"iter": self.iter_num, "train/loss": train_loss, "val/loss": val_loss, "lr": lr, "mfu": mfu}
             )
 
-    def finish(self, clock):
+    def save(self, random_state, say):
+        """Save a checkpoint, where this evaluation is the best or all are to be saved."""
+        best = self.losses["val"] < self.best_val_loss
+        self.best_val_loss = min(self.best_val_loss, self.losses["val"])
+        if self.iter_num == 0 or self.cfg.eval_only or not (best or self.cfg.always_save_checkpoint):
+            return
+        say(f"saving checkpoint to {self.cfg.out_dir}")
+        checkpoint = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "model_args": asdict(self.model.config),
+            "iter_num": self.iter_num,
+            "best_val_loss": torch.tensor(self.best_val_loss),
+            "config": self.cfg.model_dump(),
+            "fastgpt": {"meta": self.meta, "scaler": self.scaler.state_dict(), "ranks": random_state},
+        }
+        checkpoints.save(checkpoint, self.cfg.out_dir)
+
+    def finish(self):
         """What a run ends with: losses, speed, a sample, the plot, and where everything lies."""
-        cfg = self.cfg
+        cfg, clock = self.cfg, self.clock
         self.metrics.close()
-        print(f"\niteration {self.iter_num}: train loss {self.losses['train']:.4f}, val loss {self.losses['val']:.4f} nats per token")
+        train_loss, val_loss = self.losses["train"], self.losses["val"]
+        print(f"\niteration {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f} nats per token")
         if clock.iterations:
-            speed = clock.iterations * self.sequences * cfg.block_size / clock.seconds
-            print(f"{clock.iterations} iterations in {clock.seconds:.1f} s, evaluations apart: {speed:,.0f} tok/s")
+            speed = self.sequences * cfg.block_size * clock.iterations_per_s()
+            print(f"{clock.iterations} iterations in {clock.seconds:.1f} s, evaluations apart; {speed:,.0f} tok/s")
         if cfg.sample_tokens:
             self.model.eval()
             tok = tokenizer.from_meta(self.meta)
-            start = torch.tensor([tok.encode_prompt("\n")], device=self.world.device)
+            start, _ = next(self.eval_batches["val"].take(1))
             with self.autocast:
-                ids = self.model.generate(start, cfg.sample_tokens, temperature=0.8, top_k=200, n_vocab=tok.n_vocab)
-            rule = "-" * min(80, shutil.get_terminal_size().columns)
-            print(f"a sample:\n{rule}{tok.decode(ids[0].tolist())}\n{rule}")
+                ids = self.model.generate(
+                    start[:1, :1], cfg.sample_tokens, temperature=0.8, top_k=200, n_vocab=tok.n_vocab
+                )
+            print(f"a sample:\n{'-' * 80}\n{tok.decode(ids[0].tolist())}\n{'-' * 80}")
         if cfg.eval_only:
             return
-        out = Path(cfg.out_dir)
-        records = metrics.read_metrics(out / "metrics.jsonl")
-        metrics.plot_losses(records, out / "loss.png", f"{cfg.out_dir}: {self.model.get_num_params() / 1e6:.2f}M parameters on {cfg.dataset}")
-        files = {"checkpoint": checkpoints.checkpoint_path(out), "metrics": out / "metrics.jsonl", "loss curve": out / "loss.png"}
-        for what, path in files.items():
-            print(f"{what:>10}: {path}" if path.exists() else f"{what:>10}: none yet")
-        print(f"more text:  fastgpt sample --out_dir={cfg.out_dir}" + ("" if self.device_type == "cuda" else f" --device={self.world.device}"))
-
-
-class Clock:
-    """Seconds of training, evaluations apart. `sync` waits for the device, so that queued work counts where it was queued."""
-
-    def __init__(self, sync):
-        self.sync = sync
-        self.seconds, self.iterations = 0.0, 0
-        self.lap_seconds, self.lap_iterations = 0.0, 0
-
-    def start(self):
-        self.began = time.perf_counter()
-
-    def count(self):
-        self.iterations += 1
-
-    def stop(self):
-        self.sync()
-        self.seconds += time.perf_counter() - self.began
-
-    def paused(self):
-        return Pause(self)
-
-    def lap(self):
-        """Mean seconds of an iteration since the last lap."""
-        self.stop()
-        self.start()
-        dt = (self.seconds - self.lap_seconds) / max(1, self.iterations - self.lap_iterations)
-        self.lap_seconds, self.lap_iterations = self.seconds, self.iterations
-        return dt
-
-
-class Pause:
-    def __init__(self, clock):
-        self.clock = clock
-
-    def __enter__(self):
-        self.clock.stop()
-
-    def __exit__(self, *error):
-        self.clock.start()
+        title = f"{self.model.get_num_params() / 1e6:.2f}M parameters on {cfg.dataset}"
+        plot = self.metrics.path.with_name("loss.png")
+        metrics.plot_losses(metrics.read_metrics(self.metrics.path), plot, title)
+        checkpoint = checkpoints.checkpoint_path(cfg.out_dir)
+        print(f"checkpoint: {checkpoint if checkpoint.exists() else 'none'}")
+        print(f"metrics:    {self.metrics.path}\nloss curve: {plot}")
+        if checkpoint.exists():
+            device = "" if self.cuda else f" --device={self.world.device}"
+            print(f"more text:  fastgpt sample --out_dir={cfg.out_dir}{device}")
 
 
 def check_writable(out_dir):
@@ -298,8 +286,11 @@ def check_writable(out_dir):
 
 
 def import_wandb():
+    """The module wandb, or a UserError that says how to get it."""
     try:
         import wandb
     except ImportError:
-        raise UserError("--wandb_log=True: wandb is not installed; pip install 'fastgpt[wandb]', or give --wandb_log=False") from None
+        raise UserError(
+            "--wandb_log=True: wandb is not installed; pip install 'fastgpt[wandb]', or give --wandb_log=False"
+        ) from None
     return wandb
