@@ -129,7 +129,7 @@ class SampleConfig(Settings):
     seed: int = Field(1337, ge=0, description="random seed")
     device: str = Field("cuda", description="cuda, cuda:1, cpu, mps")
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype on CUDA")
-    compile: bool = Field(False, description="torch.compile the model")
+    compile: bool = Field(False, description="torch.compile the full forward; steps on cached keys and values stay eager")
 
 
 class PrepareConfig(Settings):

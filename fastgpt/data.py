@@ -221,8 +221,9 @@ class Batches:
         batch = torch.from_numpy(self.tokens.read(starts, self.block_size + 1))
         xy = torch.stack((batch[:, :-1], batch[:, 1:]))  # one transfer for both
         if self.device.type == "cuda":
-            xy = xy.pin_memory()
-        return xy.to(self.device, non_blocking=True).unbind()
+            with torch.cuda.device(self.device):  # a thread begins on GPU 0, where pinning would make a context
+                xy = xy.pin_memory().to(self.device, non_blocking=True)
+        return xy.to(self.device).unbind()
 
     def get(self):
         return self.pending.result()

@@ -30,7 +30,7 @@ def init(device, backend):
     if "RANK" in os.environ and device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(device)
-    if device.startswith("cuda"):
+    if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         backend = "gloo" if backend == "nccl" and device == "cpu" else backend

@@ -138,5 +138,5 @@ def plot_losses(records, path, title):
     axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    axes.margins(x=0.06)
+    axes.set_xlim(right=axes.get_xlim()[1] * 1.05)  # room for the last values
     figure.savefig(path)

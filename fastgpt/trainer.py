@@ -114,6 +114,8 @@ class Run:
         """Put the optimizer and the counters back. The checkpoint's settings stand, but for those given by name."""
         cfg = self.cfg
         try:
+            for old, new in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+                old["fused"] = new["fused"]  # the device at hand decides, not the one that saved
             self.optimizer.load_state_dict(saved["optimizer"])
             self.iter_num, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
         except (KeyError, ValueError, TypeError) as e:
