@@ -181,7 +181,7 @@ def preset(name):
 
 def quickstart():
     """A run on text that every machine has, sized to the machine at hand."""
-    common = dict(dataset="python-stdlib", out_dir="out-quickstart", sample_tokens=400, log_interval=10)
+    common = dict(dataset="python-stdlib", out_dir="out-quickstart", sample_tokens=400, log_interval=20)
     if torch.cuda.is_available():  # nanoGPT's shakespeare_char size; the corpus is ten times as large, so no dropout
         return dict(
             SHAKESPEARE_CHAR | common, dropout=0.0, always_save_checkpoint=True,
