@@ -5,13 +5,14 @@ Keys: model, optimizer, model_args, iter_num, best_val_loss, config, as nanoGPT'
 the batch under way, so that a resumed run goes on as if it had not stopped.
 """
 
+import difflib
 import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from fastgpt.config import GPTConfig, UserError
+from fastgpt.config import MODEL_SIZES, GPTConfig, UserError
 from fastgpt.model import GPT
 
 
@@ -96,7 +97,10 @@ def keep_shape(checkpoint, cfg, given):
 
 
 def pretrained(name, dropout):
-    """GPT.from_pretrained, with what can go wrong as a UserError."""
+    """GPT.from_pretrained of a GPT-2 size or a local folder, with what can go wrong as a UserError."""
+    if name not in MODEL_SIZES and not Path(name).is_dir():
+        near = difflib.get_close_matches(name, ["scratch", "resume", *MODEL_SIZES], n=1, cutoff=0)[0]
+        raise UserError(f"--init_from={name}: neither a known name nor a folder; the nearest name is {near!r}")
     try:
         return GPT.from_pretrained(name, dict(dropout=dropout))
     except ImportError:

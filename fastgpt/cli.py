@@ -30,7 +30,7 @@ def main(argv=None):
 
             sample(parse(SampleConfig, argv, "fastgpt sample")[0])
         elif command == "prepare":
-            from fastgpt.data import prepare
+            from fastgpt.prepare import prepare
 
             cfg, _ = parse(PrepareConfig, argv, "fastgpt prepare")
             for name in ("input", "out"):

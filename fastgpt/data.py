@@ -1,4 +1,4 @@
-"""Token streams on disk, and the batches drawn from them; preparing a text.
+"""Token streams on disk, and the batches drawn from them.
 
 A dataset is a folder: nanoGPT's train.bin and val.bin (headerless little-endian uint16; uint32 where the vocabulary
 is above 65,536) with an optional meta.pkl, or llm.c's shards (*train*.bin and *val*.bin, a 1,024-byte header each).
@@ -8,26 +8,18 @@ import bisect
 import glob
 import os
 import pickle
-import re
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from fastgpt import tokenizer as tokenizers
 from fastgpt.config import UserError
+from fastgpt.prepare import EMBEDDED, embedded_folder, prepare_embedded
 
-EMBEDDED = "python-stdlib"
 # llm.c's shards: the first two of 256 int32s, and the tokens that follow (dev/data/data_common.py there).
 SHARD_KINDS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 HEADER_BYTES = 1024
-
-
-# ---- reading ----
 
 
 class Tokens:
@@ -176,6 +168,9 @@ def load_dataset(cfg):
         vocab_size = 50304
         print("defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)")
     if not (cfg.train_data and cfg.val_data) and not folder.is_dir():
+        if cfg.train_data or cfg.val_data:
+            missing = "val_data" if cfg.train_data else "train_data"
+            raise UserError(f"--{missing} is missing, and there is no folder {folder} to take it from; give both")
         raise UserError(
             f"--dataset={cfg.dataset}: there is no folder {folder}; make it with `fastgpt prepare --input PATH --out {folder}`, "
             f"or train on the embedded text with --dataset={EMBEDDED}"
@@ -236,146 +231,3 @@ class Batches:
             if left:
                 self.prefetch()
             yield batch
-
-
-# ---- preparing ----
-
-
-def prepare(source, tokenizer_name, out, files=None):
-    """Write out/train.bin and out/val.bin (the last 10% of the characters), and meta.pkl where nanoGPT has one.
-
-    source is a UTF-8 text file or a folder of them; `files` overrides which of a folder's files are taken. Reads in
-    blocks and tokenizes them in parallel, so memory stays constant. With a tiktoken encoding every file of a folder
-    ends in the end-of-text token. Nothing is left behind on failure. Raises UserError.
-    """
-    source, out = Path(source), Path(out)
-    files = files or ([source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file()))
-    if not files:
-        raise UserError(f"--input={source}: no such file, or a folder without any")
-    if tokenizer_name != "chars":
-        tokenizer = tokenizers.get_tokenizer(tokenizer_name)  # fails before any work
-    files, n_chars, alphabet = survey(files, strict=source.is_file(), alphabet=tokenizer_name == "chars")
-    if n_chars == 0:
-        raise UserError(f"--input={source}: there is no text in it (files that are not UTF-8 are passed over)")
-    if tokenizer_name == "chars":
-        tokenizer = tokenizers.Chars.of(alphabet)
-
-    end_mark = tokenizer.end_of_text if len(files) > 1 else None
-    dtype = np.dtype("<u4" if tokenizer.n_vocab > 65536 else "<u2")
-    n_train = int(n_chars * 0.9)
-    counts = {"train": 0, "val": 0}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        parts = {split: open(out / f"{split}.bin.part", "wb") for split in counts}
-    except OSError as e:
-        raise UserError(f"--out={out}: cannot be written ({e.strerror})") from None
-    try:
-        with (
-            ThreadPoolExecutor() as pool,
-            tqdm(total=n_chars, unit="char", unit_scale=True, desc="tokenizing", disable=None) as bar,
-        ):
-            stream = blocks(files, n_train)
-            while batch := list(islice(stream, 2 * pool._max_workers)):  # a bounded number in flight: constant memory
-                encoded = pool.map(tokenizer.encode_array, (text for _, text, _ in batch))
-                for (split, text, ends), ids in zip(batch, encoded, strict=True):
-                    ids = np.append(ids, end_mark) if ends and end_mark is not None else ids
-                    parts[split].write(ids.astype(dtype).tobytes())
-                    counts[split] += len(ids)
-                    bar.update(len(text))
-        for part in parts.values():
-            part.close()
-        meta = tokenizer.meta()
-        if meta is None:
-            (out / "meta.pkl").unlink(missing_ok=True)  # of an earlier tokenizer
-        else:
-            (out / "meta.pkl").write_bytes(pickle.dumps(meta))
-        for split in counts:
-            os.replace(out / f"{split}.bin.part", out / f"{split}.bin")
-    finally:
-        for split, part in parts.items():
-            part.close()
-            (out / f"{split}.bin.part").unlink(missing_ok=True)
-    for split, count in counts.items():
-        print(f"{out / split}.bin: {count:,} tokens")
-
-
-def survey(files, strict, alphabet):
-    """(files that are UTF-8 text, characters in them, set of the characters if asked for). One pass.
-
-    With `strict` a file that is no text is a UserError; else it is passed over, and the number of such said.
-    """
-    good, n_chars, seen = [], 0, set()
-    for path in tqdm(files, desc="reading", disable=None if len(files) > 1 else True):
-        try:
-            with open(path, encoding="utf-8") as f:
-                n, chars = 0, set()
-                while text := f.read(2**20):
-                    n += len(text)
-                    if alphabet:
-                        chars.update(text)
-        except UnicodeDecodeError as e:
-            if strict:
-                raise UserError(f"{path}: not UTF-8 text ({e.reason}); convert it first") from None
-            continue
-        except OSError as e:
-            raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-        good.append(path)
-        n_chars += n
-        seen |= chars
-    if len(good) < len(files):
-        print(f"passed over {len(files) - len(good)} of {len(files)} files: not UTF-8 text")
-    return good, n_chars, seen
-
-
-# Where a text may be cut without changing its GPT-2 style tokens: before a single space or after a single newline
-# between words. Runs of white space are left whole, since their tokens depend on what follows.
-SAFE_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
-
-
-def blocks(files, n_train, size=2**19):
-    """The text of the files as (split, text, whether a file ends here), cut where tokens allow it and at n_train characters."""
-    left = n_train  # characters still to go to train; below 0 once val has begun
-    for path in files:
-        with open(path, encoding="utf-8") as f:
-            text = ""
-            while True:
-                if left == 0:  # nanoGPT splits by characters, wherever that falls; the file goes on in the other split
-                    yield "train", text, False
-                    text, left = "", -1
-                new = f.read(size if left < 0 else min(size, left))
-                text += new
-                if left > 0:
-                    left -= len(new)
-                    if left == 0:
-                        continue
-                split = "train" if left > 0 else "val"
-                if not new:
-                    yield split, text, True
-                    break
-                cut = max((m.start() for m in SAFE_CUT.finditer(text, max(0, len(text) - 2**12))), default=0)
-                if not cut and len(text) > 32 * size:  # no word ends for 16 million characters: not what BPE is for
-                    cut = len(text)
-                if cut:
-                    yield split, text[:cut], False
-                    text = text[cut:]
-
-
-def embedded_folder():
-    """The cache folder of the embedded corpus of this interpreter: under FASTGPT_CACHE, XDG_CACHE_HOME or ~/.cache."""
-    cache = (
-        os.environ.get("FASTGPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt"
-    )
-    return Path(cache) / f"{EMBEDDED}-{sysconfig.get_python_version()}"
-
-
-def prepare_embedded(folder):
-    """Tokenize the Python standard library's source, without tests and installed packages, into `folder`, once."""
-    if (folder / "val.bin").exists():
-        return
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = sorted(p for p in stdlib.rglob("*.py") if not skip & set(p.relative_to(stdlib).parts))
-    if not files:
-        raise UserError(f"{stdlib}: this Python comes without the source of its standard library; give --dataset")
-    print(f"preparing the embedded corpus, once: the source of Python's standard library ({stdlib}), as bytes")
-    prepare(stdlib, "bytes", folder, files)

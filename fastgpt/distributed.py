@@ -1,6 +1,7 @@
 """torch.distributed as torchrun starts it: one process a GPU, data parallel."""
 
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +77,16 @@ def wrap(model, world):
     if world.size == 1:
         return model
     return DistributedDataParallel(model, device_ids=[world.device] if world.device.startswith("cuda") else None)
+
+
+@contextmanager
+def main_first(world):
+    """Let the main process through the block before the others: what it makes on disk is there for them."""
+    if world.size > 1 and not world.is_main:
+        dist.barrier()
+    yield
+    if world.size > 1 and world.is_main:
+        dist.barrier()
 
 
 def mean(tensor, world):

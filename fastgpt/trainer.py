@@ -47,7 +47,8 @@ class Run:
             torch.backends.cudnn.allow_tf32 = True
             self.autocast = torch.autocast("cuda", dtype=getattr(torch, cfg.dtype))
 
-        train_tokens, val_tokens, self.meta, vocab_size = data.load_dataset(cfg)
+        with distributed.main_first(world):
+            train_tokens, val_tokens, self.meta, vocab_size = data.load_dataset(cfg)
         self.model = self.build_model(saved, vocab_size).to(world.device)
         for tokens in (train_tokens, val_tokens):
             tokens.vocab_size = min(tokens.vocab_size, self.model.config.vocab_size)

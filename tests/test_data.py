@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt import data, tokenizer
+from fastgpt import prepare as preparing
 from fastgpt.config import TrainConfig, UserError
 
 
@@ -188,7 +189,7 @@ def read(folder, dtype="<u2"):
 def test_prepare_is_nanogpts_prepare(workdir, gpt2, name, capsys):
     """90% and 10% of the characters, each part tokenized as if whole, whatever blocks it was read in."""
     (workdir / "in.txt").write_text(TEXT, encoding="utf-8")
-    data.prepare("in.txt", name, "data/x")
+    preparing.prepare("in.txt", name, "data/x")
     n = int(len(TEXT) * 0.9)
     chars = sorted(set(TEXT))
     whole = {
@@ -221,7 +222,7 @@ def test_blocks_change_no_token_and_lose_no_text(tmp_path_factory, texts, size, 
     encode = merging().encode_ordinary
     got = {"train": [], "val": []}
     ends = 0
-    for split, text, end in data.blocks(files, n_train, size):
+    for split, text, end in preparing.blocks(files, n_train, size):
         got[split] += [*encode(text), "END"] if end else encode(text)
         ends += end
     expected = {"train": [], "val": []}
@@ -242,7 +243,7 @@ def test_memory_stays_constant(workdir, monkeypatch):
         for _ in range(40):
             f.write(TEXT)
     live, most = 0, 0
-    original = data.blocks
+    original = preparing.blocks
 
     def counted(files, n_train):
         nonlocal live, most
@@ -257,10 +258,10 @@ def test_memory_stays_constant(workdir, monkeypatch):
         assert len(text) < 2**15 + 2**12
         return np.zeros(len(text))
 
-    monkeypatch.setattr(data, "blocks", counted)
+    monkeypatch.setattr(preparing, "blocks", counted)
     monkeypatch.setattr(tokenizer.Bytes, "encode_array", lambda self, text: encoded(text))
-    data.prepare("big.txt", "bytes", "data/big")
-    assert 1 < most <= 2 * (os.cpu_count() + 4)
+    preparing.prepare("big.txt", "bytes", "data/big")
+    assert 1 < most <= 2 * os.cpu_count()
 
 
 def test_a_folder_is_its_files_in_order_and_documents_end_in_the_mark(workdir, gpt2, capsys):
@@ -268,7 +269,7 @@ def test_a_folder_is_its_files_in_order_and_documents_end_in_the_mark(workdir, g
     for name, text in {"a.txt": "one two ", "sub/b.txt": "three", "z.txt": "four" * 5}.items():
         (workdir / "in" / name).write_text(text)
     (workdir / "in/image.bin").write_bytes(b"\xff\xfe\x00")
-    data.prepare("in", "gpt2", "data/g")
+    preparing.prepare("in", "gpt2", "data/g")
     mark = gpt2.eot_token
     assert np.concatenate(read("data/g")).tolist().count(mark) == 3
     assert (
@@ -292,7 +293,7 @@ def test_vocabularies_above_65536_are_written_as_uint32(workdir, monkeypatch):
 
     monkeypatch.setattr(tokenizer, "get_tokenizer", lambda name: Large())
     (workdir / "in.txt").write_text("x" * 100)
-    data.prepare("in.txt", "cl100k_base", "data/l")
+    preparing.prepare("in.txt", "cl100k_base", "data/l")
     assert [set(part) for part in read("data/l", "<u4")] == [{69_999}, {69_999}]
     train, *_ = data.load_dataset(TrainConfig(dataset="l"))
     assert train.read([3], 5)[0].tolist() == [69_999] * 5
@@ -300,11 +301,11 @@ def test_vocabularies_above_65536_are_written_as_uint32(workdir, monkeypatch):
 
 def test_a_failure_leaves_nothing_and_overwrites_nothing(workdir, monkeypatch):
     (workdir / "in.txt").write_text(TEXT)
-    data.prepare("in.txt", "bytes", "data/x")
+    preparing.prepare("in.txt", "bytes", "data/x")
     before = read("data/x")
     monkeypatch.setattr(tokenizer.Bytes, "encode_array", lambda self, text: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        data.prepare("in.txt", "bytes", "data/x")
+        preparing.prepare("in.txt", "bytes", "data/x")
     assert sorted(os.listdir("data/x")) == ["meta.pkl", "train.bin", "val.bin"]
     assert all((a == b).all() for a, b in zip(before, read("data/x"), strict=True))
 
@@ -317,5 +318,5 @@ def test_the_embedded_corpus_is_real_text_prepared_once(workdir, capsys, monkeyp
     text = tokenizer.from_meta(meta).decode(val.read([0], 20_000)[0].tolist())
     assert text.count("def ") > 20
     assert "preparing the embedded corpus, once" in capsys.readouterr().out
-    monkeypatch.setattr(data, "prepare", None)
+    monkeypatch.setattr(preparing, "prepare", None)
     data.load_dataset(TrainConfig(dataset="python-stdlib"))

@@ -41,6 +41,7 @@ def test_missing_data(refused, dataset):
     (dataset / "val.bin").unlink()
     says(refused(), "data/letters/val.bin", "cannot be read (No such file or directory)", "prepare")
     says(refused("--val_data=x/*.bin"), "x/*.bin", "cannot be read")
+    says(refused("--dataset=nowhere", "--train_data=x"), "--val_data is missing")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -143,7 +144,7 @@ def test_devices_that_cannot_be(refused):
 def test_a_hub_that_cannot_be_reached(refused, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     says(refused("--init_from=gpt2"), "--init_from=gpt2", "no GPT-2 weights could be loaded")
-    says(refused("--init_from=resme"), "--init_from=resme")
+    says(refused("--init_from=resme"), "--init_from=resme", "'resume'")
 
 
 def test_what_is_not_installed(refused, monkeypatch):
@@ -167,7 +168,7 @@ def test_wrong_flags_and_commands(refused):
         (["--input=in.txt", "--out=data/x", "--tokenizer=gtp2"], ["--tokenizer=gtp2", "gpt2"]),
         (["--input=empty.txt", "--out=data/x"], ["--input=empty.txt", "no text"]),
         (["--input=latin.txt", "--out=data/x"], ["latin.txt", "not UTF-8"]),
-        (["--input=in.txt", "--out=in.txt"], ["--out=in.txt", "cannot be written"]),
+        (["--input=in.txt", "--out=in.txt"], ["in.txt: cannot be written"]),
     ],
 )
 def test_preparing_what_cannot_be(refused, workdir, flags, said):

@@ -35,6 +35,7 @@ def test_arrows_run_one_way():
         "reference",
         "ops",
         "tokenizer",
+        "prepare",
         "data",
         "model",
         "step",

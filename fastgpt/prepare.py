@@ -1,0 +1,160 @@
+"""Turning a text into a dataset: `fastgpt prepare`, and the corpus that every machine has."""
+
+import os
+import pickle
+import re
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from fastgpt import tokenizer as tokenizers
+from fastgpt.config import UserError
+
+EMBEDDED = "python-stdlib"
+
+
+def prepare(source, tokenizer_name, out, files=None):
+    """Write out/train.bin and out/val.bin (the last 10% of the characters), and meta.pkl where nanoGPT has one.
+
+    source is a UTF-8 text file or a folder of them; `files` overrides which of a folder's files are taken. Reads in
+    blocks and tokenizes them in parallel, so memory stays constant. With a tiktoken encoding every file of a folder
+    ends in the end-of-text token. Nothing is left behind on failure. Raises UserError.
+    """
+    source, out = Path(source), Path(out)
+    files = files or ([source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file()))
+    if not files:
+        raise UserError(f"--input={source}: no such file, or a folder without any")
+    if tokenizer_name != "chars":
+        tokenizer = tokenizers.get_tokenizer(tokenizer_name)  # fails before any work
+    files, n_chars, alphabet = survey(files, strict=source.is_file(), alphabet=tokenizer_name == "chars")
+    if n_chars == 0:
+        raise UserError(f"--input={source}: there is no text in it (files that are not UTF-8 are passed over)")
+    if tokenizer_name == "chars":
+        tokenizer = tokenizers.Chars.of(alphabet)
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=out) as part:
+            counts = write_tokens(files, n_chars, tokenizer, Path(part))
+            meta = tokenizer.meta()
+            if meta is None:
+                (out / "meta.pkl").unlink(missing_ok=True)  # of an earlier tokenizer
+            else:
+                (Path(part) / "meta.pkl").write_bytes(pickle.dumps(meta))
+            for name in ["meta.pkl"] * (meta is not None) + ["train.bin", "val.bin"]:
+                os.replace(Path(part) / name, out / name)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror}); give another folder") from None
+    for split, count in counts.items():
+        print(f"{out / split}.bin: {count:,} tokens")
+
+
+def write_tokens(files, n_chars, tokenizer, out):
+    """Tokenize files of n_chars characters in all into out/train.bin and out/val.bin: the number of tokens of each."""
+    end_mark = tokenizer.end_of_text if len(files) > 1 else None
+    dtype = np.dtype("<u4" if tokenizer.n_vocab > 65536 else "<u2")
+    counts = {"train": 0, "val": 0}
+    workers = os.cpu_count() or 1
+    with (
+        open(out / "train.bin", "wb") as train,
+        open(out / "val.bin", "wb") as val,
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=n_chars, unit="char", unit_scale=True, desc="tokenizing", disable=None) as bar,
+    ):
+        file = {"train": train, "val": val}
+        stream = blocks(files, int(n_chars * 0.9))
+        while batch := list(islice(stream, 2 * workers)):  # a bounded number in flight: constant memory
+            encoded = pool.map(tokenizer.encode_array, [text for _, text, _ in batch])
+            for (split, text, ends), ids in zip(batch, encoded, strict=True):
+                ids = np.append(ids, end_mark) if ends and end_mark is not None else ids
+                file[split].write(ids.astype(dtype).tobytes())
+                counts[split] += len(ids)
+                bar.update(len(text))
+    return counts
+
+
+def survey(files, strict, alphabet):
+    """(files that are UTF-8 text, characters in them, set of the characters if asked for). One pass.
+
+    With `strict` a file that is no text is a UserError; else it is passed over, and the number of such said.
+    """
+    good, n_chars, seen = [], 0, set()
+    for path in tqdm(files, desc="reading", disable=None if len(files) > 1 else True):
+        try:
+            with open(path, encoding="utf-8") as f:
+                n, chars = 0, set()
+                while text := f.read(2**20):
+                    n += len(text)
+                    if alphabet:
+                        chars.update(text)
+        except UnicodeDecodeError as e:
+            if strict:
+                raise UserError(f"{path}: not UTF-8 text ({e.reason}); convert it first") from None
+            continue
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+        good.append(path)
+        n_chars += n
+        seen |= chars
+    if len(good) < len(files):
+        print(f"passed over {len(files) - len(good)} of {len(files)} files: not UTF-8 text")
+    return good, n_chars, seen
+
+
+# Where a text may be cut without changing its GPT-2 style tokens: before a single space or after a single newline
+# between words. Runs of white space are left whole, since their tokens depend on what follows.
+SAFE_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
+
+
+def blocks(files, n_train, size=2**19):
+    """The text of the files as (split, text, whether a file ends here), cut where tokens allow it and at n_train characters."""
+    left = n_train  # characters still to go to train; below 0 once val has begun
+    for path in files:
+        with open(path, encoding="utf-8") as f:
+            text = ""
+            while True:
+                if left == 0:  # nanoGPT splits by characters, wherever that falls; the file goes on in the other split
+                    yield "train", text, False
+                    text, left = "", -1
+                new = f.read(size if left < 0 else min(size, left))
+                text += new
+                if left > 0:
+                    left -= len(new)
+                    if left == 0:
+                        continue
+                split = "train" if left > 0 else "val"
+                if not new:
+                    yield split, text, True
+                    break
+                cut = max((m.start() for m in SAFE_CUT.finditer(text, max(0, len(text) - 2**12))), default=0)
+                if not cut and len(text) > 32 * size:  # no word ends for 16 million characters: not what BPE is for
+                    cut = len(text)
+                if cut:
+                    yield split, text[:cut], False
+                    text = text[cut:]
+
+
+def embedded_folder():
+    """The cache folder of the embedded corpus of this interpreter: under FASTGPT_CACHE, XDG_CACHE_HOME or ~/.cache."""
+    cache = (
+        os.environ.get("FASTGPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt"
+    )
+    return Path(cache) / f"{EMBEDDED}-{sysconfig.get_python_version()}"
+
+
+def prepare_embedded(folder):
+    """Tokenize the Python standard library's source, without tests and installed packages, into `folder`, once."""
+    if (folder / "val.bin").exists():
+        return
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = sorted(p for p in stdlib.rglob("*.py") if not skip & set(p.relative_to(stdlib).parts))
+    if not files:
+        raise UserError(f"{stdlib}: this Python comes without the source of its standard library; give --dataset")
+    print(f"preparing the embedded corpus, once: the source of Python's standard library ({stdlib}), as bytes")
+    prepare(stdlib, "bytes", folder, files)
