@@ -1,0 +1,340 @@
+"""LayerNorm, alone and behind the residual add.
+
+    stream' = stream + dropout(branch)                    the residual stream, fp32 in training
+    mean, rstd = the statistics of a row of stream'       fp32, two passes over registers
+    h = (stream' - mean) * rstd * weight + bias           in the compute dtype
+
+Shapes: stream, branch and h [..., C]; weight and bias [C]. Saved: stream', which lives on anyway, and 8 bytes a row for
+mean and rstd. Recomputed: the normalised row, and the dropout mask from its seed.
+
+Backward, of the gradients dstream' and dh, in one pass over the rows:
+
+    g = dh * weight;  xhat = (stream' - mean) * rstd
+    dx = dstream' + rstd * (g - mean(g) - xhat * mean(g * xhat))
+    dstream = dx, in the stream's dtype;  dbranch = dropout'(dx), in the branch's
+    dweight = the sum over rows of dh * xhat;  dbias = the sum of dh
+
+A program takes every PROGRAMS-th row and keeps its sums of dweight and dbias in registers; a second kernel adds the
+programs' sums in their order. No atomics: the same bits every time, whatever the number of SMs.
+
+Bytes an element, fp32 stream and bf16 else: forward 4 + 2 in, 4 + 2 out; backward 4 + 4 + 2 in, 4 + 2 out. About ten
+FLOPs an element: bound by memory, so a row is read once and stays in registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels import configs
+from fastgpt.kernels.common import Op, check_seed, compute_dtype, keep, rows
+
+# Rows are shared by a fixed number of programs, so that the order of the sums does not depend on the GPU: about four a
+# SM on an H100, and 3 MB of partial sums at C = 768.
+PROGRAMS = 512
+
+
+@triton.jit
+def _forward(
+    x_ptr,  # [B, T, N] the stream
+    branch_ptr,  # [B, T, N] what is added to it, where HAS_BRANCH
+    weight_ptr,  # [N]
+    bias_ptr,  # [N], where HAS_BIAS
+    seed_ptr,  # [1] int64, where DROPOUT
+    stream_ptr,  # [B, T, N] out, contiguous, where HAS_BRANCH
+    h_ptr,  # [B, T, N] out, contiguous
+    stats_ptr,  # [2, M] fp32 out: each row's mean, then its rstd
+    M,  # B * T
+    T,
+    stride_xb,
+    stride_xt,
+    stride_xn,
+    stride_bb,
+    stride_bt,
+    stride_bn,
+    eps,
+    p,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # a row's base may lie beyond 2^31 elements
+    b, t = row // T, row % T
+    cols = tl.arange(0, BLOCK)
+    mask = cols < N
+    x = tl.load(x_ptr + b * stride_xb + t * stride_xt + cols * stride_xn, mask, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        branch_ptrs = branch_ptr + b * stride_bb + t * stride_bt + cols * stride_bn
+        branch = tl.load(branch_ptrs, mask, other=0.0).to(tl.float32)
+        if DROPOUT:
+            branch = tl.where(keep(seed_ptr, row * N + cols, p), branch / (1 - p), 0.0)
+        # Normalised is what is stored, rounding included: the backward reads no other.
+        x = (x + branch).to(stream_ptr.dtype.element_ty)
+        tl.store(stream_ptr + row * N + cols, x, mask)
+        x = x.to(tl.float32)
+    mean = tl.sum(x, 0) / N
+    centred = tl.where(mask, x - mean, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / N + eps)
+    h = centred * rstd * tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        h += tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
+    tl.store(h_ptr + row * N + cols, h.to(h_ptr.dtype.element_ty), mask)
+    tl.store(stats_ptr + row, mean)
+    tl.store(stats_ptr + M + row, rstd)
+
+
+@triton.jit
+def _backward(
+    dh_ptr,  # [B, T, N]
+    dstream_ptr,  # [B, T, N] the gradient that comes by the stream, where HAS_DSTREAM
+    stream_ptr,  # [B, T, N] what was normalised
+    stats_ptr,  # [2, M] fp32
+    weight_ptr,  # [N]
+    seed_ptr,  # [1] int64, where DROPOUT
+    dx_ptr,  # [B, T, N] out, contiguous
+    dbranch_ptr,  # [B, T, N] out, contiguous, where HAS_BRANCH
+    partial_ptr,  # [2, programs, N] fp32 out: each program's dweight, then dbias
+    M,  # B * T
+    T,
+    stride_hb,
+    stride_ht,
+    stride_hn,
+    stride_db,
+    stride_dt,
+    stride_dn,
+    stride_sb,
+    stride_st,
+    stride_sn,
+    p,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_DSTREAM: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < N
+    weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    for i in range(tl.cdiv(M - program, programs)):
+        row = program.to(tl.int64) + i * programs
+        b, t = row // T, row % T
+        dh = tl.load(dh_ptr + b * stride_hb + t * stride_ht + cols * stride_hn, mask, other=0.0).to(tl.float32)
+        x = tl.load(stream_ptr + b * stride_sb + t * stride_st + cols * stride_sn, mask, other=0.0).to(tl.float32)
+        rstd = tl.load(stats_ptr + M + row)
+        xhat = tl.where(mask, (x - tl.load(stats_ptr + row)) * rstd, 0.0)
+        dweight += dh * xhat
+        dbias += dh
+        g = dh * weight
+        dx = rstd * (g - tl.sum(g, 0) / N - xhat * (tl.sum(g * xhat, 0) / N))
+        if HAS_DSTREAM:
+            dstream_ptrs = dstream_ptr + b * stride_db + t * stride_dt + cols * stride_dn
+            dx += tl.load(dstream_ptrs, mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * N + cols, dx.to(dx_ptr.dtype.element_ty), mask)
+        if HAS_BRANCH:
+            if DROPOUT:
+                dx = tl.where(keep(seed_ptr, row * N + cols, p), dx / (1 - p), 0.0)
+            tl.store(dbranch_ptr + row * N + cols, dx.to(dbranch_ptr.dtype.element_ty), mask)
+    tl.store(partial_ptr + program * N + cols, dweight, mask)
+    tl.store(partial_ptr + (programs + program) * N + cols, dbias, mask)
+
+
+@triton.jit
+def _reduce(
+    partial_ptr,  # [2, P, N] fp32
+    dweight_ptr,  # [N] out
+    dbias_ptr,  # [N] out, where HAS_BIAS
+    P,
+    N,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    lanes = tl.arange(0, ROWS)
+    dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
+    dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, P, ROWS):
+        offsets = (start + lanes)[:, None] * N + cols[None, :]
+        mask = (start + lanes < P)[:, None] & (cols < N)[None, :]
+        dweight += tl.load(partial_ptr + offsets, mask, other=0.0)
+        if HAS_BIAS:
+            dbias += tl.load(partial_ptr + P * N + offsets, mask, other=0.0)
+    tl.store(dweight_ptr + cols, tl.sum(dweight, 0).to(dweight_ptr.dtype.element_ty), cols < N)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + cols, tl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty), cols < N)
+
+
+# ---- launchers ----
+
+
+def _launch_forward(x, branch, weight, bias, eps, p, seed, dtype):
+    N = x.size(-1)
+    config = configs.layer_norm(N)
+    M = x.numel() // N
+    h = torch.empty(x.shape, dtype=dtype, device=x.device)
+    stream = x if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stats = torch.empty((2, M), dtype=torch.float32, device=x.device)
+    x3, b3 = rows(x), rows(x if branch is None else branch)
+    if M:
+        _forward[(M,)](
+            x3, b3, weight, bias, seed, stream, h, stats, M, x3.size(1), *x3.stride(), *b3.stride(), eps, p,
+            N=N, BLOCK=triton.next_power_of_2(N), HAS_BRANCH=branch is not None, HAS_BIAS=bias is not None,
+            DROPOUT=p > 0, num_warps=config.forward_warps,
+        )  # fmt: skip
+    return stream, h, stats
+
+
+def _launch_backward(dh, dstream, stream, stats, weight, has_bias, p, seed, branch_dtype):
+    N = stream.size(-1)
+    config = configs.layer_norm(N)
+    M = stream.numel() // N
+    dx = torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
+    has_branch = branch_dtype is not None
+    dbranch = torch.empty(stream.shape, dtype=branch_dtype, device=stream.device) if has_branch else dx
+    programs = min(M, PROGRAMS)
+    partial = torch.empty((2, programs, N), dtype=torch.float32, device=stream.device)
+    dweight = torch.empty_like(weight)
+    dbias = torch.empty_like(weight) if has_bias else None
+    h3, s3 = rows(dh), rows(stream)
+    d3 = h3 if dstream is None else rows(dstream)
+    if M:
+        _backward[(programs,)](
+            h3, d3, s3, stats, weight, seed, dx, dbranch, partial,
+            M, h3.size(1), *h3.stride(), *d3.stride(), *s3.stride(), p,
+            N=N, BLOCK=triton.next_power_of_2(N), HAS_DSTREAM=dstream is not None, HAS_BRANCH=has_branch,
+            DROPOUT=p > 0, num_warps=config.backward_warps,
+        )  # fmt: skip
+    _reduce[(triton.cdiv(N, config.reduce_columns),)](
+        partial, dweight, dbias, programs, N, ROWS=config.reduce_rows, COLUMNS=config.reduce_columns, HAS_BIAS=has_bias
+    )
+    return dx, dbranch, dweight, dbias
+
+
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(h [..., C] in dtype, mean and rstd [2, rows] fp32) of x [..., C]."""
+    return _launch_forward(x, None, weight, bias, eps, 0.0, None, dtype)[1:]
+
+
+def layer_norm_bwd(
+    dh: Tensor, x: Tensor, stats: Tensor, weight: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias); dbias is empty without a bias."""
+    dx, _, dweight, dbias = _launch_backward(dh, None, x, stats, weight, has_bias, 0.0, None, None)
+    return dx, dweight, weight.new_empty(0) if dbias is None else dbias
+
+
+def add_layer_norm_fwd(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float, p: float, seed: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(stream [..., C] in x's dtype, h [..., C] in dtype, mean and rstd [2, rows] fp32) of x and branch [..., C]."""
+    return _launch_forward(x, branch, weight, bias, eps, p, seed, dtype)
+
+
+def add_layer_norm_bwd(
+    dh: Tensor, dstream: Tensor | None, stream: Tensor, stats: Tensor, weight: Tensor, has_bias: bool,
+    p: float, seed: Tensor | None, branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx in the stream's dtype, dbranch in branch_dtype, dweight, dbias); dbias is empty without a bias."""
+    *grads, dbias = _launch_backward(dh, dstream, stream, stats, weight, has_bias, p, seed, branch_dtype)
+    return *grads, weight.new_empty(0) if dbias is None else dbias
+
+
+# ---- what torch needs to know ----
+
+
+def _statistics(x):
+    return x.new_empty((2, x.numel() // x.size(-1)), dtype=torch.float32)
+
+
+def _like(x, dtype):
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _fake_bias(weight, has_bias):
+    return torch.empty_like(weight) if has_bias else weight.new_empty(0)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, *_ = inputs
+    _, stats = output
+    ctx.save_for_backward(x, stats, weight)
+    ctx.has_bias = bias is not None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(stats)
+
+
+def _gradients(launch, ctx, dh, *_):
+    x, stats, weight = ctx.saved_tensors
+    if dh is None:
+        return (None,) * 5
+    dx, dweight, dbias = launch(dh, x, stats, weight, ctx.has_bias)
+    return dx, dweight, dbias if ctx.has_bias else None, None, None
+
+
+def _add_setup(ctx, inputs, output):
+    _, branch, weight, bias, _, p, seed, _ = inputs
+    stream, _, stats = output
+    ctx.save_for_backward(stream, stats, weight, seed)
+    ctx.has_bias, ctx.p, ctx.branch_dtype = bias is not None, p, branch.dtype
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(stats)
+
+
+def _add_gradients(launch, ctx, dstream, dh, *_):
+    stream, stats, weight, seed = ctx.saved_tensors
+    if dh is None:  # h went unused: zeros of stride 0 cost nothing
+        dh = stream.new_zeros(1).expand(stream.shape)
+    dx, dbranch, dweight, dbias = launch(
+        dh, dstream, stream, stats, weight, ctx.has_bias, ctx.p, seed, ctx.branch_dtype
+    )
+    return dx, dbranch, dweight, dbias if ctx.has_bias else None, None, None, None, None
+
+
+_layer_norm = Op(
+    "layer_norm",
+    layer_norm_fwd,
+    lambda x, weight, bias, eps, dtype: (_like(x, dtype), _statistics(x)),
+    layer_norm_bwd,
+    lambda dh, x, stats, weight, has_bias: (
+        _like(x, x.dtype), torch.empty_like(weight), _fake_bias(weight, has_bias)
+    ),
+    _setup,
+    _gradients,
+)  # fmt: skip
+_add_layer_norm = Op(
+    "add_layer_norm",
+    add_layer_norm_fwd,
+    lambda x, branch, weight, bias, eps, p, seed, dtype: (_like(x, x.dtype), _like(x, dtype), _statistics(x)),
+    add_layer_norm_bwd,
+    lambda dh, dstream, stream, stats, weight, has_bias, p, seed, branch_dtype: (
+        _like(stream, stream.dtype), _like(stream, branch_dtype), torch.empty_like(weight), _fake_bias(weight, has_bias)
+    ),
+    _add_setup,
+    _add_gradients,
+)  # fmt: skip
+
+
+def layer_norm(x, weight, bias=None, eps=1e-5):
+    """LayerNorm over the last dimension of x [..., C], C to 8192; weight [C], bias [C] or None.
+
+    The answer is in autocast's dtype where that is on, else in x's. Raises ValueError for a shape it does not take.
+    """
+    return _layer_norm(x, weight, bias, eps, compute_dtype(x))[0]
+
+
+def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, dropout_p=0.0, seed=None):
+    """(x + dropout(branch), its LayerNorm), each [..., C]: the first in x's dtype, the second as `layer_norm`'s.
+
+    seed is an int64 tensor of one element, needed for dropout. Raises ValueError for shapes that do not match.
+    """
+    if x.shape != branch.shape:
+        raise ValueError(f"add_layer_norm: a branch of {tuple(branch.shape)} for a stream of {tuple(x.shape)}")
+    check_seed(dropout_p, seed)
+    return _add_layer_norm(x, branch, weight, bias, eps, dropout_p, seed, compute_dtype(x))[:2]
