@@ -75,12 +75,12 @@ class TrainConfig(Settings):
     # data
     dataset: str = Field("openwebtext", description="data/NAME, a folder, or python-stdlib (embedded)")
     gradient_accumulation_steps: int = Field(40, gt=0, description="micro-steps of an iteration, over all GPUs")
-    batch_size: int = Field(12, gt=0, description="sequences of a micro-step")
-    block_size: int = Field(1024, gt=0, description="tokens of a sequence")
+    batch_size: int = Field(12, gt=0, le=2**24, description="sequences of a micro-step")
+    block_size: int = Field(1024, gt=0, le=2**24, description="tokens of a sequence")
     # model
-    n_layer: int = Field(12, gt=0, description="number of blocks")
-    n_head: int = Field(12, gt=0, description="attention heads; divides n_embd")
-    n_embd: int = Field(768, gt=0, description="width of the model")
+    n_layer: int = Field(12, gt=0, le=10_000, description="number of blocks")
+    n_head: int = Field(12, gt=0, le=2**20, description="attention heads; divides n_embd")
+    n_embd: int = Field(768, gt=0, le=2**20, description="width of the model")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability; 0 for pretraining, 0.1 and up for finetuning")
     bias: bool = Field(False, description="biases in Linears and LayerNorms")
     # AdamW
@@ -105,8 +105,8 @@ class TrainConfig(Settings):
     preset: Preset = Field("", description="base that the other flags change: " + ", ".join(get_args(Preset)[1:]))
     train_data: str = Field("", description="token file or glob in place of the dataset's train.bin")
     val_data: str = Field("", description="token file or glob in place of the dataset's val.bin")
-    seed: int = Field(1337, ge=0, description="random seed; nanoGPT's is 1337")
-    eval_seed: int | None = Field(None, ge=0, description="seed of the evaluation batches; None: drawn among the training batches, as in nanoGPT")
+    seed: int = Field(1337, ge=0, lt=2**63, description="random seed; nanoGPT's is 1337")
+    eval_seed: int | None = Field(None, ge=0, lt=2**63, description="seed of the evaluation batches; None: drawn among the training batches, as in nanoGPT")
     peak_flops: float | None = Field(None, gt=0, description="peak FLOP/s that MFU is counted against; None: looked up by GPU")
     sample_tokens: int = Field(0, ge=0, description="tokens of text to sample at the end")
 
@@ -126,7 +126,7 @@ class SampleConfig(Settings):
     max_new_tokens: int = Field(500, gt=0, description="tokens of each sample")
     temperature: float = Field(0.8, ge=0, description="below 1 less random, above 1 more; 0 takes the likeliest token")
     top_k: int = Field(200, ge=0, description="sample among the so many likeliest tokens; 0: among all")
-    seed: int = Field(1337, ge=0, description="random seed")
+    seed: int = Field(1337, ge=0, lt=2**63, description="random seed")
     device: str = Field("cuda", description="cuda, cuda:1, cpu, mps")
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype on CUDA")
     compile: bool = Field(False, description="torch.compile the full forward; steps on cached keys and values stay eager")
@@ -302,6 +302,8 @@ def nearest(schema, name, value):
             number = max(number, bound.gt + step)
         if hasattr(bound, "ge"):
             number = max(number, bound.ge)
+        if hasattr(bound, "le"):
+            number = min(number, bound.le)
         if hasattr(bound, "lt"):
             number = min(number, bound.lt - step)
     return kind(number)

@@ -48,7 +48,9 @@ def check_device(device):
     try:
         kind = torch.device(device).type
     except RuntimeError:
-        raise UserError(f"--device={device}: there is no such device; write cuda, cuda:1, cpu or mps") from None
+        kind = None
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device={device}: there is no such device; write cuda, cuda:1, cpu or mps")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"--device={device}: PyTorch finds no CUDA GPU here; train with --device=cpu --compile=False, or mend the driver"

@@ -160,6 +160,7 @@ def test_a_config_file_is_never_run(tmp_path, monkeypatch, line):
         (["--dtype=bf16"], ["--dtype", "'bf16'", "'bfloat16'"]),
         (["--compile=yes"], ["--compile", "'yes'", "True"]),
         (["--compile=0"], ["--compile", "0", "False"]),
+        (["--n_layer=99999999999999"], ["--n_layer", "99999999999999", "10000"]),
         (["--dropout=1.5"], ["--dropout", "1.5", "less than 1"]),
         (["--learning_rate=-1"], ["--learning_rate", "-1", "0"]),
         (["--learning_rate=1e999"], ["--learning_rate", "inf", "finite"]),
