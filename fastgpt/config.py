@@ -102,6 +102,7 @@ class TrainConfig(Settings):
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype on CUDA; float16 scales the loss")
     compile: bool = Field(True, description="torch.compile the model")
     # fastgpt's own
+    kernels: str = Field("torch", description="torch, triton, or by op as layer_norm=triton")
     preset: Preset = Field("", description="base that the other flags change: " + ", ".join(get_args(Preset)[1:]))
     train_data: str = Field("", description="token file or glob in place of the dataset's train.bin")
     val_data: str = Field("", description="token file or glob in place of the dataset's val.bin")

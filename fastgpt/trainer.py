@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, metrics, optim, tokenizer
+from fastgpt import data, distributed, metrics, ops, optim, tokenizer
 from fastgpt.config import UserError
 from fastgpt.model import GPT
 from fastgpt.step import evaluate, train_step
@@ -40,6 +40,7 @@ class Run:
             check_writable(cfg.out_dir)
         self.wandb = import_wandb() if cfg.wandb_log and world.is_main else None
 
+        ops.use(cfg.kernels)
         torch.manual_seed(cfg.seed + world.rank)
         self.autocast = nullcontext()  # on the CPU and mps float32, as in nanoGPT
         if self.cuda:

@@ -37,6 +37,13 @@ class Op:
         return self.custom(*args) if torch.compiler.is_compiling() else self.function.apply(*args)
 
 
+def can_run(x):
+    """Whether Triton can run on x's device: an NVIDIA GPU from sm_80 on, or the CPU through the interpreter."""
+    if x.is_cuda:
+        return torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return x.device.type == "cpu" and triton.knobs.runtime.interpret
+
+
 def compute_dtype(x):
     """The dtype that an op answers in: autocast's where it is on for x's device, else x's own."""
     kind = x.device.type

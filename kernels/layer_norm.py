@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import Op, check_seed, compute_dtype, keep, rows
+from fastgpt.kernels.common import Op, can_run, check_seed, compute_dtype, keep, rows
 
 # Rows are shared by a fixed number of programs, so that the order of the sums does not depend on the GPU: about four a
 # SM on an H100, and 3 MB of partial sums at C = 768.
@@ -54,6 +54,7 @@ def _forward(
     stride_bn,
     eps,
     p,
+    scale,  # 1 / (1 - p)
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
@@ -69,7 +70,7 @@ def _forward(
         branch_ptrs = branch_ptr + b * stride_bb + t * stride_bt + cols * stride_bn
         branch = tl.load(branch_ptrs, mask, other=0.0).to(tl.float32)
         if DROPOUT:
-            branch = tl.where(keep(seed_ptr, row * N + cols, p), branch / (1 - p), 0.0)
+            branch = tl.where(keep(seed_ptr, row * N + cols, p), branch * scale, 0.0)
         # Normalised is what is stored, rounding included: the backward reads no other.
         x = (x + branch).to(stream_ptr.dtype.element_ty)
         tl.store(stream_ptr + row * N + cols, x, mask)
@@ -108,6 +109,7 @@ def _backward(
     stride_st,
     stride_sn,
     p,
+    scale,  # 1 / (1 - p)
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_DSTREAM: tl.constexpr,
@@ -117,7 +119,8 @@ def _backward(
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK)
     mask = cols < N
-    weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
+    if BLOCK <= 4096:
+        weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
     for i in range(tl.cdiv(M - program, programs)):
@@ -127,6 +130,8 @@ def _backward(
         x = tl.load(stream_ptr + b * stride_sb + t * stride_st + cols * stride_sn, mask, other=0.0).to(tl.float32)
         rstd = tl.load(stats_ptr + M + row)
         xhat = tl.where(mask, (x - tl.load(stats_ptr + row)) * rstd, 0.0)
+        if BLOCK > 4096:  # read again for every row, from L1: kept, it would spill
+            weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
         dweight += dh * xhat
         dbias += dh
         g = dh * weight
@@ -137,7 +142,7 @@ def _backward(
         tl.store(dx_ptr + row * N + cols, dx.to(dx_ptr.dtype.element_ty), mask)
         if HAS_BRANCH:
             if DROPOUT:
-                dx = tl.where(keep(seed_ptr, row * N + cols, p), dx / (1 - p), 0.0)
+                dx = tl.where(keep(seed_ptr, row * N + cols, p), dx * scale, 0.0)
             tl.store(dbranch_ptr + row * N + cols, dx.to(dbranch_ptr.dtype.element_ty), mask)
     tl.store(partial_ptr + program * N + cols, dweight, mask)
     tl.store(partial_ptr + (programs + program) * N + cols, dbias, mask)
@@ -182,7 +187,7 @@ def _launch_forward(x, branch, weight, bias, eps, p, seed, dtype):
     x3, b3 = rows(x), rows(x if branch is None else branch)
     if M:
         _forward[(M,)](
-            x3, b3, weight, bias, seed, stream, h, stats, M, x3.size(1), *x3.stride(), *b3.stride(), eps, p,
+            x3, b3, weight, bias, seed, stream, h, stats, M, x3.size(1), *x3.stride(), *b3.stride(), eps, p, 1 / (1 - p),
             N=N, BLOCK=triton.next_power_of_2(N), HAS_BRANCH=branch is not None, HAS_BIAS=bias is not None,
             DROPOUT=p > 0, num_warps=config.forward_warps,
         )  # fmt: skip
@@ -205,7 +210,7 @@ def _launch_backward(dh, dstream, stream, stats, weight, has_bias, p, seed, bran
     if M:
         _backward[(programs,)](
             h3, d3, s3, stats, weight, seed, dx, dbranch, partial,
-            M, h3.size(1), *h3.stride(), *d3.stride(), *s3.stride(), p,
+            M, h3.size(1), *h3.stride(), *d3.stride(), *s3.stride(), p, 1 / (1 - p),
             N=N, BLOCK=triton.next_power_of_2(N), HAS_DSTREAM=dstream is not None, HAS_BRANCH=has_branch,
             DROPOUT=p > 0, num_warps=config.backward_warps,
         )  # fmt: skip
@@ -319,6 +324,11 @@ _add_layer_norm = Op(
     _add_setup,
     _add_gradients,
 )  # fmt: skip
+
+
+def takes(x):
+    """Whether these kernels can take x: on a GPU from sm_80 on or in the interpreter, and rows that are not too wide."""
+    return can_run(x) and x.size(-1) <= configs.LAYER_NORM[-1].max_width
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):

@@ -1,10 +1,15 @@
 """What the tests share: a folder of their own as the working directory, a small dataset, and the command line in-process."""
 
+import os
 import pickle
 
 import numpy as np
 import pytest
 import torch
+
+# Without a GPU the kernels run in Triton's interpreter; it is chosen when they are first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from fastgpt.cli import main
 

@@ -1,8 +1,8 @@
 """layer_norm and add_layer_norm, through Triton's interpreter or on a GPU, against fp64 by the three-way rule."""
 
 import pytest
-import torch
 import three_way
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -75,7 +75,7 @@ def test_widths(N, dtype, bias):
     check((2, 3, N), dtype, bias)
 
 
-@pytest.mark.parametrize("T", [1, 17, 63, 64, 65, 100, 128, 1023])
+@pytest.mark.parametrize("T", [1, 17, 63, 64, 65, 100, 128] + [1023] * (DEVICE == "cuda"))
 def test_lengths(T):
     check((1, T, 48) if DEVICE == "cpu" else (3, T, 768), torch.float16)
 
@@ -87,7 +87,7 @@ def test_wide_rows(N):
 
 def test_more_rows_than_programs():
     """Each program then takes several rows, and the last ones fewer than the first."""
-    check((3, 200, 24), torch.float32)
+    check((2, 260, 24), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,7 +139,11 @@ def test_gradients_that_are_missing_or_of_stride_zero(used):
     results = []
     for f in (lambda: add_layer_norm(x, branch, weight), lambda: reference(torch.float32)(x, branch, weight, None)):
         stream, h = f()
-        loss = {"stream": lambda: stream.square().sum(), "h": lambda: h.square().sum(), "both expanded": lambda: stream.sum() + h.sum()}[used]()  # noqa: B023
+        loss = {
+            "stream": lambda: stream.square().sum(),
+            "h": lambda: h.square().sum(),
+            "both expanded": lambda: stream.sum() + h.sum(),
+        }[used]()
         results.append(torch.autograd.grad(loss, [x, branch, weight], allow_unused=True, materialize_grads=True))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -149,8 +153,10 @@ def test_layer_norm_alone():
     for dtype in DTYPES:
         x, weight, bias = randn(2, 5, 130), randn(130, shift=1.0), randn(130)
         three_way.hold(
-            lambda *a: (_layer_norm(*a, 1e-5, dtype)[0],),  # noqa: B023
-            lambda x, w, b: (F.layer_norm(x, w.shape, w, b, 1e-5).to(torch.float64 if x.dtype == torch.float64 else dtype),),  # noqa: B023
+            lambda *a: (_layer_norm(*a, 1e-5, dtype)[0],),
+            lambda x, w, b: (
+                F.layer_norm(x, w.shape, w, b, 1e-5).to(torch.float64 if x.dtype == torch.float64 else dtype),
+            ),
             [x, weight, bias],
             [randn(2, 5, 130, dtype=dtype)],
             ["h", "dx", "dweight", "dbias"],
@@ -158,15 +164,15 @@ def test_layer_norm_alone():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 70), st.booleans(), st.sampled_from([0.0, 0.5]))
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(8, 70), st.booleans(), st.sampled_from([0.0, 0.5]))
 def test_any_shape(B, T, N, bias, p):
     check((B, T, N), torch.float32, bias, p)
 
 
 def test_backward_is_the_same_bits_every_time():
-    x, branch, weight, bias = randn(2, 300, 33), randn(2, 300, 33), randn(33), randn(33)
+    x, branch, weight, bias = randn(2, 260, 33), randn(2, 260, 33), randn(33), randn(33)
     runs = []
-    for _ in range(20 if DEVICE == "cuda" else 3):  # the interpreter has one order only
+    for _ in range(20 if DEVICE == "cuda" else 2):  # the interpreter has one order only
         leaves = [t.detach().requires_grad_() for t in (x, branch, weight, bias)]
         stream, h = add_layer_norm(*leaves)
         (stream.sin() + h.cos()).sum().backward()
@@ -210,7 +216,9 @@ def test_rows_beyond_two_to_the_31_elements():
     x = far.as_strided((2, N), (gap, 1))
     x.copy_(randn(2, N, dtype=torch.float16))
     weight = randn(N)
-    torch.testing.assert_close(layer_norm(x, weight).float(), F.layer_norm(x.float(), (N,), weight), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        layer_norm(x, weight).float(), F.layer_norm(x.float(), (N,), weight), rtol=1e-2, atol=1e-2
+    )
 
 
 ARGS = {

@@ -1,6 +1,6 @@
 """The rule that a kernel is held to: against fp64, at most twice the error of the same maths in PyTorch at the same dtypes.
 
-The floor is one unit in the last place of the largest element: where PyTorch happens to be exact, rounding once is no fault.
+The floor is four units in the last place of the largest element: on few elements PyTorch's own error may be near nothing.
 """
 
 import torch
@@ -12,7 +12,7 @@ def within(kernel, torch_same, exact, what):
     assert kernel.shape == exact.shape, f"{what}: shape {tuple(kernel.shape)}, not {tuple(exact.shape)}"
     assert not kernel.isnan().any(), f"{what}: nan (an element was never written, or the maths failed)"
     error, allowed = ((t.double() - exact).abs().max().item() if t.numel() else 0.0 for t in (kernel, torch_same))
-    floor = torch.finfo(kernel.dtype).eps * (exact.abs().max().item() if exact.numel() else 0.0)
+    floor = 4 * torch.finfo(kernel.dtype).eps * (exact.abs().max().item() if exact.numel() else 0.0)
     assert error <= 2 * allowed + floor, f"{what}: error {error:.3g}, PyTorch's {allowed:.3g}, floor {floor:.3g}"
 
 
@@ -33,7 +33,9 @@ def hold(op, reference, inputs, grads, names):
             leaf = x.detach().double() if kind == "exact" else x.detach()
             args.append(leaf.requires_grad_())
         outputs = f(*args)
-        pairs = [(o, g.double() if kind == "exact" else g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+        pairs = [
+            (o, g.double() if kind == "exact" else g) for o, g in zip(outputs, grads, strict=True) if g is not None
+        ]
         torch.autograd.backward(*zip(*pairs, strict=True))
         results[kind] = [o.detach() for o in outputs] + [a.grad for a in args if torch.is_tensor(a) and a.requires_grad]
     assert len(names) == len(results["kernel"])
