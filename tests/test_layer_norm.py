@@ -210,15 +210,13 @@ def test_the_mask_is_a_host_philoxs():
 
 
 def test_rows_beyond_two_to_the_31_elements():
-    """A stride so large that the second row's offset overflows an int32; the row before it lies where that would wrap to."""
-    N, gap = 16, 2**31 + 64
-    far = torch.zeros(gap + N, dtype=torch.float16, device=DEVICE)  # 4 GiB, of which a CPU touches two pages
-    x = far.as_strided((2, N), (gap, 1))
-    x.copy_(randn(2, N, dtype=torch.float16))
+    """A stride that fits an int32, and a row whose offset by it does not: wrapped, it would be read from elsewhere."""
+    N, stride = 16, 2**30
+    far = torch.zeros(2 * stride + N, dtype=torch.float16, device=DEVICE)  # 4 GiB, of which a CPU touches three pages
+    x = far.as_strided((3, N), (stride, 1))
+    x.copy_(randn(3, N, dtype=torch.float16))
     weight = randn(N)
-    torch.testing.assert_close(
-        layer_norm(x, weight).float(), F.layer_norm(x.float(), (N,), weight), rtol=1e-2, atol=1e-2
-    )
+    torch.testing.assert_close(layer_norm(x, weight).float(), F.layer_norm(x.float(), (N,), weight), rtol=1e-2, atol=1e-2)
 
 
 ARGS = {
