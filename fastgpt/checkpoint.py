@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.config import MODEL_SIZES, GPTConfig, UserError
+from fastgpt.config import MODEL_SIZES, GPTConfig, TrainConfig, UserError, check_value
 from fastgpt.model import GPT
 
 
@@ -30,9 +30,11 @@ def save(checkpoint, out_dir):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:  # on a full disk torch's writer raises a RuntimeError
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); the last checkpoint is as it was") from None
+    finally:
         part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({e.strerror}); the last checkpoint is as it was") from None
 
 
 def load(out_dir, device="cpu"):
@@ -54,10 +56,16 @@ def load(out_dir, device="cpu"):
 
 def shape(checkpoint, out_dir):
     """The GPTConfig of a checkpoint. Raises UserError where its model_args are no such thing."""
+    path = checkpoint_path(out_dir)
     try:
-        return GPTConfig(**checkpoint["model_args"])
+        config = GPTConfig(**checkpoint["model_args"])
     except TypeError as e:
-        raise UserError(f"{checkpoint_path(out_dir)}: its model_args are not a GPT's: {e}") from None
+        raise UserError(f"{path}: its model_args are not a GPT's: {e}") from None
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout"):
+        check_value(TrainConfig, name, getattr(config, name), f"{path}: {name}")
+    if type(config.vocab_size) is not int or not 0 < config.vocab_size < 2**31:
+        raise UserError(f"{path}: its vocab_size={config.vocab_size!r} is no number of tokens")
+    return config
 
 
 def build_model(checkpoint, out_dir, dropout=None):
@@ -67,12 +75,22 @@ def build_model(checkpoint, out_dir, dropout=None):
     try:
         model = GPT(config)
         model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()})
-    except (ValueError, RuntimeError) as e:
+    except (ValueError, RuntimeError, AttributeError, TypeError) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(
             f"{checkpoint_path(out_dir)}: its weights are of another shape than its model_args: {reason}"
         ) from None
     return model
+
+
+def check_dataset(checkpoint, cfg, meta):
+    """Raise UserError where a run is resumed on another tokenizer's data: its weights would be read as other text."""
+    if "fastgpt" in checkpoint and checkpoint["fastgpt"].get("meta") != meta:
+        was = checkpoint.get("config", {}).get("dataset")
+        raise UserError(
+            f"--dataset={cfg.dataset}: its tokens are not those that {checkpoint_path(cfg.out_dir)} was trained on "
+            f"({was}); give --dataset={was}, or train from scratch"
+        )
 
 
 def keep_shape(checkpoint, cfg, given):
@@ -99,7 +117,7 @@ def keep_shape(checkpoint, cfg, given):
 def pretrained(name, dropout):
     """GPT.from_pretrained of a GPT-2 size or a local folder, with what can go wrong as a UserError."""
     if name not in MODEL_SIZES and not Path(name).is_dir():
-        near = difflib.get_close_matches(name, ["scratch", "resume", *MODEL_SIZES], n=1, cutoff=0)[0]
+        near = difflib.get_close_matches(name, ["resume", *MODEL_SIZES], n=1, cutoff=0)[0]
         raise UserError(f"--init_from={name}: neither a known name nor a folder; the nearest name is {near!r}")
     try:
         return GPT.from_pretrained(name, dict(dropout=dropout))

@@ -18,8 +18,10 @@ fastgpt COMMAND --help lists every flag with its default.
 def main(argv=None):
     """Run a command line; the exit status."""
     command, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if int(os.environ.get("RANK", 0)) > 0:  # under torchrun, one process speaks for all
+    if os.environ.get("RANK", "0") != "0":  # under torchrun, one process speaks for all
         sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # text that the terminal cannot show is no reason to stop
     try:
         if command == "train":
             from fastgpt.trainer import train
@@ -42,10 +44,12 @@ def main(argv=None):
         else:
             raise UserError(f"there is no command {command!r}; fastgpt --help lists them")
     except UserError as e:
-        print(f"fastgpt: error: {e}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+        print(f"fastgpt: {rank}error: {e}".replace("\n", " "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nfastgpt: interrupted; --init_from=resume goes on from the last checkpoint saved", file=sys.stderr)
+        hint = "; --init_from=resume goes on from the last checkpoint saved" if command == "train" else ""
+        print(f"\nfastgpt: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 

@@ -180,9 +180,12 @@ def preset(name):
     return {}
 
 
+QUICKSTART_OUT = "out-quickstart"
+
+
 def quickstart():
     """A run on text that every machine has, sized to the machine at hand."""
-    common = dict(dataset="python-stdlib", out_dir="out-quickstart", sample_tokens=400, log_interval=20)
+    common = dict(dataset="python-stdlib", out_dir=QUICKSTART_OUT, sample_tokens=400, log_interval=20)
     if torch.cuda.is_available():  # nanoGPT's shakespeare_char size; the corpus is ten times as large, so no dropout
         return dict(
             SHAKESPEARE_CHAR | common, dropout=0.0, always_save_checkpoint=True,
@@ -234,23 +237,22 @@ def train_base(given, has_file):
     """The values that a training run's files and flags change: the preset's over nanoGPT's defaults, or quickstart's
     where nothing says what is to be trained."""
     named = has_file or given.keys() & {"preset", "dataset", "train_data"}
-    return preset(given.get("preset", "") if named else "quickstart")
+    start = given.get("init_from", "scratch")
+    # Another run's checkpoint, or GPT-2's, is not to go on with the quickstart's text and settings.
+    own = start == "scratch" or (start == "resume" and given.get("out_dir", QUICKSTART_OUT) == QUICKSTART_OUT)
+    return preset("quickstart" if own and not named else given.get("preset", ""))
 
 
 def parse_train(argv, prog="train.py"):
     """(TrainConfig, names given) from command-line words; see `parse`.
 
-    Without a config file, --preset, --dataset or --train_data the base is the preset quickstart; with any of them
-    it is nanoGPT's defaults under the preset.
+    Without a config file, --preset, --dataset or --train_data, and without another run's or GPT-2's weights to start
+    from, the base is the preset quickstart; else it is nanoGPT's defaults under the preset.
     """
     cfg, given = parse(TrainConfig, argv, prog, train_base)
     if cfg.n_embd % cfg.n_head:
         near = min((h for h in range(1, cfg.n_embd + 1) if cfg.n_embd % h == 0), key=lambda h: abs(h - cfg.n_head))
         raise UserError(f"--n_head={cfg.n_head} does not divide n_embd={cfg.n_embd}; the nearest that does is {near}")
-    if cfg.decay_lr and cfg.lr_decay_iters < cfg.warmup_iters:
-        raise UserError(
-            f"--lr_decay_iters={cfg.lr_decay_iters} is before the end of the warm-up, warmup_iters={cfg.warmup_iters}"
-        )
     return cfg, given
 
 
@@ -260,7 +262,7 @@ def from_text(schema, name, text):
         return text
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -344,7 +346,7 @@ def read_config(path, schema, known):
     if path.endswith(".toml"):
         try:
             found = {key: (value, path) for key, value in tomllib.loads(text).items()}
-        except tomllib.TOMLDecodeError as e:
+        except (tomllib.TOMLDecodeError, RecursionError) as e:
             raise UserError(f"{path}: not TOML: {e}") from None
     else:
         found = read_assignments(path, text, known, schema.model_fields)
@@ -360,7 +362,7 @@ def read_assignments(path, text, known, settings):
     """
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError) as e:
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
         raise UserError(f"{path}, line {getattr(e, 'lineno', None) or 1}: not Python: {getattr(e, 'msg', e)}") from None
     known, found = dict(known), {}
     for node in tree.body:
@@ -378,7 +380,10 @@ def read_assignments(path, text, known, settings):
         )
         if not targets or not all(isinstance(t, ast.Name) for t in targets) or node.value is None:
             raise UserError(f"{where}: a config file is read, not run: only assignments `name = value` may stand in it")
-        value = evaluate(node.value, known, where)
+        try:
+            value = evaluate(node.value, known, where)
+        except (TypeError, ValueError, ArithmeticError, RecursionError) as e:
+            raise UserError(f"{where}: {e}") from None
         for target in targets:
             known[target.id] = value
             found[target.id] = (value, where)
@@ -402,18 +407,17 @@ def evaluate(node, known, where):
         and not node.keywords
     ):
         return str(evaluate(node.args[0], known, where))
-    try:
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd, ast.Not)):
-            value = evaluate(node.operand, known, where)
-            return not value if isinstance(node.op, ast.Not) else -value if isinstance(node.op, ast.USub) else +value
-        if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
-            left, right = evaluate(node.left, known, where), evaluate(node.right, known, where)
-            # Text is only ever added to, and powers stay small: a file must not be able to fill the memory.
-            text = isinstance(left, str) or isinstance(right, str)
-            if (not text or isinstance(node.op, ast.Add)) and not (isinstance(node.op, ast.Pow) and abs(right) > 64):
-                return BINARY[type(node.op)](left, right)
-    except (TypeError, ArithmeticError) as e:
-        raise UserError(f"{where}: {ast.unparse(node)}: {e}") from None
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd, ast.Not)):
+        value = evaluate(node.operand, known, where)
+        return not value if isinstance(node.op, ast.Not) else -value if isinstance(node.op, ast.USub) else +value
+    if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
+        left, right = evaluate(node.left, known, where), evaluate(node.right, known, where)
+        # Text is only ever added to, and no value grows large: a file must not be able to fill the memory.
+        text = isinstance(left, str) or isinstance(right, str)
+        if (not text or isinstance(node.op, ast.Add)) and not (isinstance(node.op, ast.Pow) and abs(right) > 64):
+            value = BINARY[type(node.op)](left, right)
+            if (len(value) if isinstance(value, str) else abs(value) / 2**50) < 10_000:
+                return value
     raise UserError(
         f"{where}: {ast.unparse(node)!r} is not read: a value is made of literals, arithmetic, earlier names and str(time.time())"
     )

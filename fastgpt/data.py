@@ -19,6 +19,7 @@ from fastgpt.prepare import EMBEDDED, embedded_folder, prepare_embedded
 
 # llm.c's shards: the first two of 256 int32s, and the tokens that follow (dev/data/data_common.py there).
 SHARD_KINDS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
+MAGICS = {magic for magic, _ in SHARD_KINDS}
 HEADER_BYTES = 1024
 
 
@@ -48,15 +49,19 @@ class Tokens:
             ) from None
         except ValueError:  # shorter than 12 bytes and no multiple of 4: no header
             head = ()
-        # Tokens 55432, 308, 1, 0 could open a headerless file too, but 55432 is no GPT-2 token.
-        dtype = SHARD_KINDS.get(tuple(head[:2]))
-        if dtype is not None:
-            expected = HEADER_BYTES + int(head[2]) * dtype.itemsize
+        # Tokens 55432 and 308 could open a headerless file too, but 55432 is no GPT-2 token.
+        if len(head) and head[0] in MAGICS:
+            dtype = SHARD_KINDS.get(tuple(head[:2]))
+            count = int(head[2]) if len(head) > 2 else 0
+            if dtype is None or count <= 0:
+                raise UserError(f"{path}: a shard of an unknown version, or a truncated one; fetch it again")
+            expected = HEADER_BYTES + count * dtype.itemsize
             if size != expected:
                 raise UserError(
-                    f"{path}: the shard's header promises {head[2]:,} tokens, {expected:,} bytes, but the file has {size:,}; fetch it again"
+                    f"{path}: the shard's header promises {count:,} tokens, {expected:,} bytes, "
+                    f"but the file has {size:,}; fetch it again"
                 )
-            return dtype, HEADER_BYTES, int(head[2])
+            return dtype, HEADER_BYTES, count
         dtype = np.dtype("<u4" if self.vocab_size > 65536 else "<u2")
         if size == 0:
             raise UserError(f"{path}: the file is empty; prepare the data again")
@@ -125,15 +130,8 @@ def load_meta(folder):
     try:
         with open(path, "rb") as f:
             meta = PlainUnpickler(f).load()
-        itos = meta.get("itos", {0: ""})
-        if not (
-            type(meta["vocab_size"]) is int
-            and meta["vocab_size"] > 0
-            and all(type(i) is int and type(c) is str for i, c in itos.items())
-        ):
-            raise ValueError("vocab_size or itos is not what it should be")
-        if "tokenizer" not in meta and set(itos) != set(range(len(itos))):
-            raise ValueError("itos does not count from 0 on")
+        if type(meta["vocab_size"]) is not int or meta["vocab_size"] <= 0:
+            raise ValueError(f"vocab_size is {meta['vocab_size']!r}")
     except Exception as e:  # a pickle can fail in any way
         raise UserError(
             f"{path}: not the meta.pkl of a dataset ({type(e).__name__}: {e}); prepare the data again"

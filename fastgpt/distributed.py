@@ -27,13 +27,14 @@ class World:
 
 def init(device, backend):
     """Join the process group that torchrun's environment names, if it does: a World. Raises UserError for an unusable device."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if "RANK" in os.environ and device.startswith("cuda"):
+    parallel = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
+    rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if parallel else (0, 1)
+    if parallel and device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    if parallel:
         backend = "gloo" if backend == "nccl" and device == "cpu" else backend
         if not dist.is_backend_available(backend):
             raise UserError(
@@ -86,9 +87,11 @@ def main_first(world):
     """Let the main process through the block before the others: what it makes on disk is there for them."""
     if world.size > 1 and not world.is_main:
         dist.barrier()
-    yield
-    if world.size > 1 and world.is_main:
-        dist.barrier()
+    try:
+        yield
+    finally:  # after an error too: the others then meet it themselves, and say nothing
+        if world.size > 1 and world.is_main:
+            dist.barrier()
 
 
 def mean(tensor, world):
@@ -110,5 +113,5 @@ def gather(thing, world):
 
 def finish(world):
     """Leave the process group."""
-    if world.size > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -2,13 +2,17 @@
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 
 import torch
 
+from fastgpt.config import UserError
+
 # Dense bf16/fp16 tensor-core peaks with fp32 accumulation, FLOP/s, from NVIDIA's data sheets (GeForce: the
-# architecture white papers). The first name that the GPU's name contains counts.
+# architecture white papers). The first name that stands in the GPU's name as
+# whole words counts; a laptop's GPU is another one.
 PEAK_FLOPS = {
     "B300": 2.25e15,
     "B200": 2.25e15,
@@ -43,7 +47,8 @@ def peak_flops(device, dtype):
     if not str(device).startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)
-    peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+    found = (peak for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name) and "Laptop" not in name)
+    peak = next(found, None)
     if peak is None or dtype != "float32":
         return peak
     # TF32 runs at half of bf16's rate from Ampere on; older GPUs have none, and their fp32 is not in the table.
@@ -58,7 +63,10 @@ class MetricsFile:
         self.path = Path(out_dir) / "metrics.jsonl"
         # Of an earlier run that this one goes on from, what came after its checkpoint will come again.
         kept = [r for r in read_metrics(self.path) if r["iter"] < keep_before]
-        self.file = open(self.path, "w", encoding="utf-8", buffering=1)  # line by line, so that it can be followed
+        try:
+            self.file = open(self.path, "w", encoding="utf-8", buffering=1)  # line by line, so that it can be followed
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot be written ({e.strerror}); give another --out_dir") from None
         for record in kept:
             self.write(**record)
 
@@ -73,12 +81,14 @@ class MetricsFile:
 def read_metrics(path):
     """The records of a metrics.jsonl, in order; a last line cut short by a crash is left out."""
     records = []
-    if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+    if Path(path).is_file():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if isinstance(record, dict) and isinstance(record.get("iter"), int):
+                records.append(record)
     return records
 
 

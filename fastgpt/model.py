@@ -240,11 +240,11 @@ class GPT(nn.Module):
         return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, allowed=None):
         """Continue idx [B,T] (T >= 1) by max_new_tokens sampled tokens: [B, T + max_new_tokens].
 
-        temperature 0 takes the likeliest token; top_k keeps the k likeliest (and ties), None or 0 keeps all; n_vocab
-        allows ids below it only, for a vocabulary that is padded beyond its tokenizer. Call eval() first, as with
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest (and ties), None or 0 keeps all; allowed,
+        bool [V], rules ids out, for a vocabulary that is padded beyond its tokenizer. Call eval() first, as with
         nanoGPT. While the text fits into block_size, the keys and values of earlier tokens are kept; beyond it the
         window slides, every position changes, and each token is computed from the whole window.
         """
@@ -258,15 +258,15 @@ class GPT(nn.Module):
                 new = idx if caches is None else idx[:, -1:]
                 caches = caches or [KVCache(block_size) for _ in self.transformer.h]
                 logits = self.lm_head(self._hidden(new, caches)[:, [-1], :])
-            idx = torch.cat((idx, sample_token(logits[:, -1, :], temperature, top_k, n_vocab)), dim=1)
+            idx = torch.cat((idx, sample_token(logits[:, -1, :], temperature, top_k, allowed)), dim=1)
         return idx
 
 
-def sample_token(logits, temperature=1.0, top_k=None, n_vocab=None):
+def sample_token(logits, temperature=1.0, top_k=None, allowed=None):
     """One token id per row of logits [B,V]: [B,1]. See `GPT.generate`."""
-    if n_vocab is not None:
-        logits = logits[:, :n_vocab]
-    if temperature == 0:
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -float("inf"))
+    if temperature < 1e-6:  # 0, and what would overflow the division
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
     if top_k:

@@ -21,18 +21,22 @@ EMBEDDED = "python-stdlib"
 def prepare(source, tokenizer_name, out, files=None):
     """Write out/train.bin and out/val.bin (the last 10% of the characters), and meta.pkl where nanoGPT has one.
 
-    source is a UTF-8 text file or a folder of them; `files` overrides which of a folder's files are taken. Reads in
-    blocks and tokenizes them in parallel, so memory stays constant. With a tiktoken encoding every file of a folder
-    ends in the end-of-text token. Nothing is left behind on failure. Raises UserError.
+    source is a UTF-8 text file or a folder of them, less hidden files and `out` itself; `files` overrides which are
+    taken. Reads in blocks and tokenizes them in parallel, so memory stays constant. With a tiktoken encoding every file
+    of a folder ends in the end-of-text token. No partial file is left behind on failure. Raises UserError.
     """
     source, out = Path(source), Path(out)
-    files = files or ([source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file()))
+    if source.is_file():
+        files = [source]
+    elif files is None:
+        files = sorted(p for p in source.rglob("*") if p.is_file() and out.resolve() not in p.resolve().parents)
+        files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(source).parts)]
     if not files:
         raise UserError(f"--input={source}: no such file, or a folder without any")
     if tokenizer_name != "chars":
         tokenizer = tokenizers.get_tokenizer(tokenizer_name)  # fails before any work
     files, n_chars, alphabet = survey(files, strict=source.is_file(), alphabet=tokenizer_name == "chars")
-    if n_chars == 0:
+    if n_chars < 2:  # one character each for train and val
         raise UserError(f"--input={source}: there is no text in it (files that are not UTF-8 are passed over)")
     if tokenizer_name == "chars":
         tokenizer = tokenizers.Chars.of(alphabet)
@@ -49,7 +53,8 @@ def prepare(source, tokenizer_name, out, files=None):
             for name in ["meta.pkl"] * (meta is not None) + ["train.bin", "val.bin"]:
                 os.replace(Path(part) / name, out / name)
     except OSError as e:
-        raise UserError(f"{out}: cannot be written ({e.strerror}); give another folder") from None
+        hint = " in the environment variable FASTGPT_CACHE" if out == embedded_folder() else ""
+        raise UserError(f"{out}: cannot be written ({e.strerror}); give another folder{hint}") from None
     for split, count in counts.items():
         print(f"{out / split}.bin: {count:,} tokens")
 

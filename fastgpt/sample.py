@@ -44,15 +44,21 @@ def sample(cfg):
     if cfg.compile:
         model.compile()
     x = torch.tensor([ids], device=cfg.device)
+    allowed = tok.decodable(model.config.vocab_size).to(cfg.device)
     with torch.autocast("cuda", dtype=getattr(torch, cfg.dtype)) if cuda else nullcontext():
         for _ in range(cfg.num_samples):
-            y = model.generate(x, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, n_vocab=tok.n_vocab)
+            try:
+                y = model.generate(x, cfg.max_new_tokens, cfg.temperature, cfg.top_k, allowed)
+            except RuntimeError as e:
+                if "probability tensor" not in str(e):
+                    raise
+                raise UserError(f"{cfg.out_dir}: the model answers nan: its training diverged") from None
             print(f"{tok.decode(y[0].tolist())}\n---------------", flush=True)
 
 
 def find_meta(saved):
     """A checkpoint's own meta, else that of the dataset that its config names; None stands for GPT-2's encoding."""
-    if "fastgpt" in saved:
+    if "meta" in saved.get("fastgpt", {}):
         return saved["fastgpt"]["meta"]
     dataset = saved.get("config", {}).get("dataset")
     meta = data.load_meta(data.dataset_folder(dataset)) if dataset else None

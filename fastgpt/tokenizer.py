@@ -1,12 +1,14 @@
 """Text to token ids and back: bytes, chars, or any of tiktoken's encodings by name.
 
-Each has `n_vocab`, `encode_array(text)` -> integer ids, `encode_prompt(text)` -> list, and `decode(ids)` -> text. A
+Each has `n_vocab`, `encode_array(text)` -> integer ids, `encode_prompt(text)` -> list, `decode(ids)` -> text, and
+`decodable(vocab_size)` -> bool [vocab_size], which ids below that decode to something. A
 data folder's `meta.pkl` says which one made it: {"vocab_size", "stoi", "itos"} for bytes and chars, as in nanoGPT,
 with fastgpt's "tokenizer" beside them; none at all for GPT-2's, again as in nanoGPT.
 """
 
 import numpy as np
 import tiktoken
+import torch
 
 from fastgpt.config import UserError
 
@@ -25,10 +27,21 @@ class Tiktoken:
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def encode_prompt(self, text):
-        return self.encoding.encode(text, allowed_special={END_OF_TEXT} & self.encoding.special_tokens_set)
+        allowed = {END_OF_TEXT} & self.encoding.special_tokens_set
+        return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
     def decode(self, ids):
         return self.encoding.decode(ids)
+
+    def decodable(self, vocab_size):
+        mask = torch.zeros(vocab_size, dtype=torch.bool)
+        for i in range(min(vocab_size, self.n_vocab)):
+            try:
+                self.encoding.decode_single_token_bytes(i)
+            except KeyError:  # some encodings have holes among their last ids
+                continue
+            mask[i] = True
+        return mask
 
     def meta(self):
         # None for gpt2: nanoGPT then pads the vocabulary to 50304, and looks for GPT-2's encoding when it samples.
@@ -59,9 +72,6 @@ class Chars:
         self.itos = itos
         self.stoi = {c: i for i, c in itos.items()}
         self.n_vocab = len(itos)
-        codes = [ord(c) for c in self.stoi]
-        self.table = np.zeros(max(codes, default=0) + 1, dtype=np.uint32)
-        self.table[codes] = list(self.stoi.values())
 
     @classmethod
     def of(cls, chars):
@@ -69,7 +79,10 @@ class Chars:
 
     def encode_array(self, text):
         """Ids of a text all of whose characters are known (prepare has collected them)."""
-        return self.table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)]
+        codes = [ord(c) for c in self.stoi]
+        table = np.zeros(max(codes) + 1, dtype=np.uint32)
+        table[codes] = list(self.stoi.values())
+        return table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)]
 
     def encode_prompt(self, text):
         unknown = sorted(set(text) - self.stoi.keys())
@@ -83,6 +96,9 @@ class Chars:
     def decode(self, ids):
         return "".join(self.itos[i] for i in ids)
 
+    def decodable(self, vocab_size):
+        return torch.tensor([i in self.itos for i in range(vocab_size)])
+
     def meta(self):
         return {"vocab_size": self.n_vocab, "tokenizer": "chars", "itos": self.itos, "stoi": self.stoi}
 
@@ -93,7 +109,7 @@ def get_tokenizer(name):
         return Bytes()
     if name not in tiktoken.list_encoding_names():
         raise UserError(
-            f"--tokenizer={name}: there is none of that name; choose bytes, chars, or one of {', '.join(tiktoken.list_encoding_names())}"
+            f"tokenizer {name}: there is none of that name; choose bytes, chars, or one of {', '.join(tiktoken.list_encoding_names())}"
         )
     try:
         return Tiktoken(tiktoken.get_encoding(name))
@@ -111,5 +127,11 @@ def from_meta(meta):
     """The tokenizer that a dataset's meta.pkl names; GPT-2's where there is none."""
     if meta is None:
         return get_tokenizer("gpt2")
-    name = meta.get("tokenizer", "chars")
-    return Chars(meta["itos"]) if name == "chars" else get_tokenizer(name)
+    name, itos = meta.get("tokenizer", "chars"), meta.get("itos")
+    if name != "chars":
+        return get_tokenizer(name)
+    if not isinstance(itos, dict) or not all(type(i) is int and type(c) is str for i, c in itos.items()):
+        raise UserError(
+            "the dataset's meta.pkl has no `itos` from ids to characters: its tokens cannot be shown as text"
+        )
+    return Chars(itos)

@@ -1,5 +1,6 @@
 """The training loop: nanoGPT's, with its data order, schedule, evaluations and checkpoints."""
 
+import math
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -7,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InductorError
 from tqdm import tqdm
 
 from fastgpt import checkpoint as checkpoints
@@ -21,6 +24,12 @@ def train(cfg, given=frozenset()):
     world = distributed.init(cfg.device, cfg.backend)
     try:
         Run(cfg, given, world).loop()
+    except torch.OutOfMemoryError as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{reason} Take a smaller --batch_size, and more --gradient_accumulation_steps") from None
+    except (BackendCompilerFailed, InductorError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"--compile=True: torch.compile failed ({reason}); give --compile=False") from None
     finally:
         distributed.finish(world)
 
@@ -36,9 +45,7 @@ class Run:
         self.accumulation = distributed.share(cfg.gradient_accumulation_steps, world)
         self.sequences = cfg.gradient_accumulation_steps * cfg.batch_size  # of an iteration, over all processes
         print(f"tokens per iteration will be: {self.sequences * cfg.block_size:,}")
-        if world.is_main:
-            check_writable(cfg.out_dir)
-        self.wandb = import_wandb() if cfg.wandb_log and world.is_main else None
+        self.wandb = import_wandb() if cfg.wandb_log else None
 
         ops.use(cfg.kernels)
         torch.manual_seed(cfg.seed + world.rank)
@@ -49,12 +56,14 @@ class Run:
             self.autocast = torch.autocast("cuda", dtype=getattr(torch, cfg.dtype))
 
         with distributed.main_first(world):
+            check_writable(cfg.out_dir)
             train_tokens, val_tokens, self.meta, vocab_size = data.load_dataset(cfg)
+        if saved:
+            checkpoints.check_dataset(saved, cfg, self.meta)
         self.model = self.build_model(saved, vocab_size).to(world.device)
         for tokens in (train_tokens, val_tokens):
             tokens.vocab_size = min(tokens.vocab_size, self.model.config.vocab_size)
-            if world.is_main:
-                tokens.check_ids()
+            tokens.check_ids()
         shape = (cfg.batch_size, cfg.block_size, world.device)
         self.batches = data.Batches(train_tokens, *shape)
         # Evaluations draw from the training's generator, as nanoGPT's do, unless they have a seed of their own.
@@ -79,12 +88,12 @@ class Run:
         self.parallel = distributed.wrap(self.compiled, world)
 
         self.peak_flops = cfg.peak_flops or metrics.peak_flops(world.device, cfg.dtype)
-        self.mfu = None
+        self.mfu = self.saved = None
         self.clock = metrics.Clock(lambda: torch.cuda.synchronize(world.device) if self.cuda else None)
         if world.is_main:
             kept = float("inf") if cfg.eval_only else self.iter_num if saved else 0
             self.metrics = metrics.MetricsFile(cfg.out_dir, keep_before=kept)
-        if self.wandb:
+        if self.wandb and world.is_main:
             self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=cfg.model_dump())
         self.batches.prefetch(offsets)
 
@@ -101,10 +110,10 @@ class Run:
             print(f"Initializing from OpenAI GPT-2 weights: {cfg.init_from}")
             model = checkpoints.pretrained(cfg.init_from, cfg.dropout)
         shape = model.config
-        if self.meta is not None and vocab_size > shape.vocab_size:
+        if self.meta is not None and vocab_size != shape.vocab_size:
             raise UserError(
-                f"--dataset={cfg.dataset}: its vocabulary of {vocab_size} is larger than the model's {shape.vocab_size}; "
-                "take the dataset that the model was trained on"
+                f"--dataset={cfg.dataset}: its vocabulary of {vocab_size} is not the model's of {shape.vocab_size}; "
+                "take a dataset of the model's own tokens"
             )
         if cfg.block_size > shape.block_size:
             raise UserError(f"--block_size={cfg.block_size}: {cfg.init_from} has {shape.block_size}; take that or less")
@@ -119,8 +128,13 @@ class Run:
             for old, new in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
                 old["fused"] = new["fused"]  # the device at hand decides, not the one that saved
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.iter_num, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
-        except (KeyError, ValueError, TypeError) as e:
+            self.iter_num, self.best_val_loss = int(saved["iter_num"]), float(saved["best_val_loss"])
+            for p, moments in self.optimizer.state.items():
+                for value in (v for v in moments.values() if v.dim() > 0):
+                    if value.shape[1:] != p.shape[1:] or value.size(0) < p.size(0):
+                        raise ValueError(f"a moment of {tuple(value.shape)} for weights of {tuple(p.shape)}")
+            betas = [group["betas"] for group in self.optimizer.param_groups]
+        except (KeyError, ValueError, TypeError, AttributeError) as e:
             raise UserError(
                 f"{checkpoints.checkpoint_path(cfg.out_dir)}: its optimizer state does not fit this model "
                 f"({type(e).__name__}: {e}); train from scratch"
@@ -129,8 +143,7 @@ class Run:
         moments = self.optimizer.state[wpe]
         moments.update({k: v[: wpe.size(0)].clone() for k, v in moments.items() if v.dim() == 2})
         decay, no_decay = self.optimizer.param_groups
-        for group in (decay, no_decay):
-            beta1, beta2 = group["betas"]
+        for group, (beta1, beta2) in zip((decay, no_decay), betas, strict=True):
             group["betas"] = cfg.beta1 if "beta1" in given else beta1, cfg.beta2 if "beta2" in given else beta2
         if "weight_decay" in given:
             decay["weight_decay"] = cfg.weight_decay
@@ -153,22 +166,26 @@ class Run:
         """
         if extra is None:
             return None
-        if extra["scaler"]:
-            self.scaler.load_state_dict(extra["scaler"])
-        if len(extra["ranks"]) != self.world.size:
-            print(f"saved by {len(extra['ranks'])} processes, resumed by {self.world.size}: batches start anew")
-            return None
-        mine = extra["ranks"][self.world.rank]
-        torch.set_rng_state(mine["rng"])
-        if self.cuda and mine["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(mine["cuda_rng"], self.world.device)
-        offsets = mine["offsets"]
-        return offsets if self.batches.fits(offsets) else None
+        try:
+            if extra["scaler"]:
+                self.scaler.load_state_dict(extra["scaler"])
+            if len(extra["ranks"]) != self.world.size:
+                print(f"saved by {len(extra['ranks'])} processes, resumed by {self.world.size}: batches start anew")
+                return None
+            mine = extra["ranks"][self.world.rank]
+            torch.set_rng_state(mine["rng"])
+            if self.cuda and mine["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(mine["cuda_rng"], self.world.device)
+            offsets = mine["offsets"]
+            return offsets if self.batches.fits(offsets) else None
+        except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+            path = checkpoints.checkpoint_path(self.cfg.out_dir)
+            raise UserError(f"{path}: its key 'fastgpt' is damaged ({type(e).__name__}: {e}); remove it") from None
 
     def loop(self):
         """Train to max_iters; evaluate and save on the way and at the end."""
         cfg, main = self.cfg, self.world.is_main
-        live = main and sys.stderr.isatty()
+        live = main and sys.stderr.isatty() and sys.stdout.isatty()  # `| tee log` wants lines
         with tqdm(total=cfg.max_iters, initial=self.iter_num, disable=not live, unit="it", dynamic_ncols=True) as bar:
             say = bar.write if live else lambda line: print(line, flush=True)
             self.clock.start()
@@ -247,6 +264,7 @@ class Run:
             "fastgpt": {"meta": self.meta, "scaler": self.scaler.state_dict(), "ranks": random_state},
         }
         checkpoints.save(checkpoint, self.cfg.out_dir)
+        self.saved = checkpoints.checkpoint_path(self.cfg.out_dir)
 
     def finish(self):
         """What a run ends with: losses, speed, a sample, the plot, and where everything lies."""
@@ -257,24 +275,25 @@ class Run:
         if clock.iterations:
             speed = self.sequences * cfg.block_size * clock.iterations_per_s()
             print(f"{clock.iterations} iterations in {clock.seconds:.1f} s, evaluations apart; {speed:,.0f} tok/s")
-        if cfg.sample_tokens:
+        plot = self.metrics.path.with_name("loss.png")
+        if not cfg.eval_only:
+            title = f"{self.model.get_num_params() / 1e6:.2f}M parameters on {cfg.dataset}"
+            try:
+                metrics.plot_losses(metrics.read_metrics(self.metrics.path), plot, title)
+            except OSError as e:
+                print(f"no loss curve: {e}")
+        if cfg.sample_tokens and math.isfinite(val_loss):
             self.model.eval()
             tok = tokenizer.from_meta(self.meta)
+            allowed = tok.decodable(self.model.config.vocab_size).to(self.world.device)
             start, _ = next(self.eval_batches["val"].take(1))
             with self.autocast:
-                ids = self.model.generate(
-                    start[:1, :1], cfg.sample_tokens, temperature=0.8, top_k=200, n_vocab=tok.n_vocab
-                )
+                ids = self.model.generate(start[:1, :1], cfg.sample_tokens, temperature=0.8, top_k=200, allowed=allowed)
             print(f"a sample:\n{'-' * 80}\n{tok.decode(ids[0].tolist())}\n{'-' * 80}")
         if cfg.eval_only:
             return
-        title = f"{self.model.get_num_params() / 1e6:.2f}M parameters on {cfg.dataset}"
-        plot = self.metrics.path.with_name("loss.png")
-        metrics.plot_losses(metrics.read_metrics(self.metrics.path), plot, title)
-        checkpoint = checkpoints.checkpoint_path(cfg.out_dir)
-        print(f"checkpoint: {checkpoint if checkpoint.exists() else 'none'}")
-        print(f"metrics:    {self.metrics.path}\nloss curve: {plot}")
-        if checkpoint.exists():
+        print(f"checkpoint: {self.saved or 'none saved'}\nmetrics:    {self.metrics.path}\nloss curve: {plot}")
+        if self.saved:
             device = "" if self.cuda else f" --device={self.world.device}"
             print(f"more text:  fastgpt sample --out_dir={cfg.out_dir}{device}")
 
@@ -297,4 +316,6 @@ def import_wandb():
         raise UserError(
             "--wandb_log=True: wandb is not installed; pip install 'fastgpt[wandb]', or give --wandb_log=False"
         ) from None
+    if not hasattr(wandb, "init"):
+        raise UserError(f"--wandb_log=True: {wandb.__path__} is a folder, not the package wandb; run elsewhere")
     return wandb

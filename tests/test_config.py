@@ -54,6 +54,14 @@ def test_the_base_is_quickstart_only_where_nothing_names_a_run(tmp_path):
         assert settings(*words).out_dir == "out", words
 
 
+def test_other_weights_to_start_from_end_the_quickstart():
+    """Its text and settings are not to be trained on by another run's checkpoint, or GPT-2's."""
+    for words in (["--init_from=gpt2"], ["--init_from=some/folder"], ["--init_from=resume", "--out_dir=out"]):
+        assert settings(*words).dataset == "openwebtext", words
+    for words in (["--init_from=resume"], ["--init_from=resume", "--out_dir=out-quickstart"]):
+        assert settings(*words).dataset == "python-stdlib", words
+
+
 @pytest.mark.parametrize("name", MODEL_SIZES)
 def test_gpt2_presets_change_size_and_learning_rate_only(name):
     got, base = settings(f"--preset={name}").model_dump(), NANOGPT_DEFAULTS
@@ -133,6 +141,9 @@ def test_nanogpts_own_config_files():
         "out_dir = 'a' * 10**9",
         "max_iters = 9 ** 9 ** 9",
         "max_iters = 1 / 0",
+        "a = 2 ** 60; b = a ** 60; c = b ** 60; d = c ** 60",
+        "out_dir = 'abcdefgh' + " + " + ".join(["'" + "x" * 99 + "'"] * 120),
+        "max_iters = " + "1" * 5000,
         "out_dir = undefined_name",
         "import os; out_dir = os.sep",
         "out_dir = str(time.sleep(9))",
@@ -146,6 +157,14 @@ def test_a_config_file_is_never_run(tmp_path, monkeypatch, line):
     Path("evil.py").write_text(f"\n{line}\n")
     assert refused("evil.py").startswith("evil.py, line 2: ")
     assert os.listdir() == ["evil.py"]
+
+
+def test_a_config_file_too_deep_to_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("deep.py").write_text("max_iters = " + "1+" * 3000 + "1")
+    assert refused("deep.py").startswith("deep.py, line 1: ")
+    Path("deep.toml").write_text("max_iters = " + "[" * 3000)
+    assert refused("deep.toml").startswith("deep.toml: not TOML")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +187,8 @@ def test_a_config_file_is_never_run(tmp_path, monkeypatch, line):
         (["--eval_seed=-3"], ["--eval_seed", "-3", "0"]),
         (["--preset=gpt2-xxl"], ["--preset", "'gpt2-xxl'", "'gpt2-xl'"]),
         (["--n_head=5", "--n_embd=384"], ["--n_head=5", "n_embd=384", "is 4"]),
-        (["--warmup_iters=100", "--lr_decay_iters=50"], ["--lr_decay_iters=50", "warmup_iters=100"]),
+        (["--n_layer={[]:1}"], ["--n_layer", "integer"]),
+        (["--n_layer=" + "-" * 30000 + "1"], ["--n_layer", "integer"]),
         (["--n_layer"], ["--n_layer", "a value is missing"]),
         (["--n_layer", "--n_head=2"], ["--n_layer", "a value is missing"]),
         (["nowhere.py"], ["nowhere.py", "no such config file"]),

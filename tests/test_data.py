@@ -120,8 +120,7 @@ class Evil:
         pickle.dumps({"vocab_size": "3"}),
         pickle.dumps({"vocab_size": -1}),
         pickle.dumps([1, 2]),
-        pickle.dumps({"vocab_size": 2, "itos": {1: "a", 3: "b"}}),
-        pickle.dumps({"vocab_size": 2, "itos": {"a": 0}}),
+        pickle.dumps({"itos": {0: "a"}}),
         b"",
         b"\x80",
     ],
@@ -134,6 +133,26 @@ def test_a_meta_that_is_not_plain_data_is_refused_and_not_run(workdir, content):
 
 
 # ---- tokenizers ----
+
+
+@pytest.mark.parametrize("extra", [{}, {"itos": ["a", "b"]}, {"itos": {"a": 0}}, {"itos": {0: 1}}])
+def test_a_meta_without_characters_trains_but_is_no_tokenizer(workdir, extra):
+    """nanoGPT reads vocab_size alone to train."""
+    (workdir / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, **extra}))
+    meta = data.load_meta(workdir)
+    with pytest.raises(UserError, match=r"meta\.pkl has no `itos`"):
+        tokenizer.from_meta(meta)
+
+
+def test_ids_in_an_encodings_holes_are_not_decodable():
+    """cl100k_base's last ids have such: to sample one would be an error in decode."""
+    ranks = {bytes([i]): i for i in range(256)}
+    tok = tokenizer.Tiktoken(
+        tiktoken.Encoding("holes", pat_str=r".", mergeable_ranks=ranks, special_tokens={"<|endofprompt|>": 260})
+    )
+    assert tok.decodable(264).nonzero().flatten().tolist() == [*range(256), 260]
+    assert tok.encode_prompt("<|endofprompt|>") == list(b"<|endofprompt|>")
+    assert tokenizer.Chars({0: "a", 2: "b"}).decodable(4).tolist() == [True, False, True, False]
 
 
 @given(st.text())
@@ -277,6 +296,15 @@ def test_a_folder_is_its_files_in_order_and_documents_end_in_the_mark(workdir, g
         == "one two |three|" + "four" * 5 + "|"
     )
     assert "passed over 1 of 4 files: not UTF-8 text" in capsys.readouterr().out
+
+
+def test_what_was_prepared_is_not_prepared_again(workdir):
+    (workdir / "a.txt").write_text("some text")
+    (workdir / ".git").mkdir()
+    (workdir / ".git/index").write_text("hidden")
+    for _ in range(3):
+        preparing.prepare(".", "bytes", "data/x")
+        assert len(np.concatenate(read("data/x"))) == 9
 
 
 def test_vocabularies_above_65536_are_written_as_uint32(workdir, monkeypatch):

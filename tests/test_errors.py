@@ -1,6 +1,8 @@
 """Bad input: one line that names the file or flag, what is wrong and what to do; status 2, no traceback, nothing overwritten."""
 
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 
@@ -60,6 +62,10 @@ def test_data_that_cannot_be(refused, dataset, split):
     says(refused(), f"data/letters/{split}.bin", "token id 26 is not below vocab_size=26", "another tokenizer")
     write_shard(path, tokens[:100] % 26, count=101)
     says(refused(), f"data/letters/{split}.bin", "promises 101 tokens", "fetch it again")
+    write_shard(path, tokens[:100] % 26, version=2)
+    says(refused(), f"data/letters/{split}.bin", "unknown version")
+    path.write_bytes(path.read_bytes()[:8])
+    says(refused(), f"data/letters/{split}.bin", "truncated")
     write_shard(path, tokens[:100] % 26)
     assert path.stat().st_size == 1224
 
@@ -110,6 +116,43 @@ def test_checkpoints_that_cannot_be(refused, train):
     open("out/ckpt.pt", "wb").write(good[: len(good) // 2])
     says(refused(resume), "out/ckpt.pt", "truncated")
     says(refused("--out_dir=out", "--device=cpu", command="sample", base=()), "out/ckpt.pt", "truncated")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: c["model_args"].update(n_head=0),
+        lambda c: c["model_args"].update(n_layer="x"),
+        lambda c: c["model_args"].update(n_layer=10**9),
+        lambda c: c["model_args"].update(vocab_size=None),
+        lambda c: c["model_args"].update(extra=1),
+        lambda c: c.update(model=[1]),
+        lambda c: c.update(iter_num="a"),
+        lambda c: c["optimizer"]["param_groups"][0].pop("betas"),
+        lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+        lambda c: c["fastgpt"].pop("scaler"),
+        lambda c: c["fastgpt"]["ranks"][0].update(rng=torch.zeros(3, dtype=torch.uint8)),
+    ],
+    ids=str,
+)
+def test_a_damaged_checkpoint(refused, train, damage):
+    train("--max_iters=2", "--eval_interval=2")
+    ckpt = torch.load("out/ckpt.pt", weights_only=True)
+    damage(ckpt)
+    torch.save(ckpt, "out/ckpt.pt")
+    says(refused("--init_from=resume", base=("--dataset=letters", *(f for f in TINY if "n_" not in f))), "out/ckpt.pt")
+
+
+def test_another_tokenizers_data_is_not_gone_on_with(refused, train, dataset):
+    """Of the same size, but other characters: the weights would be read as other text, and saved so."""
+    train()
+    itos = dict(enumerate("ZYXWVUTSRQPONMLKJIHGFEDCBA"))
+    other = dataset.parent / "capitals"
+    shutil.copytree(dataset, other)
+    (other / "meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": 26, "itos": itos, "stoi": {c: i for i, c in itos.items()}})
+    )
+    says(refused("--init_from=resume", "--dataset=capitals"), "--dataset=capitals", "out/ckpt.pt", "--dataset=letters")
 
 
 class Evil:
@@ -165,7 +208,7 @@ def test_wrong_flags_and_commands(refused):
         (["--input=nowhere", "--out=data/x"], ["--input=nowhere", "no such file"]),
         (["--out=data/x"], ["--input", "missing"]),
         (["--input=in.txt"], ["--out", "missing"]),
-        (["--input=in.txt", "--out=data/x", "--tokenizer=gtp2"], ["--tokenizer=gtp2", "gpt2"]),
+        (["--input=in.txt", "--out=data/x", "--tokenizer=gtp2"], ["tokenizer gtp2", "gpt2"]),
         (["--input=empty.txt", "--out=data/x"], ["--input=empty.txt", "no text"]),
         (["--input=latin.txt", "--out=data/x"], ["latin.txt", "not UTF-8"]),
         (["--input=in.txt", "--out=in.txt"], ["in.txt: cannot be written"]),

@@ -216,7 +216,9 @@ def test_rows_beyond_two_to_the_31_elements():
     x = far.as_strided((3, N), (stride, 1))
     x.copy_(randn(3, N, dtype=torch.float16))
     weight = randn(N)
-    torch.testing.assert_close(layer_norm(x, weight).float(), F.layer_norm(x.float(), (N,), weight), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        layer_norm(x, weight).float(), F.layer_norm(x.float(), (N,), weight), rtol=1e-2, atol=1e-2
+    )
 
 
 ARGS = {

@@ -73,7 +73,9 @@ def uncached(model, idx, n, **how):
 
 
 @pytest.mark.parametrize(
-    "how", [dict(temperature=0), dict(temperature=1.3), dict(temperature=0.7, top_k=5), dict(n_vocab=7)], ids=str
+    "how",
+    [dict(temperature=0), dict(temperature=1.3), dict(temperature=0.7, top_k=5), dict(allowed=torch.arange(40) < 7)],
+    ids=str,
 )
 @pytest.mark.parametrize("prompt", [1, 6, 16, 20])
 def test_the_key_value_cache_changes_no_token(model, how, prompt):
@@ -116,12 +118,12 @@ def test_dropout_in_train_mode_draws_as_without_a_cache():
     assert torch.equal(model.generate(idx, 6), expected)
 
 
-def test_sampling_keeps_to_top_k_and_n_vocab(model):
+def test_sampling_keeps_to_top_k_and_what_is_allowed(model):
     idx = torch.zeros(64, 1, dtype=torch.long)
     logits = model(idx)[0][:, -1]
     best = set(logits[0].topk(3).indices.tolist())
     assert set(model.generate(idx, 1, top_k=3)[:, 1].tolist()) <= best
-    assert model.generate(idx, 12, temperature=2.0, n_vocab=5)[:, 1:].max() < 5
+    assert model.generate(idx, 12, temperature=2.0, allowed=torch.arange(40) < 5)[:, 1:].max() < 5
     assert torch.equal(model.generate(idx, 3, temperature=0), model.generate(idx, 3, top_k=1))
     assert model.generate(idx, 2, top_k=0).shape == (64, 3)
     assert model.generate(idx, 2, top_k=10**6).shape == (64, 3)

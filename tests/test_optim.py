@@ -23,6 +23,10 @@ def test_the_schedule_is_nanogpts():
     assert learning_rate(0, constant) == learning_rate(10**9, constant) == 1.0
     at_once = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=5, lr_decay_iters=5)
     assert [learning_rate(i, at_once) for i in (4, 5)] == pytest.approx([5 / 6, 0.1])
+    warming = TrainConfig(
+        learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_decay_iters=5
+    )  # as nanoGPT: the warm-up wins
+    assert [learning_rate(i, warming) for i in (8, 9)] == pytest.approx([0.9, 0.1])
 
 
 class Given:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from fastgpt import checkpoint, metrics
+from fastgpt import metrics
 from fastgpt.model import GPT, GPTConfig
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -286,21 +286,58 @@ def test_accumulation_that_the_processes_cannot_share_is_refused(dataset):
     assert "--gradient_accumulation_steps=3 cannot be shared by 2 processes; the nearest multiple is 4" in done.stderr
 
 
-def test_an_interrupted_save_leaves_the_last_checkpoint(train, monkeypatch):
+def test_a_full_disk_while_saving_leaves_the_last_checkpoint(train, fastgpt):
+    """A limit on the size of files stands for the disk: torch's writer then fails half way, as it does on a full one."""
+    import resource
+    import signal
+
     train()
     before = Path("out/ckpt.pt").read_bytes()
-
-    def full(checkpoint, f):
-        f.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    from fastgpt.config import UserError
-
-    with pytest.raises(UserError, match="No space left"):
-        checkpoint.save({}, "out")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # write() then answers EFBIG
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+        status, _, err = fastgpt("train", "--dataset=letters", *TINY, "--init_from=resume", "--max_iters=12")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert status == 2
+    assert err.startswith("fastgpt: error: out/ckpt.pt: cannot be written (")
+    assert err.endswith("the last checkpoint is as it was\n")
+    assert err.count("\n") == 1
     assert Path("out/ckpt.pt").read_bytes() == before
     assert sorted(os.listdir("out")) == ["ckpt.pt", "loss.png", "metrics.jsonl"]
+
+
+def test_a_diverged_run_ends_in_order(train):
+    out = train("--learning_rate=1e30", "--grad_clip=0.0", "--sample_tokens=5")
+    assert "val loss nan" in out
+    assert "a sample" not in out
+    assert Path("out/loss.png").exists()
+
+
+def test_a_compiler_that_fails_is_one_line(dataset):
+    env = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(dataset / "cache")}
+    command = [sys.executable, "-m", "fastgpt.cli", "train", "--dataset=letters", *TINY, "--compile=True"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 2, done.stderr
+    assert "fastgpt: error: --compile=True: torch.compile failed" in done.stderr
+    assert done.stderr.strip().endswith("give --compile=False")
+
+
+def test_odd_files_in_out_dir(train, fastgpt):
+    train()
+    Path("out/metrics.jsonl").write_bytes(b'{"foo": 1}\n[2]\n{"iter": 0, "loss": 1.0}\n\xff\n')
+    train("--init_from=resume", "--max_iters=9")
+    assert records()[0] == {"iter": 0, "loss": 1.0}
+    Path("out/loss.png").unlink()
+    Path("out/loss.png").mkdir()
+    assert "no loss curve: " in train()
+    Path("out/metrics.jsonl").unlink()
+    Path("out/metrics.jsonl").mkdir()
+    status, _, err = fastgpt("train", "--dataset=letters", *TINY)
+    assert status == 2
+    assert "out/metrics.jsonl: cannot be written (Is a directory)" in err
 
 
 def test_a_terminal_gets_a_progress_bar(dataset):
@@ -370,6 +407,10 @@ def test_peaks_are_of_the_gpu_at_hand(monkeypatch):
         "NVIDIA L4": 121e12,
         "NVIDIA L40S": 362e12,
         "Quadro K600": None,
+        "NVIDIA RTX A1000": None,
+        "NVIDIA RTX A4000": None,
+        "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+        "NVIDIA GeForce RTX 4090": 165.2e12,
     }
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda d, name=name: name)
