@@ -118,7 +118,8 @@ def train_nanogpt(*flags):
     for name in ("model.py", "configurator.py", "train.py"):
         if not Path(name).exists():
             Path(name).symlink_to(Path(NANOGPT) / name)
-    env = {**os.environ, "PYTHONPATH": ".", "PYTHONWARNINGS": "ignore"}
+    # As many threads as conftest.py gives this process: sums are split by them.
+    env = {**os.environ, "PYTHONPATH": ".", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "train.py", *FLAGS, *flags], capture_output=True, text=True, check=True, env=env
     ).stdout
