@@ -69,6 +69,24 @@ def test_gpt2_presets_change_size_and_learning_rate_only(name):
     assert (got["n_layer"], got["n_head"], got["n_embd"]) == tuple(MODEL_SIZES[name].values())
 
 
+def test_presets_are_gpt2s_sizes_and_nanogpts_shakespeare_char():
+    # Parameters of OpenAI's models: 50257 tokens, with biases.
+    sizes = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    for name, expected in sizes.items():
+        cfg = settings(f"--preset={name}")
+        C, L = cfg.n_embd, cfg.n_layer
+        assert expected == 50257 * C + 1024 * C + L * (12 * C * C + 13 * C) + 2 * C
+        assert C // cfg.n_head == 64
+        assert cfg.min_lr == cfg.learning_rate / 10
+    got = settings("--preset=shakespeare-char").model_dump()
+    published = dict(
+        out_dir="out-shakespeare-char", eval_interval=250, eval_iters=200, log_interval=10, always_save_checkpoint=False,
+        dataset="shakespeare_char", gradient_accumulation_steps=1, batch_size=64, block_size=256, n_layer=6, n_head=6, n_embd=384,
+        dropout=0.2, learning_rate=1e-3, max_iters=5000, lr_decay_iters=5000, min_lr=1e-4, beta2=0.99, warmup_iters=100,
+    )  # fmt: skip
+    assert {k: got[k] for k in published} == published
+
+
 @pytest.mark.parametrize("name", ["quickstart", "shakespeare-char", "tiny"])
 def test_small_presets_are_valid_and_flags_change_them(name):
     assert settings(f"--preset={name}", "--seed=3").seed == 3

@@ -298,6 +298,29 @@ def test_a_folder_is_its_files_in_order_and_documents_end_in_the_mark(workdir, g
     assert "passed over 1 of 4 files: not UTF-8 text" in capsys.readouterr().out
 
 
+def test_another_tokenizers_meta_does_not_stay(workdir, gpt2):
+    (workdir / "in.txt").write_text("some text")
+    for name in ("bytes", "gpt2"):
+        preparing.prepare("in.txt", name, "data/x")
+    assert data.load_meta("data/x") is None
+
+
+def test_the_end_mark_within_a_text_is_text(gpt2):
+    tok = tokenizer.Tiktoken(gpt2)
+    assert gpt2.eot_token not in tok.encode_array(tokenizer.END_OF_TEXT)
+    assert tok.encode_prompt(tokenizer.END_OF_TEXT) == [gpt2.eot_token]
+
+
+def test_shards_are_read_in_the_order_of_their_names(workdir):
+    (workdir / "data/s").mkdir(parents=True)
+    for i in (2, 1, 3):
+        for split in ("train", "val"):
+            write_shard(workdir / f"data/s/s_{split}_{i}.bin", [i] * 9)
+    for flags in ({}, {"train_data": "data/s/*train*"}):
+        train, *_ = data.load_dataset(TrainConfig(dataset="s", **flags))
+        assert train.read([0], 27)[0].tolist() == [1] * 9 + [2] * 9 + [3] * 9
+
+
 def test_what_was_prepared_is_not_prepared_again(workdir):
     (workdir / "a.txt").write_text("some text")
     (workdir / ".git").mkdir()

@@ -185,7 +185,7 @@ def test_devices_that_cannot_be(refused):
 
 
 def test_a_hub_that_cannot_be_reached(refused, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     says(refused("--init_from=gpt2"), "--init_from=gpt2", "no GPT-2 weights could be loaded")
     says(refused("--init_from=resme"), "--init_from=resme", "'resume'")
 

@@ -144,9 +144,11 @@ def test_nanogpts_own_checkpoint_resumes(train):
 def test_resume_keeps_the_optimizers_settings_but_for_flags_given(train):
     train("--beta2=0.99", "--weight_decay=0.2")
     train("--init_from=resume", "--max_iters=9", "--beta1=0.8")
+    assert saved()["optimizer"]["param_groups"][1]["betas"] == (0.8, 0.99)
     decay, no_decay = saved()["optimizer"]["param_groups"]
     assert (decay["betas"], decay["weight_decay"], no_decay["weight_decay"]) == ((0.8, 0.99), 0.2, 0.0)
-    train("--init_from=resume", "--max_iters=10", "--weight_decay=0.3")
+    train("--init_from=resume", "--max_iters=10", "--weight_decay=0.3", "--beta2=0.9")
+    assert saved()["optimizer"]["param_groups"][0]["betas"] == (0.8, 0.9)
     assert saved()["optimizer"]["param_groups"][0]["weight_decay"] == 0.3
 
 
@@ -221,6 +223,67 @@ def test_compiled_training_is_the_same_training(train):
     assert list(a["model"]) == list(b["model"])  # no _orig_mod. in the file
     for k, v in a["model"].items():
         torch.testing.assert_close(b["model"][k], v, rtol=1e-3, atol=1e-4)
+
+
+def test_each_split_is_evaluated_on_its_own_data(train, dataset):
+    torch.randint(26, (500,)).to(torch.uint16).numpy().tofile(dataset / "val.bin")  # nothing there to learn
+    train("--max_iters=60", "--lr_decay_iters=60", "--eval_interval=60")
+    final = records()[-1]
+    assert final["val_loss"] > 3 > final["train_loss"] + 0.5
+
+
+def test_settings_reach_the_optimizer(train):
+    train("--out_dir=a", "--grad_clip=0.0")
+    train("--out_dir=b", "--grad_clip=0.01")
+    assert not equal(saved("a"), saved("b"))
+    decay, no_decay = saved("a")["optimizer"]["param_groups"]
+    assert decay["lr"] == no_decay["lr"] == pytest.approx(6e-5)  # min_lr, at the end
+
+
+def test_a_run_from_scratch_begins_its_files_anew(train):
+    train()
+    first = len(records())
+    train()
+    assert len(records()) == first
+    out = train("--out_dir=none", "--max_iters=0")
+    assert "checkpoint: none saved" in out
+    assert not Path("none/ckpt.pt").exists()
+
+
+def test_a_resumed_run_knows_the_best_loss_yet(train):
+    train()
+    ckpt = saved()
+    ckpt["best_val_loss"] = torch.tensor(0.0)
+    torch.save(ckpt, "out/ckpt.pt")
+    train("--init_from=resume", "--max_iters=12", "--always_save_checkpoint=False")
+    assert saved()["iter_num"] == 8
+
+
+def test_a_resume_with_other_batches_or_processes_draws_anew(train):
+    train()
+    train("--init_from=resume", "--max_iters=9", "--batch_size=2")
+    ckpt = saved()
+    ckpt["fastgpt"]["ranks"] *= 2
+    torch.save(ckpt, "out/ckpt.pt")
+    assert "saved by 2 processes, resumed by 1: batches start anew" in train("--init_from=resume", "--max_iters=10")
+
+
+def test_the_clock_counts_training_alone(monkeypatch):
+    now = 0.0
+    synced = []
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    clock = metrics.Clock(lambda: synced.append(now))
+    clock.start()
+    for seconds, iterations, expected in ((10, 1, 10), (4, 2, 2), (6, 2, 3)):
+        now += seconds
+        clock.iterations += iterations
+        clock.stop()
+        now += 100  # an evaluation
+        clock.start()
+        assert clock.lap() == expected
+    assert clock.seconds == 20
+    assert clock.iterations_per_s() == 4 / 10  # without the first lap, which compiled
+    assert len(synced) == 6
 
 
 def test_gpt2s_weights_are_finetuned(train, tmp_path):
