@@ -14,14 +14,14 @@ class Op:
     forward(*args) and backward(*args) launch kernels and give tuples of new tensors; their signatures are annotated as
     torch.library wants them, and `fake_forward`, `fake_backward` give empty tensors of the same kind. setup_context is
     torch.autograd.Function's; gradients(launch, ctx, *grads) calls launch(...), which is the backward, and gives the
-    gradients of forward's arguments.
+    gradients of forward's arguments. `mutates` names the arguments that backward writes into.
 
     In eager mode the launchers run directly: torch.library's boundary costs about 50 us a call. Under torch.compile the
     ops are the opaque `fastgpt::name` and `fastgpt::name_backward`.
     """
 
-    def __init__(self, name, forward, fake_forward, backward, fake_backward, setup_context, gradients):
-        self.custom_backward = torch.library.custom_op(f"fastgpt::{name}_backward", backward, mutates_args=())
+    def __init__(self, name, forward, fake_forward, backward, fake_backward, setup_context, gradients, mutates=()):
+        self.custom_backward = torch.library.custom_op(f"fastgpt::{name}_backward", backward, mutates_args=mutates)
         self.custom_backward.register_fake(fake_backward)
         self.custom = torch.library.custom_op(f"fastgpt::{name}", forward, mutates_args=())
         self.custom.register_fake(fake_forward)
@@ -69,6 +69,46 @@ def check_seed(dropout_p, seed):
         raise ValueError(f"dropout_p={dropout_p} is not in [0, 1)")
     if dropout_p > 0 and seed is None:
         raise ValueError("dropout_p > 0 needs a seed: an int64 tensor of one element")
+
+
+def needs_grad(*tensors):
+    """Whether a backward may follow: what only it needs is then written, and else left out."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def like(x, dtype):
+    """An empty, dense tensor of x's shape."""
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def ours(grad):
+    """Mark a gradient that a backward has just made: the next one may write into it. A sum with another has no mark."""
+    grad.is_fastgpts = True
+    return grad
+
+
+def is_ours(grad):
+    """Whether nobody else can hold this gradient, and it is dense."""
+    return getattr(grad, "is_fastgpts", False) and grad.is_contiguous()
+
+
+def mm(a, b, dtype):
+    """a @ b by cuBLAS, accumulated in fp32 and rounded once, to dtype: a's own, fp32, or one that fp32 is cast to."""
+    if dtype == a.dtype:
+        return torch.mm(a, b)
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32).to(dtype)
+    return torch.mm(a.float(), b.float()).to(dtype)  # torch 2.13 has out_dtype on CUDA alone
+
+
+def cast(weight, dtype):
+    """A weight in the compute dtype, for an op that takes both: its gradient goes to the weight itself, in full precision."""
+    return weight if weight is None else weight.detach().to(dtype)
+
+
+def precision():
+    """How tl.dot multiplies fp32: as torch does, IEEE unless TF32 was allowed."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 @triton.jit

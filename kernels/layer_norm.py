@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import Op, can_run, check_seed, compute_dtype, keep, rows
+from fastgpt.kernels.common import Op, can_run, check_seed, compute_dtype, keep, like, rows
 
 # Rows are shared by a fixed number of programs, so that the order of the sums does not depend on the GPU: about four a
 # SM on an H100, and 3 MB of partial sums at C = 768.
@@ -258,10 +258,6 @@ def _statistics(x):
     return x.new_empty((2, x.numel() // x.size(-1)), dtype=torch.float32)
 
 
-def _like(x, dtype):
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
-
-
 def _fake_bias(weight, has_bias):
     return torch.empty_like(weight) if has_bias else weight.new_empty(0)
 
@@ -305,10 +301,10 @@ def _add_gradients(launch, ctx, dstream, dh, *_):
 _layer_norm = Op(
     "layer_norm",
     layer_norm_fwd,
-    lambda x, weight, bias, eps, dtype: (_like(x, dtype), _statistics(x)),
+    lambda x, weight, bias, eps, dtype: (like(x, dtype), _statistics(x)),
     layer_norm_bwd,
     lambda dh, x, stats, weight, has_bias: (
-        _like(x, x.dtype), torch.empty_like(weight), _fake_bias(weight, has_bias)
+        like(x, x.dtype), torch.empty_like(weight), _fake_bias(weight, has_bias)
     ),
     _setup,
     _gradients,
@@ -316,10 +312,10 @@ _layer_norm = Op(
 _add_layer_norm = Op(
     "add_layer_norm",
     add_layer_norm_fwd,
-    lambda x, branch, weight, bias, eps, p, seed, dtype: (_like(x, x.dtype), _like(x, dtype), _statistics(x)),
+    lambda x, branch, weight, bias, eps, p, seed, dtype: (like(x, x.dtype), like(x, dtype), _statistics(x)),
     add_layer_norm_bwd,
     lambda dh, dstream, stream, stats, weight, has_bias, p, seed, branch_dtype: (
-        _like(stream, stream.dtype), _like(stream, branch_dtype), torch.empty_like(weight), _fake_bias(weight, has_bias)
+        like(stream, stream.dtype), like(stream, branch_dtype), torch.empty_like(weight), _fake_bias(weight, has_bias)
     ),
     _add_setup,
     _add_gradients,

@@ -1,0 +1,222 @@
+"""The head and its loss: linear + cross entropy, whose logits never leave it.
+
+    logits = h weight^T                                  in the compute dtype, a chunk of rows at a time
+    loss[i] = lse(logits[i]) - logits[i, target[i]]      fp32; 0 where the target is ignored
+    loss = sum(loss) / n                                 n: how many are not ignored, counted on the device
+
+Shapes: h [..., C]; weight [V, C]; targets [...] int64. The gradients are made on the way, since the logits are there:
+softmax - onehot replaces the logits in place, and two GEMMs make dh and dweight of it, the latter accumulated in fp32 over
+the chunks. The factor that is not known yet, the loss's own gradient, and 1/n are applied to those two in the backward, in
+fp32: so fp16 holds softmax - onehot, which 1/n would push below its smallest number. Saved: dh and dweight. Recomputed:
+nothing.
+
+Bytes: the logits are written once, read once (a row is read for its lse, and comes from L2 the second time) and written once,
+6 V a token in bf16; PyTorch's fp32 log-softmax and its backward move 22 V. FLOPs: 6 C V a token for the three GEMMs, which
+cuBLAS does; with no gradient wanted, 2 C V and no second write.
+
+A chunk has at least 8,192 rows: each chunk reads and writes all of dweight, and short ones would spend their time there.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels import configs
+from fastgpt.kernels.common import Op, can_run, cast, compute_dtype, like, mm, needs_grad, ours
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _rows(
+    logits_ptr,  # [rows, V] in; where GRAD, softmax - onehot out
+    targets_ptr,  # [rows] int64
+    loss_ptr,  # [rows] fp32 out
+    V,
+    stride,  # from row to row of the logits
+    stride_y,
+    ignore_index,
+    BLOCK: tl.constexpr,
+    GRAD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # rows * V passes 2^31 at 43,000 rows of GPT-2's vocabulary
+    logits_ptr += row * stride
+    target = tl.load(targets_ptr + row * stride_y)
+    if target == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        if GRAD:
+            for start in range(0, V, BLOCK):
+                cols = start + tl.arange(0, BLOCK)
+                tl.store(logits_ptr + cols, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), cols < V)
+    else:
+        m = -float("inf")
+        total = 0.0
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = tl.load(logits_ptr + cols, cols < V, other=-float("inf")).to(tl.float32) * LOG2E
+            m_new = tl.maximum(m, tl.max(x, 0))
+            total = total * tl.exp2(m - m_new) + tl.sum(tl.exp2(x - m_new), 0)
+            m = m_new
+        lse = m + tl.log2(total)  # in powers of two
+        # A target outside the vocabulary gives nan, which the loss shows, and reads nothing.
+        known = (target >= 0) & (target < V)
+        at_target = tl.load(logits_ptr + target, known, other=float("nan")).to(tl.float32)
+        tl.store(loss_ptr + row, lse / LOG2E - at_target)
+        if GRAD:
+            for start in range(0, V, BLOCK):
+                cols = start + tl.arange(0, BLOCK)
+                x = tl.load(logits_ptr + cols, cols < V, other=0.0).to(tl.float32)
+                gradient = tl.exp2(x * LOG2E - lse) - tl.where(cols == target, 1.0, 0.0)
+                tl.store(logits_ptr + cols, gradient.to(logits_ptr.dtype.element_ty), cols < V)
+
+
+@triton.jit
+def _mean(
+    losses_ptr,  # [M] fp32
+    targets_ptr,  # [M] int64
+    loss_ptr,  # [] fp32 out: the mean, nan of none
+    share_ptr,  # [] fp32 out: 1 / n, 0 of none
+    M,
+    stride_y,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros([BLOCK], tl.float32)
+    n = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, M, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(losses_ptr + i, i < M, other=0.0)
+        n += (tl.load(targets_ptr + i * stride_y, i < M, other=ignore_index) != ignore_index).to(tl.int32)
+    count = tl.sum(n, 0).to(tl.float32)
+    tl.store(loss_ptr, tl.where(count > 0, tl.sum(total, 0) / tl.maximum(count, 1.0), float("nan")))
+    tl.store(share_ptr, tl.where(count > 0, 1 / tl.maximum(count, 1.0), 0.0))
+
+
+@triton.jit
+def _scale(
+    x_ptr,  # [n]
+    dloss_ptr,  # [] the loss's gradient
+    share_ptr,  # [] fp32, 1 / n
+    out_ptr,  # [n] out
+    n,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(dloss_ptr).to(tl.float32) * tl.load(share_ptr)
+    x = tl.load(x_ptr + i, i < n, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i, (x * factor).to(out_ptr.dtype.element_ty), i < n)
+
+
+# ---- launchers ----
+
+
+def chunk_rows(M, V, itemsize, memory):
+    """Rows of a chunk: as many as have their logits in a share of the device's memory, in chunks of one size."""
+    config = configs.CROSS_ENTROPY
+    most = max(config.min_chunk, int(memory * config.memory_share) // (V * itemsize))
+    return triton.cdiv(M, triton.cdiv(M, most)) if M else 1
+
+
+def linear_cross_entropy_fwd(
+    h: Tensor, weight: Tensor, cast: Tensor, targets: Tensor, ignore_index: int, grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(mean loss [] fp32, 1/n [] fp32, dh like h, dweight like weight): both without the factor 1/n; empty without grad.
+
+    h [..., C] and cast, which is weight [V, C], are in the compute dtype.
+    """
+    config, device = configs.CROSS_ENTROPY, h.device
+    V, C = weight.shape
+    h2, targets = h.reshape(-1, C), targets.reshape(-1)
+    M = h2.size(0)
+    memory = torch.cuda.get_device_properties(device).total_memory if h.is_cuda else 2**34
+    chunk = chunk_rows(M, V, h.element_size(), memory)
+    losses = torch.empty(M, dtype=torch.float32, device=device)
+    dh = torch.empty(h.shape if grad else 0, dtype=h.dtype, device=device)
+    dweight = None
+    # Rows of the logits begin on 128 bytes, whatever V: loads and GEMMs are then aligned.
+    buffer = torch.empty((chunk, triton.cdiv(V, 64) * 64), dtype=h.dtype, device=device)
+    for start in range(0, M, chunk):
+        x, y = h2[start : start + chunk], targets[start : start + chunk]
+        logits = buffer[: x.size(0), :V]
+        torch.mm(x, cast.t(), out=logits)
+        _rows[(x.size(0),)](
+            logits, y, losses[start:], V, logits.stride(0), y.stride(0), ignore_index,
+            BLOCK=min(config.block, triton.next_power_of_2(V)), GRAD=grad, num_warps=config.warps,
+        )  # fmt: skip
+        if grad:
+            torch.mm(logits, cast, out=dh.view(-1, C)[start : start + chunk])
+            part = mm(logits.t(), x, torch.float32)
+            dweight = part if dweight is None else dweight.add_(part)
+    if dweight is None:
+        dweight = torch.zeros(weight.shape if grad else 0, dtype=torch.float32, device=device)
+    loss, share = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
+    _mean[(1,)](
+        losses, targets, loss, share, M, targets.stride(0), ignore_index, BLOCK=config.mean_block, num_warps=config.warps
+    )
+    return loss, share, dh, dweight
+
+
+def linear_cross_entropy_bwd(
+    dloss: Tensor, share: Tensor, dh: Tensor, dweight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dh and dweight (the latter in dtype) times dloss / n."""
+    outs = like(dh, dh.dtype), like(dweight, dtype)
+    block = configs.CROSS_ENTROPY.scale_block
+    for x, out in zip((dh, dweight), outs, strict=True):
+        if x.numel():
+            _scale[(triton.cdiv(x.numel(), block),)](x, dloss, share, out, x.numel(), BLOCK=block)
+    return outs
+
+
+# ---- what torch needs to know ----
+
+
+def _setup(ctx, inputs, output):
+    _, weight, *_ = inputs
+    _, share, dh, dweight = output
+    ctx.save_for_backward(share, dh, dweight)
+    ctx.dtype = weight.dtype
+    ctx.mark_non_differentiable(share, dh, dweight)
+
+
+def _gradients(launch, ctx, dloss, *_):
+    dh, dweight = launch(dloss, *ctx.saved_tensors, ctx.dtype)
+    return dh, ours(dweight), None, None, None, None
+
+
+def _fake(h, weight, cast, targets, ignore_index, grad):
+    loss, share = (h.new_empty((), dtype=torch.float32) for _ in range(2))
+    dh = h.new_empty(h.shape if grad else 0)
+    return loss, share, dh, weight.new_empty(weight.shape if grad else 0, dtype=torch.float32)
+
+
+_linear_cross_entropy = Op(
+    "linear_cross_entropy",
+    linear_cross_entropy_fwd,
+    _fake,
+    linear_cross_entropy_bwd,
+    lambda dloss, share, dh, dweight, dtype: (like(dh, dh.dtype), like(dweight, dtype)),
+    _setup,
+    _gradients,
+)
+
+
+def takes(h):
+    """Whether these kernels can take h: on a GPU from sm_80 on, or in the interpreter."""
+    return can_run(h)
+
+
+def linear_cross_entropy(h, weight, targets, ignore_index=-1):
+    """Mean cross entropy of logits h weight^T against targets: a scalar, fp32. h [..., C]; weight [V, C]; targets [...] int64.
+
+    Targets of `ignore_index` count for nothing, and all ignored gives nan, as in PyTorch; so does a target outside the
+    vocabulary, where PyTorch asserts. Without a gradient wanted, none is made. Raises ValueError for shapes that do not match.
+    """
+    if h.shape[:-1] != targets.shape or h.size(-1) != weight.size(-1) or weight.dim() != 2:
+        raise ValueError(
+            f"linear_cross_entropy: h {tuple(h.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
+        )
+    dtype = compute_dtype(h)
+    grad = needs_grad(h, weight)
+    return _linear_cross_entropy(h.to(dtype), weight, cast(weight, dtype), targets, ignore_index, grad)[0]

@@ -1,0 +1,249 @@
+"""Token plus position embeddings, and a backward that adds into the gradient of the tied head.
+
+    x[b, t] = dropout(wte[idx[b, t]] + wpe[t])
+
+Shapes: idx [B, T] int64; wte [V, C]; wpe [>= T, C]; x [B, T, C] in the weights' dtype. Saved: idx. Recomputed: the dropout
+mask from its seed.
+
+Backward: dwpe[t] is the sum over b of dx[b, t], and dwte[v] that over all (b, t) with idx[b, t] = v. The ids are sorted
+(stable, so equal ids stay in the order of their positions), and the program that stands at the first of a run of equal
+ids sums the run and adds it to the row: no atomics, the same bits every time.
+
+wte is also the head's weight, whose gradient is dense: nanoGPT's backward fills a second dense [V, C] for the embedding
+and adds the two. Here the op hands wte on, `x, head = embedding(...)`, the head's gradient therefore comes back through
+this op, and the rows are added to it in place.
+
+Bytes an element of x, all fp32: forward 8 in (wpe from cache), 4 out; backward 4 in for each of dwpe and dwte, and a read
+and a write of each distinct token's row; nanoGPT's zeros and sum move 16 bytes for each of V C elements. About one FLOP an
+element.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastgpt.kernels import configs
+from fastgpt.kernels.common import Op, can_run, check_seed, is_ours, keep
+
+
+@triton.jit
+def _forward(
+    idx_ptr,  # [B, T] int64
+    wte_ptr,  # [V, C]
+    wpe_ptr,  # [>= T, C]
+    seed_ptr,  # [1] int64, where DROPOUT
+    x_ptr,  # [B, T, C] out, contiguous
+    T,
+    V,
+    C,
+    stride_ib,
+    stride_it,
+    stride_ev,
+    stride_ec,
+    stride_pt,
+    stride_pc,
+    p,
+    scale,  # 1 / (1 - p)
+    BLOCK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    b, t = row // T, row % T
+    token = tl.load(idx_ptr + b * stride_ib + t * stride_it)
+    known = (token >= 0) & (token < V)
+    for start in range(0, C, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = cols < C
+        # An id outside the vocabulary gives nan, which the loss shows; PyTorch's assertion would need the host to wait.
+        x = tl.load(wte_ptr + token * stride_ev + cols * stride_ec, mask & known, other=float("nan")).to(tl.float32)
+        x += tl.load(wpe_ptr + t * stride_pt + cols * stride_pc, mask, other=0.0).to(tl.float32)
+        x = x.to(x_ptr.dtype.element_ty)  # rounded before dropout, as PyTorch's sum is
+        if DROPOUT:
+            x = tl.where(keep(seed_ptr, row * C + cols, p), x.to(tl.float32) * scale, 0.0).to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + row * C + cols, x, mask)
+
+
+@triton.jit
+def _gradient(dx_ptr, seed_ptr, b, t, cols, mask, T, C, stride_db, stride_dt, stride_dc, p, scale, DROPOUT: tl.constexpr):
+    """The rows (b, t) [R] of dx behind dropout's backward, [R, BLOCK] in fp32."""
+    dx_ptrs = dx_ptr + (b * stride_db + t * stride_dt)[:, None] + (cols * stride_dc)[None, :]
+    dx = tl.load(dx_ptrs, mask, other=0.0).to(tl.float32)
+    if DROPOUT:
+        dx = tl.where(keep(seed_ptr, ((b * T + t) * C)[:, None] + cols[None, :], p), dx * scale, 0.0)
+    return dx
+
+
+@triton.jit
+def _backward_wpe(
+    dx_ptr,  # [B, T, C]
+    seed_ptr,  # [1] int64, where DROPOUT
+    dwpe_ptr,  # [T, C] out, contiguous
+    B,
+    T,
+    C,
+    stride_db,
+    stride_dt,
+    stride_dc,
+    p,
+    scale,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, B, ROWS):
+        b = (start + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (b < B)[:, None] & (cols < C)[None, :]
+        total += _gradient(dx_ptr, seed_ptr, b, t, cols, mask, T, C, stride_db, stride_dt, stride_dc, p, scale, DROPOUT)
+    tl.store(dwpe_ptr + t * C + cols, tl.sum(total, 0).to(dwpe_ptr.dtype.element_ty), cols < C)
+
+
+@triton.jit
+def _backward_wte(
+    dx_ptr,  # [B, T, C]
+    ids_ptr,  # [B T] int64, sorted
+    positions_ptr,  # [B T] int64, where each of them stood
+    seed_ptr,  # [1] int64, where DROPOUT
+    dwte_ptr,  # [V, C] in and out, contiguous
+    M,  # B * T
+    T,
+    V,
+    C,
+    stride_db,
+    stride_dt,
+    stride_dc,
+    p,
+    scale,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    first = tl.program_id(0)
+    token = tl.load(ids_ptr + first)
+    before = tl.load(ids_ptr + first - 1, first > 0, other=-1)
+    if (token != before) & (token >= 0) & (token < V):
+        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros([ROWS, BLOCK], tl.float32)
+        start = first
+        going = True
+        while going:
+            i = start + tl.arange(0, ROWS)
+            mine = tl.load(ids_ptr + i, i < M, other=-1) == token
+            position = tl.load(positions_ptr + i, mine, other=0)
+            mask = mine[:, None] & (cols < C)[None, :]
+            b, t = position // T, position % T
+            total += _gradient(dx_ptr, seed_ptr, b, t, cols, mask, T, C, stride_db, stride_dt, stride_dc, p, scale, DROPOUT)
+            start += ROWS
+            going = tl.min(mine.to(tl.int32), 0) == 1
+        dwte_ptrs = dwte_ptr + token * C + cols
+        dwte = tl.load(dwte_ptrs, cols < C, other=0.0).to(tl.float32) + tl.sum(total, 0)
+        tl.store(dwte_ptrs, dwte.to(dwte_ptr.dtype.element_ty), cols < C)
+
+
+# ---- launchers ----
+
+
+def embedding_fwd(idx: Tensor, wte: Tensor, wpe: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """x [B, T, C] in wte's dtype, of idx [B, T]."""
+    (B, T), (V, C) = idx.shape, wte.shape
+    config = configs.EMBEDDING
+    x = torch.empty((B, T, C), dtype=wte.dtype, device=wte.device)
+    if B * T:
+        _forward[(B * T,)](
+            idx, wte, wpe, seed, x, T, V, C, *idx.stride(), *wte.stride(), *wpe.stride(), p, 1 / (1 - p),
+            BLOCK=min(config.forward_block, triton.next_power_of_2(C)), DROPOUT=p > 0, num_warps=config.forward_warps,
+        )  # fmt: skip
+    return x
+
+
+def embedding_bwd(dx: Tensor, idx: Tensor, dwte: Tensor, wpe: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Add dx's rows to dwte [V, C] in place; dwpe, of wpe's shape."""
+    (B, T), (V, C) = idx.shape, dwte.shape
+    config = configs.EMBEDDING
+    dwpe = torch.empty(wpe.shape, dtype=wpe.dtype, device=wpe.device)
+    dwpe[T:].zero_()
+    block = min(config.backward_block, triton.next_power_of_2(C))
+    shared = dict(ROWS=config.backward_rows, BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps)
+    blocks = triton.cdiv(C, block)
+    if T:
+        _backward_wpe[(T, blocks)](dx, seed, dwpe, B, T, C, *dx.stride(), p, 1 / (1 - p), **shared)
+    if B * T:
+        ids, positions = torch.sort(idx.reshape(-1), stable=True)
+        _backward_wte[(B * T, blocks)](
+            dx, ids, positions, seed, dwte, B * T, T, V, C, *dx.stride(), p, 1 / (1 - p), **shared
+        )
+    return dwpe
+
+
+# ---- what torch needs to know ----
+
+
+def _setup(ctx, inputs, output):
+    idx, wte, wpe, p, seed = inputs
+    ctx.save_for_backward(idx, wte, wpe, seed)
+    ctx.p = p
+
+
+def _gradients(launch, ctx, dx):
+    idx, wte, wpe, seed = ctx.saved_tensors
+    dwte = torch.zeros(wte.shape, dtype=wte.dtype, device=wte.device)
+    return None, dwte, launch(dx, idx, dwte, wpe, ctx.p, seed), None, None
+
+
+_embedding = Op(
+    "embedding",
+    embedding_fwd,
+    lambda idx, wte, wpe, p, seed: wte.new_empty((*idx.shape, wte.size(1))),
+    embedding_bwd,
+    lambda dx, idx, dwte, wpe, p, seed: torch.empty(wpe.shape, dtype=wpe.dtype, device=wpe.device),
+    _setup,
+    _gradients,
+    mutates=("dwte",),
+)
+
+
+class _Tied(torch.autograd.Function):
+    """The op and the edge that brings the head's gradient back to it."""
+
+    @staticmethod
+    def forward(ctx, idx, wte, wpe, p, seed):
+        _setup(ctx, (idx, wte, wpe, p, seed), None)
+        ctx.set_materialize_grads(False)
+        return (_embedding.custom if torch.compiler.is_compiling() else embedding_fwd)(idx, wte, wpe, p, seed), wte.view_as(wte)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, dhead):
+        idx, wte, wpe, seed = ctx.saved_tensors
+        if dx is None:
+            return None, dhead, None, None, None
+        compiling = torch.compiler.is_compiling()
+        if dhead is None:
+            dwte = torch.zeros(wte.shape, dtype=wte.dtype, device=wte.device)
+        elif compiling or is_ours(dhead):  # the compiler copies where it must
+            dwte = dhead
+        else:  # it may be somebody else's too
+            dwte = dhead.clone(memory_format=torch.contiguous_format)
+        dwpe = (_embedding.custom_backward if compiling else embedding_bwd)(dx, idx, dwte, wpe, ctx.p, seed)
+        return None, dwte, dwpe, None, None
+
+
+def takes(wte):
+    """Whether these kernels can take weights wte: on a GPU from sm_80 on, or in the interpreter."""
+    return can_run(wte)
+
+
+def embedding(idx, wte, wpe, dropout_p=0.0, seed=None):
+    """(dropout(wte[idx] + wpe[:T]) [B, T, C], wte again for the tied head) of ids idx [B, T] int64; wte [V, C], wpe [>=T, C].
+
+    x is in the weights' dtype. seed is an int64 tensor of one element, needed for dropout. An id outside the vocabulary
+    gives nan. Raises ValueError for shapes that do not match.
+    """
+    if idx.dim() != 2 or wte.shape[1:] != wpe.shape[1:] or wpe.size(0) < idx.size(1):
+        raise ValueError(f"embedding: ids {tuple(idx.shape)}, wte {tuple(wte.shape)}, wpe {tuple(wpe.shape)}")
+    check_seed(dropout_p, seed)
+    return _Tied.apply(idx, wte, wpe, dropout_p, seed)
