@@ -1,7 +1,7 @@
 """Launch configurations, as data: a frozen dataclass an op, a table by shape class.
 
 A table's rows are tried in order; the first whose bound holds is taken. Not measured on a GPU yet: the rows were chosen
-by the registers and barriers of the generated code, which tests/test_codegen.py compiles for every architecture.
+by the registers and barriers of the generated code, which tests/codegen.py compiles for every architecture (docs/codegen.md).
 """
 
 from dataclasses import dataclass
@@ -74,32 +74,68 @@ class MLPConfig:
     sum_columns: int = 64
 
 
-# By (lowest architecture, bytes of an element), newest first.
+# By (lowest architecture, bytes of an element), newest first; 0 is the interpreter, whose tests are of few rows.
 GELU_MLP = {
     (120, 2): MLPConfig(128, 128, 32, warps=8, stages=3, tma=True),
-    (120, 4): MLPConfig(64, 64, 32, warps=4, stages=3),
     (100, 2): MLPConfig(128, 128, 64, warps=8, stages=3, tma=True),
-    (100, 4): MLPConfig(64, 64, 32, warps=4, stages=3),
     (90, 2): MLPConfig(128, 128, 64, warps=8, stages=3, tma=True, flatten=True),
-    (90, 4): MLPConfig(64, 64, 32, warps=4, stages=3),
-    (89, 2): MLPConfig(128, 128, 32, warps=8, stages=3),
-    (89, 4): MLPConfig(64, 64, 32, warps=4, stages=3),
-    (80, 2): MLPConfig(128, 128, 32, warps=8, stages=4),
+    (80, 2): MLPConfig(128, 128, 32, warps=8, stages=3),
     (80, 4): MLPConfig(64, 64, 32, warps=4, stages=3),
+    (0, 2): MLPConfig(32, 64, 32, warps=4, stages=1),
+    (0, 4): MLPConfig(32, 64, 32, warps=4, stages=1),
 }
-INTERPRETED = {"mlp": MLPConfig(32, 64, 32, warps=4, stages=1)}  # small tiles: tests are of few rows
 
 
-def by_architecture(table, device, dtype):
-    """The entry of a table for a CUDA device: the newest architecture that is not newer than it, and the element's size."""
-    capability = torch.cuda.get_device_capability(device)
-    sm = capability[0] * 10 + capability[1]
-    return next(entry for (least, size), entry in table.items() if least <= sm and size == dtype.itemsize)
+@dataclass(frozen=True)
+class AttentionConfig:
+    """flash_attention: the forward's blocks of queries and of keys; the backward's block and its step."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    outer: int
+    inner: int
+    backward_warps: int
+    backward_stages: int
+    delta_rows: int = 64
+
+
+# By (lowest architecture, bytes of an element, largest head size), newest first.
+ATTENTION = {
+    (90, 2, 64): AttentionConfig(128, 64, 8, 3, outer=128, inner=64, backward_warps=8, backward_stages=2),
+    (90, 2, 128): AttentionConfig(128, 64, 8, 2, outer=64, inner=64, backward_warps=8, backward_stages=2),
+    (80, 2, 64): AttentionConfig(128, 64, 8, 2, outer=64, inner=64, backward_warps=8, backward_stages=2),
+    (80, 2, 128): AttentionConfig(64, 64, 8, 2, outer=64, inner=32, backward_warps=8, backward_stages=1),
+    (80, 4, 64): AttentionConfig(64, 32, 4, 2, outer=32, inner=32, backward_warps=4, backward_stages=1),
+    (80, 4, 128): AttentionConfig(32, 32, 4, 1, outer=32, inner=16, backward_warps=4, backward_stages=1),
+    (0, 2, 128): AttentionConfig(64, 32, 4, 1, outer=64, inner=32, backward_warps=4, backward_stages=1),
+    (0, 4, 128): AttentionConfig(64, 32, 4, 1, outer=64, inner=32, backward_warps=4, backward_stages=1),
+}
+
+
+def architecture(device):
+    """90 for sm_90; 0 for the CPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
 
 
 def gelu_mlp(device, dtype):
-    """The MLPConfig for a device and a compute dtype; one for the interpreter on the CPU."""
-    return by_architecture(GELU_MLP, device, dtype) if device.type == "cuda" else INTERPRETED["mlp"]
+    """The MLPConfig for a device and a compute dtype."""
+    sm = architecture(device)
+    return next(config for (least, size), config in GELU_MLP.items() if least <= sm and size == dtype.itemsize)
+
+
+def attention(device, dtype, head_size):
+    """The AttentionConfig for a device, a compute dtype and a head size to 128."""
+    sm = architecture(device)
+    return next(
+        config
+        for (least, size, largest), config in ATTENTION.items()
+        if least <= sm and size == dtype.itemsize and head_size <= largest
+    )
 
 
 def layer_norm(width):

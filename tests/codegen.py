@@ -1,10 +1,16 @@
-"""Compile every configuration of every kernel for NVIDIA's architectures, without a GPU: a JSON object a line.
+"""Compile every configuration of every kernel for NVIDIA's architectures, without a GPU.
 
-Run as a script in a process of its own: TRITON_INTERPRET is read when kernels are first imported.
+    python tests/codegen.py              a JSON object for each kernel and architecture, a line each
+    python tests/codegen.py --markdown   docs/codegen.md
+
+The ops run on CPU tensors whose launches are recorded instead of carried out, so what is compiled is what would be launched:
+the same constants, and the same knowledge of what is 1 or a multiple of 16. Run as a script in a process of its own:
+TRITON_INTERPRET is read when kernels are first imported.
 """
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -14,88 +20,174 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels import configs, layer_norm
+from fastgpt.kernels import configs, cross_entropy, embedding, flash_attention, gelu_mlp, layer_norm
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+# Of an SM: shared memory in KiB, warps, and blocks. CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+SM = {80: (164, 64, 32), 89: (100, 48, 24), 90: (228, 64, 32), 100: (228, 64, 32), 120: (100, 48, 24)}
+LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory that one block may have
+INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync", "tma": "cp.async.bulk.tensor"}
+TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32", "bool": "i1"}
 
 
-def layer_norm_cases():
-    """(what, kernel, pointer and scalar types, constants, warps) of each row of the table, at its widest, in bf16 training."""
-    pointers = dict.fromkeys(
-        (
-            "x_ptr",
-            "stream_ptr",
-            "weight_ptr",
-            "bias_ptr",
-            "stats_ptr",
-            "dstream_ptr",
-            "dx_ptr",
-            "partial_ptr",
-            "dweight_ptr",
-            "dbias_ptr",
-        ),
-        "*fp32",
-    )
-    pointers |= dict.fromkeys(("branch_ptr", "h_ptr", "dh_ptr", "dbranch_ptr"), "*bf16") | {
-        "seed_ptr": "*i64",
-        "eps": "fp32",
-        "p": "fp32",
-        "scale": "fp32",
-    }
+def cases():
+    """(what, function that launches it) of all that a table can choose, for the architecture that is set at the call."""
+    bf16, seed = torch.bfloat16, torch.zeros(1, dtype=torch.int64)
+
+    def ones(*shape, dtype=torch.float32):
+        return torch.ones(shape, dtype=dtype, requires_grad=True)
+
+    def backward(*outputs):
+        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+
     for row in configs.LAYER_NORM:
-        width = {"N": row.max_width, "BLOCK": row.max_width, "HAS_BRANCH": True}
-        for dropout in (False, True):
-            name = f"N={row.max_width}" + " dropout" * dropout
-            flags = {**width, "DROPOUT": dropout}
-            yield (
-                f"layer_norm forward {name}",
-                layer_norm._forward,
-                pointers,
-                {**flags, "HAS_BIAS": True},
-                row.forward_warps,
-            )
-            yield (
-                f"layer_norm backward {name}",
-                layer_norm._backward,
-                pointers,
-                {**flags, "HAS_DSTREAM": True},
-                row.backward_warps,
-            )
-        tile = {"ROWS": row.reduce_rows, "COLUMNS": row.reduce_columns, "HAS_BIAS": True}
-        yield f"layer_norm reduce N={row.max_width}", layer_norm._reduce, pointers, tile, 4
+        for p in (0.0, 0.1):
+            C = row.max_width
+
+            def norm(C=C, p=p):
+                with torch.autocast("cpu", dtype=bf16):
+                    backward(*layer_norm.add_layer_norm(ones(1, 64, C), ones(1, 64, C, dtype=bf16), ones(C), ones(C), 1e-5, p, seed))
+
+            yield f"layer_norm C={C}" + " dropout" * (p > 0), norm
+    for p in (0.0, 0.1):
+        ids = torch.zeros(1, 64, dtype=torch.int64)
+        yield (
+            "embedding" + " dropout" * (p > 0),
+            lambda p=p: backward(embedding.embedding(ids, ones(128, 768), ones(64, 768), p, seed)[0]),
+        )
+    yield (
+        "cross_entropy",
+        lambda: backward(cross_entropy.linear_cross_entropy(ones(1, 64, 16, dtype=bf16), ones(50304, 16), torch.zeros(1, 64, dtype=torch.int64))),
+    )  # fmt: skip
+    for dtype in (bf16, torch.float32):
+        for recompute in (False, True):
+
+            def mlp(dtype=dtype, recompute=recompute):
+                h = ones(128, 768, dtype=dtype)
+                with torch.autocast("cpu", dtype=bf16, enabled=dtype == bf16):
+                    backward(gelu_mlp.gelu_mlp(h, ones(3072, 768), ones(3072), ones(768, 3072), ones(768), recompute))
+
+            yield f"gelu_mlp {TYPES[str(dtype)[6:]]}" + " recompute" * recompute, mlp
+    for dtype in (bf16, torch.float32):
+        for D in (64, 128):
+            for what, p, docs in (("", 0.0, None), (" dropout", 0.1, None), (" documents", 0.0, torch.zeros(1, 256, dtype=torch.int64))):
+                if what and (D, dtype) != (64, bf16):
+                    continue
+                yield (
+                    f"flash_attention {TYPES[str(dtype)[6:]]} D={D}{what}",
+                    lambda dtype=dtype, D=D, p=p, docs=docs: backward(
+                        flash_attention.flash_attention(ones(1, 256, 3 * 12 * D, dtype=dtype), 12, p, seed, docs)
+                    ),
+                )
 
 
-def compile_case(case, architecture):
-    """Registers, spilled bytes and shared memory of one kernel on one architecture."""
-    what, kernel, types, constants, warps = case
-    names = kernel.arg_names
-    constants = {**constants, **{n: 1 for n in names if n.startswith("stride") and n.endswith("n")}}  # rows are dense
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    # As at a launch: pointers, and strides that are multiples of 16, are known to be aligned.
-    aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or (n.startswith("stride") and n not in constants)]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+def recorded(architecture):
+    """{(what, kernel): (its arguments by name, its options)} of all launches for an architecture."""
+    found = {}
+    what = None
+
+    def record(kernel, *args, grid, warmup, **options):
+        names = [n for n in kernel.arg_names if n not in options]
+        arguments = dict(zip(names, args, strict=True)) | {n: options.pop(n) for n in kernel.arg_names if n in options}
+        found.setdefault((what, kernel.__name__.strip("_")), (kernel, arguments, options))
+
+    JITFunction.run = record
+    configs.architecture = lambda device: architecture
+    for module in (layer_norm, embedding, cross_entropy, gelu_mlp, flash_attention):
+        module.can_run = lambda x: True
+    for what, launch in cases():
+        launch()
+    return found
+
+
+def source(kernel, arguments):
+    """What Triton's launcher would compile for these arguments: 1 and None are constants; what 16 divides is known to it."""
+    signature, constants, attributes = {}, {}, {}
+    for i, p in enumerate(kernel.params):
+        value = arguments[p.name]
+        if p.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[p.name], constants[p.name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[p.name] = f"tensordesc<{TYPES[str(value.base.dtype)[6:]]}{value.block_shape}>"
+        elif torch.is_tensor(value):
+            signature[p.name] = "*" + TYPES[str(value.dtype)[6:]]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[p.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[p.name] = "fp32"
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compiled(what, name, architecture, kernel, arguments, options):
+    """Registers, spilled bytes, shared memory, blocks per SM and matrix instructions of one kernel on one architecture."""
+    options = {"num_warps": 4, **options}
+    binary = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(binary.asm["cubin"])
         f.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+        command = [CUOBJDUMP, "--dump-resource-usage", f.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    warps, shared = options["num_warps"], binary.metadata.shared
+    kib, most_warps, most_blocks = SM[architecture]
+    per_warp = -(-registers // 8) * 8 * 32  # registers are given by 256 to a warp
+    blocks = min(most_blocks, most_warps // warps, 65536 // (per_warp * warps), kib * 1024 // (shared + 1024))
+    ptx = binary.asm["ptx"]
     return dict(
-        kernel=what, architecture=architecture, warps=warps,
-        registers=int(registers), spilled=int(stack), shared=binary.metadata.shared,
+        op=what, kernel=name, architecture=architecture, warps=warps, registers=registers, spilled=stack, shared=shared,
+        limit=LIMIT[architecture] * 1024, blocks_per_sm=blocks, warps_per_sm=blocks * warps, dot="tl.dot" in kernel.src or "_step(" in kernel.src,
+        tma=any(isinstance(v, TensorDescriptor) for v in arguments.values()),
+        instructions=[short for short, long in INSTRUCTIONS.items() if long in ptx],
     )  # fmt: skip
 
 
-if __name__ == "__main__":
+def rows(only=""):
+    """All of them, in order; `only` keeps those whose op contains it."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(compile_case, case, sm) for case in layer_norm_cases() for sm in ARCHITECTURES]
+        jobs = [
+            pool.submit(compiled, what, name, sm, *launch)
+            for sm in ARCHITECTURES
+            for (what, name), launch in recorded(sm).items()
+            if only in what
+        ]
         for job in jobs:
-            print(json.dumps(job.result()))
-    sys.exit(0)
+            yield job.result()
+
+
+def markdown():
+    print(f"""# What the compiler makes of the kernels
+
+Written by `python tests/codegen.py --markdown > docs/codegen.md` with Triton {triton.__version__}, torch {torch.__version__.split("+")[0]}, Python
+{platform.python_version()}; no GPU is needed, and none was used. Every configuration in `kernels/configs.py`, with the arguments of a GPT-2: registers a thread, bytes
+that are spilled, shared memory in KiB, warps of a block, warps that an SM can hold of it (of 64; 48 on sm_89 and sm_120), and the
+matrix and copy instructions. Warps are a bound, not a measurement.""")
+    op = None
+    for r in sorted(rows(), key=lambda r: r["op"].split()[0]):
+        if r["op"].split()[0] != op:
+            op = r["op"].split()[0]
+            print(f"\n## {op}\n\n| case | kernel | sm | registers | spilled | shared KiB | warps | warps on an SM | instructions |")
+            print("|---|---|---:|---:|---:|---:|---:|---:|---|")
+        case = r["op"].removeprefix(op).strip() or "all"
+        print(
+            f"| {case} | {r['kernel']} | {r['architecture']} | {r['registers']} | {r['spilled']} | {r['shared'] / 1024:.1f} "
+            f"| {r['warps']} | {r['warps_per_sm']} | {' '.join(r['instructions'])} |"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--markdown"]:
+        markdown()
+    else:
+        for r in rows(*sys.argv[1:]):
+            print(json.dumps(r))

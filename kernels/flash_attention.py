@@ -1,0 +1,489 @@
+"""Causal self-attention of packed queries, keys and values, tile by tile: no [T, T] matrix is ever in memory.
+
+    s = q k^T / sqrt(D)                  causal, and within one's own document where doc_ids are given
+    out = dropout(softmax(s)) v
+
+Shapes: qkv [B, T, 3 C], a row holding q, then k, then v, each of H heads of D; out [B, T, C]; doc_ids [B, T] integers. All are
+read by their strides and out is written where the next layer reads it: no transpose, no copy. Saved: qkv, out, and lse [B, H, T]
+fp32, the log2 of each row's sum of 2^(s log2 e). Recomputed: the probabilities, and the dropout mask.
+
+Forward: a program has a block of queries in registers and walks over the keys, keeping each row's maximum and sum (online
+softmax); whole blocks of keys need no mask, the diagonal ones do. The last blocks of queries, which have the most keys, start
+first.
+
+Backward, of dout, with delta[i] = sum_d dout[i, d] out[i, d]:
+
+    p = 2^(s log2 e - lse);  ds = p * (dropout'(dout v^T) - delta)
+    dv = dropout(p)^T dout;  dk = ds^T q / sqrt(D);  dq = ds k / sqrt(D)
+
+One program makes dk and dv of a block of keys (all queries from there on), then dq of the same block of queries (all keys up to
+there): together the same work for every block. Nothing is added across programs, so there are no atomics and the bits are
+the same every time; s and dout v^T are computed twice for it, seven matrix products a tile instead of five. All three gradients
+go into one [B, T, 3 C], as the backward of the projection reads it.
+
+Dropout: an element is kept by Philox4x32-7 of the seed at the counter (column, row, head, batch), so the mask depends on no tile.
+
+Bytes a token: forward 2 (3 C + C) and 4 H; backward 2 (3 C + 2 C + 3 C) and 12 H, tiles from L2. FLOPs, causal: forward
+2 T C a token, backward 7/2 of that. At D = 64 the exponentials take as long as the products: hence exp2, with the scale folded
+into one FMA.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels import configs
+from fastgpt.kernels.common import Op, can_run, check_seed, compute_dtype, like, precision
+
+LOG2E = math.log2(math.e)
+MAX_HEAD_SIZE = 128
+
+
+@triton.jit
+def _keep(seed, b, h, rows, cols, p):
+    """Which of the elements (rows, cols), of shapes that broadcast, dropout keeps."""
+    word, _, _, _ = tl.philox(seed, cols, rows, h, b, n_rounds=7)
+    return tl.uint_to_uniform_float(word) >= p
+
+
+@triton.jit
+def _tile(ptr, rows, stride_row, stride_col, bound, D: tl.constexpr, BD: tl.constexpr, BOUNDED: tl.constexpr):
+    """Rows [R] of a [bound, D] matrix, padded by zeros to [R, BD]."""
+    d = tl.arange(0, BD)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride_row + (d * stride_col)[None, :]
+    if BOUNDED and D < BD:
+        return tl.load(ptrs, (rows < bound)[:, None] & (d < D)[None, :], other=0.0)
+    elif BOUNDED:
+        return tl.load(ptrs, (rows < bound)[:, None], other=0.0)
+    elif D < BD:
+        return tl.load(ptrs, (d < D)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def _store(ptr, rows, stride_row, bound, value, D: tl.constexpr, BD: tl.constexpr):
+    """The inverse of _tile, to columns of stride 1."""
+    d = tl.arange(0, BD)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride_row + d[None, :]
+    tl.store(ptrs, value.to(ptr.dtype.element_ty), (rows < bound)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _forward_step(
+    acc, l, m, q, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p, keep_scale,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: the new accumulator, sum and maximum of each row."""
+    k = _tile(k_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
+    s = tl.dot(q, k.T, input_precision=PRECISION) * scale
+    # A finite "minus infinity": a row that has seen no key yet holds garbage, which its first key multiplies by 2^-1e30 = 0.
+    if MASKED:
+        s = tl.where((rows[:, None] >= cols[None, :]) & (cols < T)[None, :], s, -1e30)
+    if DOCS:
+        s = tl.where(row_docs[:, None] == col_docs[None, :], s, -1e30)
+    m_new = tl.maximum(m, tl.max(s, 1))
+    prob = tl.exp2(s - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    l = l * alpha + tl.sum(prob, 1)  # before dropout, as softmax is
+    if DROPOUT:
+        prob = tl.where(_keep(seed, b, h, rows[:, None], cols[None, :], p), prob * keep_scale, 0.0)
+    v = _tile(v_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
+    acc = tl.dot(prob.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, l, m_new
+
+
+@triton.jit
+def _forward(
+    qkv_ptr,  # [B, T, 3 H D]
+    docs_ptr,  # [B, T], where DOCS
+    seed_ptr,  # [1] int64, where DROPOUT
+    out_ptr,  # [B, T, H D] out, contiguous
+    lse_ptr,  # [B, H, T] fp32 out
+    T,
+    H,
+    stride_b,
+    stride_t,
+    stride_c,
+    stride_db,
+    stride_dt,
+    scale,  # log2(e) / sqrt(D)
+    p,
+    keep_scale,  # 1 / (1 - p)
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DOCS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(T, BM)
+    bh = tl.program_id(0) // blocks
+    m0 = (blocks - 1 - tl.program_id(0) % blocks) * BM
+    b, h = bh // H, bh % H
+    q_ptr = qkv_ptr + b.to(tl.int64) * stride_b + h * D * stride_c
+    k_ptr = q_ptr + H * D * stride_c
+    v_ptr = k_ptr + H * D * stride_c
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    rows = m0 + tl.arange(0, BM)
+    lanes = tl.arange(0, BN)
+    q = _tile(q_ptr, rows, stride_t, stride_c, T, D, BD, True)
+    if DOCS:
+        docs_ptr += b.to(tl.int64) * stride_db
+        first = tl.load(docs_ptr + m0.to(tl.int64) * stride_dt)
+        row_docs = tl.load(docs_ptr + rows.to(tl.int64) * stride_dt, rows < T, other=first)
+        low, high = tl.min(row_docs, 0), tl.max(row_docs, 0)
+    acc = tl.zeros([BM, BD], tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    m = tl.full([BM], -1e30, tl.float32)
+    diagonal = m0 // BN * BN  # all keys before it come before all of these queries
+    end = tl.minimum(m0 + BM, T)
+    if DOCS:
+        for n0 in range(0, end, BN):
+            cols = n0 + lanes
+            col_docs = tl.load(docs_ptr + cols.to(tl.int64) * stride_dt, cols < T, other=low)
+            if (tl.max(col_docs, 0) >= low) & (tl.min(col_docs, 0) <= high):  # else no document is in both blocks
+                acc, l, m = _forward_step(
+                    acc, l, m, q, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p,
+                    keep_scale, D, BD, True, True, DROPOUT, PRECISION,
+                )  # fmt: skip
+    else:
+        for n0 in range(0, diagonal, BN):
+            acc, l, m = _forward_step(
+                acc, l, m, q, k_ptr, v_ptr, b, h, rows, 0, n0 + lanes, 0, T, stride_t, stride_c, seed, scale, p,
+                keep_scale, D, BD, False, False, DROPOUT, PRECISION,
+            )  # fmt: skip
+        for n0 in range(diagonal, end, BN):
+            acc, l, m = _forward_step(
+                acc, l, m, q, k_ptr, v_ptr, b, h, rows, 0, n0 + lanes, 0, T, stride_t, stride_c, seed, scale, p,
+                keep_scale, D, BD, True, False, DROPOUT, PRECISION,
+            )  # fmt: skip
+    tl.store(lse_ptr + bh.to(tl.int64) * T + rows, m + tl.log2(l), rows < T)
+    out_ptr += b.to(tl.int64) * T * H * D + h * D
+    _store(out_ptr, rows, H * D, T, acc / l[:, None], D, BD)
+
+
+@triton.jit
+def _delta(
+    out_ptr,  # [B, T, H D] contiguous
+    dout_ptr,  # [B, T, H D]
+    delta_ptr,  # [B, H, T] fp32 out
+    T,
+    H,
+    stride_b,
+    stride_t,
+    stride_c,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+):
+    blocks = tl.cdiv(T, BM)
+    bh = tl.program_id(0) // blocks
+    b, h = bh // H, bh % H
+    rows = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
+    out = _tile(out_ptr + b.to(tl.int64) * T * H * D + h * D, rows, H * D, 1, T, D, BD, True).to(tl.float32)
+    dout_ptr += b.to(tl.int64) * stride_b + h * D * stride_c
+    dout = _tile(dout_ptr, rows, stride_t, stride_c, T, D, BD, True).to(tl.float32)
+    tl.store(delta_ptr + bh.to(tl.int64) * T + rows, tl.sum(out * dout, 1), rows < T)
+
+
+@triton.jit
+def _probabilities(
+    s, rows, cols, row_docs, col_docs, lse, T, scale, MASKED: tl.constexpr, DOCS: tl.constexpr
+):  # fmt: skip
+    """The softmax of scores s, from each row's lse; rows and cols broadcast to its shape."""
+    prob = tl.exp2(s * scale - lse)
+    if MASKED:
+        prob = tl.where((rows >= cols) & (cols < T), prob, 0.0)
+    if DOCS:
+        prob = tl.where(row_docs == col_docs, prob, 0.0)
+    return prob
+
+
+@triton.jit
+def _dkv_step(
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c,
+    stride_ot, stride_oc, seed, scale, p, keep_scale,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of queries, for the gradients of a block of keys. Scores are transposed, [keys, queries]: p and ds are then
+    left operands, straight from registers."""
+    q = _tile(q_ptr, rows, stride_t, stride_c, T, D, BD, True)
+    lse = tl.load(lse_ptr + rows, rows < T, other=float("inf"))  # rows beyond T then have probability 0
+    st = tl.dot(k, q.T, input_precision=PRECISION)
+    prob = _probabilities(
+        st, rows[None, :], cols[:, None], row_docs[None, :] if DOCS else 0, col_docs[:, None] if DOCS else 0, lse[None, :], T,
+        scale, MASKED, DOCS,
+    )  # fmt: skip
+    dout = _tile(dout_ptr, rows, stride_ot, stride_oc, T, D, BD, True)
+    dp = tl.dot(v, dout.T, input_precision=PRECISION)
+    dropped = prob
+    if DROPOUT:
+        keep = _keep(seed, b, h, rows[None, :], cols[:, None], p)
+        dropped = tl.where(keep, prob * keep_scale, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    delta = tl.load(delta_ptr + rows, rows < T, other=0.0)
+    ds = prob * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _dq_step(
+    dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p,
+    keep_scale,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys, for the gradient of a block of queries."""
+    k = _tile(k_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
+    s = tl.dot(q, k.T, input_precision=PRECISION)
+    prob = _probabilities(
+        s, rows[:, None], cols[None, :], row_docs[:, None] if DOCS else 0, col_docs[None, :] if DOCS else 0, lse[:, None], T,
+        scale, MASKED, DOCS,
+    )  # fmt: skip
+    v = _tile(v_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
+    dp = tl.dot(dout, v.T, input_precision=PRECISION)
+    if DROPOUT:
+        dp = tl.where(_keep(seed, b, h, rows[:, None], cols[None, :], p), dp * keep_scale, 0.0)
+    ds = prob * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _backward(
+    qkv_ptr,  # [B, T, 3 H D]
+    dout_ptr,  # [B, T, H D]
+    docs_ptr,  # [B, T], where DOCS
+    seed_ptr,  # [1] int64, where DROPOUT
+    lse_ptr,  # [B, H, T] fp32
+    delta_ptr,  # [B, H, T] fp32
+    dqkv_ptr,  # [B, T, 3 H D] out, contiguous
+    T,
+    H,
+    stride_b,
+    stride_t,
+    stride_c,
+    stride_ob,
+    stride_ot,
+    stride_oc,
+    stride_db,
+    stride_dt,
+    scale,  # log2(e) / sqrt(D)
+    grad_scale,  # 1 / sqrt(D)
+    p,
+    keep_scale,  # 1 / (1 - p)
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    OUTER: tl.constexpr,  # keys, then queries, whose gradients a program makes
+    INNER: tl.constexpr,  # queries, then keys, of a step
+    DOCS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(T, OUTER)
+    bh = tl.program_id(0) // blocks
+    start = tl.program_id(0) % blocks * OUTER
+    b, h = bh // H, bh % H
+    q_ptr = qkv_ptr + b.to(tl.int64) * stride_b + h * D * stride_c
+    k_ptr = q_ptr + H * D * stride_c
+    v_ptr = k_ptr + H * D * stride_c
+    dout_ptr += b.to(tl.int64) * stride_ob + h * D * stride_oc
+    lse_ptr += bh.to(tl.int64) * T
+    delta_ptr += bh.to(tl.int64) * T
+    dq_ptr = dqkv_ptr + b.to(tl.int64) * T * 3 * H * D + h * D
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    block = start + tl.arange(0, OUTER)
+    lanes = tl.arange(0, INNER)
+    if DOCS:
+        docs_ptr += b.to(tl.int64) * stride_db
+        first = tl.load(docs_ptr + start.to(tl.int64) * stride_dt)
+        block_docs = tl.load(docs_ptr + block.to(tl.int64) * stride_dt, block < T, other=first)
+        low, high = tl.min(block_docs, 0), tl.max(block_docs, 0)
+
+    # dk and dv of the keys in `block`
+    k = _tile(k_ptr, block, stride_t, stride_c, T, D, BD, True)
+    v = _tile(v_ptr, block, stride_t, stride_c, T, D, BD, True)
+    dk = tl.zeros([OUTER, BD], tl.float32)
+    dv = tl.zeros([OUTER, BD], tl.float32)
+    if DOCS:
+        for m0 in range(start, T, INNER):
+            rows = m0 + lanes
+            row_docs = tl.load(docs_ptr + rows.to(tl.int64) * stride_dt, rows < T, other=low)
+            if (tl.max(row_docs, 0) >= low) & (tl.min(row_docs, 0) <= high):
+                dk, dv = _dkv_step(
+                    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, rows, row_docs, block, block_docs, T, stride_t,
+                    stride_c, stride_ot, stride_oc, seed, scale, p, keep_scale, D, BD, True, True, DROPOUT, PRECISION,
+                )  # fmt: skip
+    else:
+        # Queries from start to start + OUTER are on the diagonal; those that follow see all of these keys.
+        diagonal_end = tl.minimum(start + OUTER, T)
+        for m0 in range(start, diagonal_end, INNER):
+            dk, dv = _dkv_step(
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, m0 + lanes, 0, block, 0, T, stride_t,
+                stride_c, stride_ot, stride_oc, seed, scale, p, keep_scale, D, BD, True, False, DROPOUT, PRECISION,
+            )  # fmt: skip
+        for m0 in range(start + OUTER, T, INNER):
+            dk, dv = _dkv_step(
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, m0 + lanes, 0, block, 0, T, stride_t,
+                stride_c, stride_ot, stride_oc, seed, scale, p, keep_scale, D, BD, False, False, DROPOUT, PRECISION,
+            )  # fmt: skip
+    _store(dq_ptr + H * D, block, 3 * H * D, T, dk * grad_scale, D, BD)
+    _store(dq_ptr + 2 * H * D, block, 3 * H * D, T, dv, D, BD)
+
+    # dq of the queries in `block`
+    q = _tile(q_ptr, block, stride_t, stride_c, T, D, BD, True)
+    dout = _tile(dout_ptr, block, stride_ot, stride_oc, T, D, BD, True)
+    lse = tl.load(lse_ptr + block, block < T, other=float("inf"))
+    delta = tl.load(delta_ptr + block, block < T, other=0.0)
+    dq = tl.zeros([OUTER, BD], tl.float32)
+    end = tl.minimum(start + OUTER, T)
+    if DOCS:
+        for n0 in range(0, end, INNER):
+            cols = n0 + lanes
+            col_docs = tl.load(docs_ptr + cols.to(tl.int64) * stride_dt, cols < T, other=low)
+            if (tl.max(col_docs, 0) >= low) & (tl.min(col_docs, 0) <= high):
+                dq = _dq_step(
+                    dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, block, block_docs, cols, col_docs, T, stride_t, stride_c,
+                    seed, scale, p, keep_scale, D, BD, True, True, DROPOUT, PRECISION,
+                )  # fmt: skip
+    else:
+        for n0 in range(0, start, INNER):  # OUTER is a multiple of INNER
+            dq = _dq_step(
+                dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, block, 0, n0 + lanes, 0, T, stride_t, stride_c,
+                seed, scale, p, keep_scale, D, BD, False, False, DROPOUT, PRECISION,
+            )  # fmt: skip
+        for n0 in range(start, end, INNER):
+            dq = _dq_step(
+                dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, block, 0, n0 + lanes, 0, T, stride_t, stride_c,
+                seed, scale, p, keep_scale, D, BD, True, False, DROPOUT, PRECISION,
+            )  # fmt: skip
+    _store(dq_ptr, block, 3 * H * D, T, dq * grad_scale, D, BD)
+
+
+@triton.jit
+def _mask(seed_ptr, out_ptr, T, H, p, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    bh = tl.program_id(1)
+    for start in range(0, T, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        kept = _keep(tl.load(seed_ptr), bh // H, bh % H, row, cols, p)
+        tl.store(out_ptr + (bh.to(tl.int64) * T + row) * T + cols, kept, cols < T)
+
+
+# ---- launchers ----
+
+
+def flash_attention_fwd(
+    qkv: Tensor, n_head: int, p: float, seed: Tensor | None, doc_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(out [B, T, C] in qkv's dtype, lse [B, H, T] fp32, in powers of two) of qkv [B, T, 3 C]."""
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    D = C // n_head
+    config = configs.attention(qkv.device, qkv.dtype, D)
+    out = torch.empty((B, T, C), dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty((B, n_head, T), dtype=torch.float32, device=qkv.device)
+    if out.numel():
+        _forward[(triton.cdiv(T, config.block_m) * B * n_head,)](
+            qkv, doc_ids, seed, out, lse, T, n_head, *qkv.stride(), *_strides(doc_ids), LOG2E / math.sqrt(D), p, 1 / (1 - p),
+            D=D, BD=_padded(D), BM=config.block_m, BN=config.block_n, DOCS=doc_ids is not None, DROPOUT=p > 0,
+            PRECISION=precision(), num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def flash_attention_bwd(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, p: float, seed: Tensor | None, doc_ids: Tensor | None
+) -> Tensor:
+    """dqkv [B, T, 3 C] of dout [B, T, C]."""
+    B, T, C = out.shape
+    D = C // n_head
+    config = configs.attention(qkv.device, qkv.dtype, D)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=qkv.device)
+    if out.numel():
+        rows = config.delta_rows
+        _delta[(triton.cdiv(T, rows) * B * n_head,)](
+            out, dout, delta, T, n_head, *dout.stride(), D=D, BD=_padded(D), BM=rows
+        )
+        _backward[(triton.cdiv(T, config.outer) * B * n_head,)](
+            qkv, dout.to(qkv.dtype), doc_ids, seed, lse, delta, dqkv, T, n_head, *qkv.stride(), *dout.stride(), *_strides(doc_ids),
+            LOG2E / math.sqrt(D), 1 / math.sqrt(D), p, 1 / (1 - p),
+            D=D, BD=_padded(D), OUTER=config.outer, INNER=config.inner, DOCS=doc_ids is not None, DROPOUT=p > 0,
+            PRECISION=precision(), num_warps=config.backward_warps, num_stages=config.backward_stages,
+        )  # fmt: skip
+    return dqkv
+
+
+def dropout_mask(B, n_head, T, dropout_p, seed):
+    """The mask of `flash_attention`'s dropout, bool [B, n_head, T, T], True where an element is kept; seed as there."""
+    mask = torch.empty((B, n_head, T, T), dtype=torch.bool, device=seed.device)
+    if mask.numel():
+        _mask[(T, B * n_head)](seed, mask, T, n_head, dropout_p, BLOCK=min(1024, triton.next_power_of_2(T)))
+    return mask
+
+
+def _padded(head_size):
+    return max(16, triton.next_power_of_2(head_size))  # tl.dot takes powers of two from 16
+
+
+def _strides(doc_ids):
+    return (0, 0) if doc_ids is None else doc_ids.stride()
+
+
+# ---- what torch needs to know ----
+
+
+def _setup(ctx, inputs, output):
+    qkv, n_head, p, seed, doc_ids = inputs
+    out, lse = output
+    ctx.save_for_backward(qkv, out, lse, seed, doc_ids)
+    ctx.n_head, ctx.p = n_head, p
+    ctx.mark_non_differentiable(lse)
+
+
+def _gradients(launch, ctx, dout, *_):
+    qkv, out, lse, seed, doc_ids = ctx.saved_tensors
+    return launch(dout, qkv, out, lse, ctx.n_head, ctx.p, seed, doc_ids), None, None, None, None
+
+
+def _fake(qkv, n_head, p, seed, doc_ids):
+    B, T, C3 = qkv.shape
+    return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
+
+
+_flash_attention = Op(
+    "flash_attention",
+    flash_attention_fwd,
+    _fake,
+    flash_attention_bwd,
+    lambda dout, qkv, out, lse, n_head, p, seed, doc_ids: like(qkv, qkv.dtype),
+    _setup,
+    _gradients,
+)
+
+
+def takes(qkv, n_head):
+    """Whether these kernels can take qkv: on a GPU from sm_80 on or in the interpreter, and heads of 128 at most."""
+    return can_run(qkv) and qkv.size(-1) // 3 // n_head <= MAX_HEAD_SIZE
+
+
+def flash_attention(qkv, n_head, dropout_p=0.0, seed=None, doc_ids=None):
+    """Causal self-attention of qkv [B, T, 3 C] (q, then k, then v): [B, T, C], in autocast's dtype where that is on, else in qkv's.
+
+    Scale 1/sqrt(C / n_head), heads of 128 at most. Dropout falls on the probabilities; seed is an int64 tensor of one element.
+    doc_ids [B, T], integers, keep a token to those of its own id. Raises ValueError for a shape it does not take.
+    """
+    if qkv.dim() != 3 or qkv.size(2) % (3 * n_head) or qkv.size(2) > 3 * n_head * MAX_HEAD_SIZE:
+        raise ValueError(f"flash_attention: qkv {tuple(qkv.shape)} for {n_head} heads of at most {MAX_HEAD_SIZE}")
+    if doc_ids is not None and doc_ids.shape != qkv.shape[:2]:
+        raise ValueError(f"flash_attention: doc_ids {tuple(doc_ids.shape)} for qkv {tuple(qkv.shape)}")
+    check_seed(dropout_p, seed)
+    return _flash_attention(qkv.to(compute_dtype(qkv)), n_head, dropout_p, seed, doc_ids)[0]
