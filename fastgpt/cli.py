@@ -3,13 +3,14 @@
 import os
 import sys
 
-from fastgpt.config import PrepareConfig, SampleConfig, UserError, parse, parse_train
+from fastgpt.config import PrepareConfig, SampleConfig, UserError, VerifyConfig, parse, parse_train
 
 USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
 
   train     train a model; without anything else, a small one on the embedded text
   sample    continue a prompt with a trained model
   prepare   turn a text file or folder into a dataset
+  verify    hold every kernel to PyTorch on this machine; exit status 1 if one fails
 
 fastgpt COMMAND --help lists every flag with its default.
 """
@@ -39,6 +40,10 @@ def main(argv=None):
                 if not getattr(cfg, name):
                     raise UserError(f"--{name} is missing; write --{name}=PATH")
             prepare(cfg.input, cfg.tokenizer, cfg.out)
+        elif command == "verify":
+            from fastgpt.verify import verify
+
+            return verify(parse(VerifyConfig, argv, "fastgpt verify")[0].json)
         elif command in ("-h", "--help"):
             print(USAGE, end="")
         else:

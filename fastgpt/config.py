@@ -102,7 +102,7 @@ class TrainConfig(Settings):
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype on CUDA; float16 scales the loss")
     compile: bool = Field(True, description="torch.compile the model")
     # fastgpt's own
-    kernels: str = Field("torch", description="torch, triton, or by op as layer_norm=triton")
+    kernels: str = Field("auto", description="auto, triton, torch, or by op as attention=torch")
     preset: Preset = Field("", description="base that the other flags change: " + ", ".join(get_args(Preset)[1:]))
     train_data: str = Field("", description="token file or glob in place of the dataset's train.bin")
     val_data: str = Field("", description="token file or glob in place of the dataset's val.bin")
@@ -139,6 +139,12 @@ class PrepareConfig(Settings):
     input: str = Field("", description="text file, or folder of text files")
     tokenizer: str = Field("bytes", description="bytes, chars, gpt2, or another tiktoken encoding by name")
     out: str = Field("", description="folder to write, such as data/NAME")
+
+
+class VerifyConfig(Settings):
+    """Every flag of verifying the kernels."""
+
+    json: str = Field("", description="file to write the report to, as JSON")
 
 
 # fmt: on

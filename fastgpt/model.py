@@ -156,16 +156,16 @@ class GPT(nn.Module):
         `return_logits=False` (targets needed) gives (None, loss).
         Raises AssertionError for a sequence that is empty or longer than block_size.
         """
-        h = self._hidden(idx)
+        h, head = self._hidden(idx)
         if targets is None:
             return self.lm_head(h[:, [-1], :]), None
         if not return_logits:
-            return None, ops.linear_cross_entropy(h, self.lm_head.weight, targets)
+            return None, ops.linear_cross_entropy(h, head, targets)
         logits = self.lm_head(h)
         return logits, ops.cross_entropy(logits, targets)
 
     def _hidden(self, idx, caches=None):
-        """The final LayerNorm's output [B,T,C]; `caches` holds one KVCache per block, or None."""
+        """(the final LayerNorm's output [B,T,C], the tied head's weight); `caches` holds one KVCache per block, or None."""
         start = caches[0].length if caches else 0
         end = start + idx.size(1)
         assert idx.size(1) > 0, "Cannot forward an empty sequence"
@@ -174,11 +174,12 @@ class GPT(nn.Module):
         )
         t = self.transformer
         wpe = t.wpe.weight[start:] if start else t.wpe.weight
-        x = ops.embedding(idx, t.wte.weight, wpe, dropout_p(t.drop)), None
+        x, head = ops.embedding(idx, t.wte.weight, wpe, dropout_p(t.drop))
+        x = x, None
         for i, block in enumerate(t.h):
             x = block(x, caches[i] if caches else None)
         _, h = t.ln_f(*x, dropout_p(t.h[-1].mlp.dropout))
-        return h
+        return h, head
 
     def crop_block_size(self, block_size):
         """Shorten the context to block_size, in place. Do it before an optimizer is made: wpe becomes a new parameter."""
@@ -257,7 +258,7 @@ class GPT(nn.Module):
             else:
                 new = idx if caches is None else idx[:, -1:]
                 caches = caches or [KVCache(block_size) for _ in self.transformer.h]
-                logits = self.lm_head(self._hidden(new, caches)[:, [-1], :])
+                logits = self.lm_head(self._hidden(new, caches)[0][:, [-1], :])
             idx = torch.cat((idx, sample_token(logits[:, -1, :], temperature, top_k, allowed)), dim=1)
         return idx
 

@@ -1,8 +1,9 @@
 """One function per hot path, and the one place that decides which implementation runs.
 
-`use("torch")`, the default, runs every op's plain-PyTorch twin; `use("triton")` runs the kernels of those ops that have
-one; `use("layer_norm=triton")` chooses by op. A kernel that cannot take its input (another device or GPU, too wide a row)
-leaves it to the twin, with one warning. The model calls these functions and knows nothing of what is behind them.
+Each op has its plain-PyTorch twin, "torch", and its Triton kernels, "triton"; attention has PyTorch's cuDNN backend too.
+`use` chooses by op; `choose.choose` measures which is fastest. A kernel that cannot take its input (another device or GPU,
+a wider row) leaves it to the twin, with one warning. The model calls these functions and knows nothing of what is
+behind them.
 """
 
 import difflib
@@ -11,10 +12,11 @@ import importlib
 import warnings
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt import reference
 from fastgpt.config import UserError
-from fastgpt.reference import EPS, attention, cross_entropy, embedding, gelu_mlp, linear_cross_entropy
+from fastgpt.reference import EPS, cross_entropy
 
 __all__ = [
     "add_layer_norm",
@@ -27,54 +29,108 @@ __all__ = [
     "use",
 ]
 
-KERNELS = {"layer_norm": "fastgpt.kernels.layer_norm"}  # the ops that have kernels, and where
-chosen = {}  # op -> its kernels' module, where they are to run
+KERNELS = {  # the ops, and where their kernels are
+    "embedding": "fastgpt.kernels.embedding",
+    "layer_norm": "fastgpt.kernels.layer_norm",
+    "attention": "fastgpt.kernels.flash_attention",
+    "gelu_mlp": "fastgpt.kernels.gelu_mlp",
+    "linear_cross_entropy": "fastgpt.kernels.cross_entropy",
+}
+IMPLEMENTATIONS = {op: ["torch", "triton"] + ["cudnn"] * (op == "attention") for op in KERNELS}
+chosen = dict.fromkeys(KERNELS, "torch")
 
 
-def use(spec):
-    """Choose implementations: "torch", "triton", or a list such as "layer_norm=triton". Raises UserError."""
-    picks = (
-        dict.fromkeys(KERNELS, spec) if "=" not in spec else dict(part.partition("=")[::2] for part in spec.split(","))
-    )
+def parse(spec):
+    """{op: implementation} of --kernels: one word for all, or a list such as "attention=torch,layer_norm=triton".
+
+    "auto" stands for what a list leaves open. Raises UserError.
+    """
+    if "=" not in spec:
+        picks = dict.fromkeys(KERNELS, spec)
+    else:
+        picks = dict(part.strip().partition("=")[::2] for part in spec.split(","))
     for op, implementation in picks.items():
-        for name, known in ((op, list(KERNELS)), (implementation, ["torch", "triton"])):
+        words = ["auto", "triton", "torch"] if "=" not in spec else ["auto", *IMPLEMENTATIONS.get(op, [])]
+        for name, known in ((op, list(KERNELS)), (implementation, words)):
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
                 raise UserError(f"--kernels={spec}: {name!r} is none of {', '.join(known)}; the nearest is {near!r}")
-    chosen.clear()
-    for op, implementation in picks.items():
-        if implementation == "triton":
-            try:
-                chosen[op] = importlib.import_module(KERNELS[op])
-            except ImportError:
-                raise UserError(
-                    f"--kernels={spec}: Triton is not installed; pip install triton, or --kernels=torch"
-                ) from None
+    return dict.fromkeys(KERNELS, "auto") | picks
+
+
+def use(picks):
+    """Run these implementations from now on: {op: "torch", "triton" or "cudnn"}, or one word for all. Raises UserError."""
+    picks = parse(picks) if isinstance(picks, str) else picks
+    if "triton" in picks.values():
+        try:
+            for op in KERNELS:
+                kernels(op)
+        except ImportError:
+            raise UserError("--kernels: Triton is not installed; pip install triton, or --kernels=torch") from None
+    chosen.update(picks)
 
 
 @functools.cache
-def warn_once(message):
-    warnings.warn(message, stacklevel=3)
+def kernels(op):
+    """The module of an op's kernels. Raises ImportError without Triton."""
+    return importlib.import_module(KERNELS[op])
 
 
-def layer_norm_kernels(x):
-    """The LayerNorm kernels, where they were chosen and can take x; else None."""
-    kernels = chosen.get("layer_norm")
-    if kernels is None or kernels.takes(x):
-        return kernels
-    warn_once(f"layer_norm: no kernel for rows of {x.size(-1)} on this {x.device.type} device; PyTorch's runs instead")
+@functools.cache
+def warn_once(op, device, size):
+    warnings.warn(f"{op}: no kernel for rows of {size} on this {device} device; PyTorch's runs instead", stacklevel=4)
+
+
+def triton_for(op, x, *args):
+    """The op's kernels, where they were chosen and can take x; else None."""
+    if chosen[op] != "triton":
+        return None
+    if kernels(op).takes(x, *args):
+        return kernels(op)
+    warn_once(op, x.device.type, x.size(-1))
     return None
+
+
+def draw_seed(x, dropout_p):
+    """A seed for a kernel's dropout, drawn on x's device: no host waits for it, and torch.manual_seed decides it."""
+    return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0 else None
+
+
+def embedding(idx, wte, wpe, dropout_p=0.0):
+    """See `reference.embedding`."""
+    if triton := triton_for("embedding", wte):
+        return triton.embedding(idx, wte, wpe, dropout_p, draw_seed(wte, dropout_p))
+    return reference.embedding(idx, wte, wpe, dropout_p)
 
 
 def layer_norm(x, weight, bias=None, eps=EPS):
     """See `reference.layer_norm`."""
-    return (layer_norm_kernels(x) or reference).layer_norm(x, weight, bias, eps)
+    return (triton_for("layer_norm", x) or reference).layer_norm(x, weight, bias, eps)
 
 
 def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0):
     """See `reference.add_layer_norm`."""
-    kernels = layer_norm_kernels(x)
-    if kernels is None:
-        return reference.add_layer_norm(x, branch, weight, bias, eps, dropout_p)
-    seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0 else None
-    return kernels.add_layer_norm(x, branch, weight, bias, eps, dropout_p, seed)
+    if triton := triton_for("layer_norm", x):
+        return triton.add_layer_norm(x, branch, weight, bias, eps, dropout_p, draw_seed(x, dropout_p))
+    return reference.add_layer_norm(x, branch, weight, bias, eps, dropout_p)
+
+
+def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None):
+    """See `reference.attention`. With a cache, in generation, PyTorch's runs."""
+    if cache is None:
+        if triton := triton_for("attention", qkv, n_head):
+            return triton.flash_attention(qkv, n_head, dropout_p, draw_seed(qkv, dropout_p), doc_ids)
+        if chosen["attention"] == "cudnn" and doc_ids is None:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return reference.attention(qkv, n_head, dropout_p)
+    return reference.attention(qkv, n_head, dropout_p, cache, doc_ids)
+
+
+def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj):
+    """See `reference.gelu_mlp`."""
+    return (triton_for("gelu_mlp", h) or reference).gelu_mlp(h, w_fc, b_fc, w_proj, b_proj)
+
+
+def linear_cross_entropy(h, weight, targets, ignore_index=-1):
+    """See `reference.linear_cross_entropy`."""
+    return (triton_for("linear_cross_entropy", h) or reference).linear_cross_entropy(h, weight, targets, ignore_index)

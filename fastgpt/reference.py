@@ -14,12 +14,13 @@ EPS = 1e-5  # nanoGPT's and GPT-2's LayerNorm epsilon
 
 
 def embedding(idx, wte, wpe, dropout_p=0.0):
-    """Token plus position embeddings, [B,T,C] in the weights' dtype.
+    """(token plus position embeddings [B,T,C] in the weights' dtype, wte again).
 
-    idx [B,T] int64; wte [V,C]; wpe [>=T,C], whose row t belongs to column t of idx.
+    idx [B,T] int64; wte [V,C]; wpe [>=T,C], whose row t belongs to column t of idx. The tied head takes its weight from
+    here: an implementation may then have the head's gradient come by, and add to it.
     """
     x = F.embedding(idx, wte) + wpe[: idx.size(1)]
-    return F.dropout(x, dropout_p, training=dropout_p > 0)
+    return F.dropout(x, dropout_p, training=dropout_p > 0), wte
 
 
 def layer_norm(x, weight, bias=None, eps=EPS):
@@ -36,20 +37,22 @@ def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0):
     return x, layer_norm(x, weight, bias, eps)
 
 
-def attention(qkv, n_head, dropout_p=0.0, cache=None):
+def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None):
     """Causal self-attention of packed queries, keys and values: [B,T,3C] in (q, then k, then v), [B,T,C] out.
 
     Scale 1/sqrt(C/n_head); dropout falls on the attention probabilities. `cache` is None in training; in
     generation its `append` takes the keys and values of these tokens and gives those of all so far; T is then
-    the whole prompt on the first call, and 1 afterwards.
+    the whole prompt on the first call, and 1 afterwards. doc_ids [B,T], integers, keep a token to those of its own id.
     """
     B, T, C3 = qkv.shape
     q, k, v = (t.view(B, T, n_head, -1).transpose(1, 2) for t in qkv.split(C3 // 3, dim=2))  # [B,H,T,C/H]
     if cache is not None:
         k, v = cache.append(k, v)
     # A lone new token attends to all that the cache holds: nothing is masked.
-    causal = k.size(2) == T
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal)
+    causal, mask = k.size(2) == T, None
+    if doc_ids is not None:
+        causal, mask = False, (doc_ids[:, None, :, None] == doc_ids[:, None, None, :]).tril()
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
     return y.transpose(1, 2).contiguous().view(B, T, C3 // 3)
 
 

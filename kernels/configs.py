@@ -98,17 +98,23 @@ class AttentionConfig:
     inner: int
     backward_warps: int
     backward_stages: int
+    gated_inner: int | None = None  # the step with dropout or documents, where the usual one would spill
     delta_rows: int = 64
 
 
 # By (lowest architecture, bytes of an element, largest head size), newest first.
 ATTENTION = {
-    (90, 2, 64): AttentionConfig(128, 64, 8, 3, outer=128, inner=64, backward_warps=8, backward_stages=2),
-    (90, 2, 128): AttentionConfig(128, 64, 8, 2, outer=64, inner=64, backward_warps=8, backward_stages=2),
-    (80, 2, 64): AttentionConfig(128, 64, 8, 2, outer=64, inner=64, backward_warps=8, backward_stages=2),
+    (120, 2, 64): AttentionConfig(128, 64, 8, 2, outer=128, inner=32, backward_warps=8, backward_stages=2),
+    (120, 2, 128): AttentionConfig(64, 64, 8, 2, outer=64, inner=32, backward_warps=8, backward_stages=1),
+    (100, 2, 64): AttentionConfig(128, 64, 8, 3, outer=128, inner=64, gated_inner=32, backward_warps=8, backward_stages=2),
+    (100, 2, 128): AttentionConfig(128, 64, 8, 2, outer=64, inner=64, gated_inner=32, backward_warps=8, backward_stages=1),
+    (90, 2, 64): AttentionConfig(128, 64, 8, 3, outer=128, inner=64, gated_inner=32, backward_warps=8, backward_stages=2),
+    (90, 2, 128): AttentionConfig(128, 64, 8, 2, outer=64, inner=32, backward_warps=8, backward_stages=2),
+    (80, 2, 64): AttentionConfig(128, 64, 8, 2, outer=128, inner=32, backward_warps=8, backward_stages=2),
     (80, 2, 128): AttentionConfig(64, 64, 8, 2, outer=64, inner=32, backward_warps=8, backward_stages=1),
-    (80, 4, 64): AttentionConfig(64, 32, 4, 2, outer=32, inner=32, backward_warps=4, backward_stages=1),
-    (80, 4, 128): AttentionConfig(32, 32, 4, 1, outer=32, inner=16, backward_warps=4, backward_stages=1),
+    # IEEE fp32 has no tensor cores: a product keeps its operands in registers.
+    (80, 4, 64): AttentionConfig(64, 32, 8, 1, outer=32, inner=32, backward_warps=8, backward_stages=1),
+    (80, 4, 128): AttentionConfig(32, 16, 8, 1, outer=16, inner=16, backward_warps=8, backward_stages=1),
     (0, 2, 128): AttentionConfig(64, 32, 4, 1, outer=64, inner=32, backward_warps=4, backward_stages=1),
     (0, 4, 128): AttentionConfig(64, 32, 4, 1, outer=64, inner=32, backward_warps=4, backward_stages=1),
 }

@@ -409,6 +409,8 @@ def flash_attention_bwd(
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     delta = torch.empty(lse.shape, dtype=torch.float32, device=qkv.device)
     if out.numel():
+        gated = p > 0 or doc_ids is not None
+        inner = (gated and config.gated_inner) or config.inner
         rows = config.delta_rows
         _delta[(triton.cdiv(T, rows) * B * n_head,)](
             out, dout, delta, T, n_head, *dout.stride(), D=D, BD=_padded(D), BM=rows
@@ -416,7 +418,7 @@ def flash_attention_bwd(
         _backward[(triton.cdiv(T, config.outer) * B * n_head,)](
             qkv, dout.to(qkv.dtype), doc_ids, seed, lse, delta, dqkv, T, n_head, *qkv.stride(), *dout.stride(), *_strides(doc_ids),
             LOG2E / math.sqrt(D), 1 / math.sqrt(D), p, 1 / (1 - p),
-            D=D, BD=_padded(D), OUTER=config.outer, INNER=config.inner, DOCS=doc_ids is not None, DROPOUT=p > 0,
+            D=D, BD=_padded(D), OUTER=config.outer, INNER=inner, DOCS=doc_ids is not None, DROPOUT=p > 0,
             PRECISION=precision(), num_warps=config.backward_warps, num_stages=config.backward_stages,
         )  # fmt: skip
     return dqkv

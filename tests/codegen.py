@@ -97,7 +97,8 @@ def recorded(architecture):
     def record(kernel, *args, grid, warmup, **options):
         names = [n for n in kernel.arg_names if n not in options]
         arguments = dict(zip(names, args, strict=True)) | {n: options.pop(n) for n in kernel.arg_names if n in options}
-        found.setdefault((what, kernel.__name__.strip("_")), (kernel, arguments, options))
+        name = kernel.__name__.strip("_") + {True: " backward", False: " forward", None: ""}[arguments.get("BACKWARD")]
+        found.setdefault((what, name), (kernel, arguments, options))
 
     JITFunction.run = record
     configs.architecture = lambda device: architecture

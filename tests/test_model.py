@@ -94,8 +94,8 @@ def test_a_cached_step_computes_the_full_forwards_logits(model):
 
     idx = torch.randint(40, (2, 16))
     caches = [KVCache(16) for _ in model.transformer.h]
-    steps = [model._hidden(idx[:, :5], caches)] + [model._hidden(idx[:, t : t + 1], caches) for t in range(5, 16)]
-    torch.testing.assert_close(torch.cat(steps, dim=1), model._hidden(idx), rtol=1e-4, atol=1e-5)
+    steps = [model._hidden(idx[:, :5], caches)[0]] + [model._hidden(idx[:, t : t + 1], caches)[0] for t in range(5, 16)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), model._hidden(idx)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_cache_is_used_and_spares_work(model, monkeypatch):

@@ -1,0 +1,320 @@
+"""`fastgpt verify`: hold every kernel to PyTorch, on this machine, and say how near it comes.
+
+The rule is three-way: against fp64, a kernel's error is at most twice that of the same maths in PyTorch at the same dtypes,
+plus four units in the last place of the largest element (on few elements PyTorch's own error may be near nothing). It holds
+for every output and every gradient; and repeated runs must give the same bits.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from fastgpt import ops, reference
+from fastgpt.config import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a problem: B sequences of T tokens, a model's width, heads and vocabulary."""
+
+    B: int
+    T: int
+    n_embd: int
+    n_head: int
+    vocab_size: int
+    bias: bool = True
+    dropout: float = 0.0
+    documents: bool = False
+
+
+@dataclass
+class Problem:
+    """An op at a shape: inputs by name, gradients of its outputs, and three functions of the inputs that give a tuple.
+
+    `kernel` is the Triton op, `reference` PyTorch's with the kernel's dropout mask, `chosen` what ops would run.
+    """
+
+    inputs: dict
+    outputs: tuple
+    grads: tuple
+    kernel: Callable
+    reference: Callable
+    chosen: Callable
+
+
+def widened(x, dtype):
+    """x in dtype, or in fp64 where it is: the exact path is rounded nowhere."""
+    return x if x.dtype == torch.float64 else x.to(dtype)
+
+
+def problem(op, shape, dtype, device):
+    """The Problem of an op at a Shape, as training under autocast to dtype would have it (float32: without autocast)."""
+    B, T, C, V, p = shape.B, shape.T, shape.n_embd, shape.vocab_size, shape.dropout
+    module = ops.kernels(op)
+    seed = torch.tensor([0x1234567_89ABCDE], device=device) if p else None
+    random = torch.Generator(device).manual_seed(1)
+
+    def randn(*size, dtype=torch.float32, scale=1.0, shift=0.0):
+        return (torch.randn(size, device=device, generator=random) * scale + shift).to(dtype)
+
+    def autocast(f):
+        def call(*inputs):
+            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+                return f(*inputs)
+
+        return call
+
+    def bias(n):
+        return randn(n) if shape.bias else None
+
+    def dropped(x, mask):
+        return x if mask is None else x * mask / (1 - p)
+
+    if op == "embedding":
+        idx = torch.randint(V, (B, T), device=device, generator=random)
+        mask = p and module.embedding(idx * 0, torch.ones(1, C, device=device), torch.zeros(T, C, device=device), p, seed)[0] != 0
+
+        def reference_embedding(wte, wpe):
+            x, head = reference.embedding(idx, wte, wpe)
+            return dropped(x, mask if p else None), head
+
+        return Problem(
+            dict(wte=randn(V, C), wpe=randn(T + 1, C)), ("x", "head"), (randn(B, T, C), randn(V, C)),
+            autocast(lambda wte, wpe: module.embedding(idx, wte, wpe, p, seed)), autocast(reference_embedding),
+            autocast(lambda wte, wpe: ops.embedding(idx, wte, wpe, p)),
+        )  # fmt: skip
+    if op == "layer_norm":
+        mask = None
+        if p:
+            zeros, ones = torch.zeros(B, T, C, device=device), torch.ones(B, T, C, device=device)
+            mask = module.add_layer_norm(zeros, ones, ones[0, 0], dropout_p=p, seed=seed)[0] != 0
+
+        def reference_norm(x, branch, weight, bias):
+            x = x + dropped(branch, mask).to(x.dtype)
+            return x, widened(reference.layer_norm(x, weight, bias), dtype)
+
+        return Problem(
+            dict(x=randn(B, T, C), branch=randn(B, T, C, dtype=dtype), weight=randn(C, shift=1.0), bias=bias(C)),
+            ("stream", "h"), (randn(B, T, C), randn(B, T, C, dtype=dtype)),
+            autocast(lambda x, branch, weight, bias: module.add_layer_norm(x, branch, weight, bias, dropout_p=p, seed=seed)),
+            autocast(reference_norm),
+            autocast(lambda x, branch, weight, bias: ops.add_layer_norm(x, branch, weight, bias, dropout_p=p)),
+        )  # fmt: skip
+    if op == "attention":
+        H = shape.n_head
+        docs = torch.arange(T, device=device).expand(B, T) // 37 if shape.documents else None
+        mask = module.dropout_mask(B, H, T, p, seed) if p else None
+
+        def reference_attention(qkv):
+            if mask is None:
+                return (reference.attention(qkv, H, doc_ids=docs),)
+            q, k, v = (t.view(B, T, H, -1).transpose(1, 2) for t in qkv.split(C, dim=2))
+            scores = q @ k.transpose(-1, -2) / (C // H) ** 0.5
+            causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+            probabilities = widened(scores, torch.float32).masked_fill(~causal, -float("inf")).softmax(-1)
+            y = dropped(probabilities, mask).to(v.dtype) @ v
+            return (y.transpose(1, 2).reshape(B, T, C),)
+
+        return Problem(
+            dict(qkv=randn(B, T, 3 * C, dtype=dtype)), ("out",), (randn(B, T, C, dtype=dtype),),
+            autocast(lambda qkv: (module.flash_attention(qkv, H, p, seed, docs),)), autocast(reference_attention),
+            autocast(lambda qkv: (ops.attention(qkv, H, p, doc_ids=docs),)),
+        )  # fmt: skip
+    if op == "gelu_mlp":
+        return Problem(
+            dict(
+                h=randn(B, T, C, dtype=dtype), w_fc=randn(4 * C, C, scale=C**-0.5), b_fc=bias(4 * C),
+                w_proj=randn(C, 4 * C, scale=C**-0.5 / 2), b_proj=bias(C),
+            ),
+            ("y",), (randn(B, T, C, dtype=dtype),),
+            autocast(lambda *inputs: (module.gelu_mlp(*inputs),)),
+            autocast(lambda *inputs: (reference.gelu_mlp(*inputs),)),
+            autocast(lambda *inputs: (ops.gelu_mlp(*inputs),)),
+        )  # fmt: skip
+    targets = torch.randint(V, (B, T), device=device, generator=random)
+    targets[:, ::7] = -1
+
+    def reference_loss(h, weight):
+        return (reference.cross_entropy(widened(F.linear(h, weight), torch.float32), targets),)
+
+    return Problem(
+        dict(h=randn(B, T, C, dtype=dtype), weight=randn(V, C, scale=2 * C**-0.5)),
+        ("loss",), (torch.tensor(3.0, device=device),),
+        autocast(lambda h, weight: (module.linear_cross_entropy(h, weight, targets),)),
+        autocast(reference_loss),
+        autocast(lambda h, weight: (ops.linear_cross_entropy(h, weight, targets),)),
+    )  # fmt: skip
+
+
+@dataclass
+class Comparison:
+    """One tensor: the kernel's and PyTorch's largest error against fp64, the largest element, and the floor of the rule."""
+
+    what: str
+    dtype: str
+    error: float
+    torch_error: float
+    largest: float
+    floor: float
+
+    @property
+    def ratio(self):
+        """The kernel's error in PyTorch's, half of the floor added to the latter: the rule is that it is 2 at most."""
+        allowed = self.torch_error + self.floor / 2
+        return self.error / allowed if allowed else float(self.error > 0) * float("inf")
+
+    @property
+    def holds(self):
+        """Whether the rule holds; nan never does."""
+        return self.error <= 2 * self.torch_error + self.floor
+
+
+def compared(what, kernel, same, exact):
+    """The Comparison of one tensor: the kernel's, PyTorch's at the same dtypes, and fp64's."""
+    assert kernel.dtype == same.dtype, f"{what}: {kernel.dtype}, not {same.dtype}"
+    assert kernel.shape == exact.shape, f"{what}: shape {tuple(kernel.shape)}, not {tuple(exact.shape)}"
+    error, allowed = ((t.double() - exact).abs().max().item() if t.numel() else 0.0 for t in (kernel, same))
+    largest = exact.abs().max().item() if exact.numel() else 0.0
+    floor = 4 * torch.finfo(kernel.dtype).eps * largest
+    return Comparison(what, str(kernel.dtype).removeprefix("torch."), error, allowed, largest, floor)
+
+
+def run(f, inputs, grads, exact=False):
+    """f's outputs and the gradients of its floating inputs, as detached tensors; in fp64 where `exact`.
+
+    grads are the outputs' gradients, None where an output is not to be differentiated. Strides are kept.
+    """
+    args = [
+        (x.detach().double() if exact else x.detach()).requires_grad_()
+        if torch.is_tensor(x) and x.is_floating_point()
+        else x
+        for x in inputs
+    ]
+    outputs = f(*args)
+    pairs = [(o, g.double() if exact else g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    torch.autograd.backward(*zip(*pairs, strict=True))
+    return [o.detach() for o in outputs], [a.grad for a in args if torch.is_tensor(a) and a.requires_grad]
+
+
+def compare(kernel, same, inputs, outputs, grads):
+    """(Comparisons of the outputs, of the inputs' gradients). inputs by name; outputs names what the functions give."""
+    results = [run(f, inputs.values(), grads, exact) for f, exact in ((kernel, False), (same, False), (same, True))]
+    gradients = ["d" + n for n, x in inputs.items() if torch.is_tensor(x) and x.is_floating_point()]
+    return tuple(
+        [compared(*row) for row in zip(names, *(r[i] for r in results), strict=True)]
+        for i, names in enumerate((outputs, gradients))
+    )
+
+
+GPU_SHAPES = [
+    Shape(2, 1024, 768, 12, 50304),
+    Shape(1, 1023, 1600, 25, 50257, bias=False),
+    Shape(2, 256, 384, 6, 65, dropout=0.2),
+]
+INTERPRETER_SHAPES = [
+    Shape(2, 67, 48, 3, 101),
+    Shape(1, 33, 130, 2, 517, bias=False),
+    Shape(1, 40, 32, 2, 65, dropout=0.2),
+]
+
+
+def cases(op, gpu):
+    """The shapes that an op is held at: those at which each of its options takes part."""
+    shapes = GPU_SHAPES if gpu else INTERPRETER_SHAPES
+    for shape in shapes:
+        if not shape.dropout or op in ("embedding", "layer_norm", "attention"):
+            yield shape
+    if op == "attention":
+        yield Shape(**{**asdict(shapes[0]), "documents": True})
+
+
+def verify(json_file=""):
+    """Hold every kernel on this machine and print the table; 1 if a row fails, else 0. Raises UserError where it cannot."""
+    gpu = torch.cuda.is_available()
+    report = {"where": where(gpu), "versions": versions(), "rows": []}
+    print(f"{report['where']}\n{', '.join(f'{k} {v}' for k, v in report['versions'].items())}\n")
+    print(f"{'op':22}{'direction':11}{'dtype':10}{'kernel error':>13}{'PyTorch error':>15}{'ratio':>7}")
+    device = "cuda" if gpu else "cpu"
+    repeats = 20 if gpu else 2
+    for op in ops.KERNELS:
+        for dtype in (torch.float32, torch.float16, *[torch.bfloat16] * gpu):
+            worst, same_bits = {}, True
+            for shape in cases(op, gpu):
+                it = problem(op, shape, dtype, device)
+                found = compare(it.kernel, it.reference, it.inputs, it.outputs, it.grads)
+                for direction, comparisons in zip(("forward", "backward"), found, strict=True):
+                    for c in comparisons:
+                        row = dict(
+                            op=op, direction=direction, dtype=str(dtype)[6:], tensor=c.what, shape=asdict(shape), error=c.error,
+                            torch_error=c.torch_error, largest=c.largest, ratio=c.ratio, holds=c.holds,
+                        )  # fmt: skip
+                        report["rows"].append(row)
+                        rank = (not c.holds, c.ratio)
+                        if direction not in worst or rank > worst[direction][0]:
+                            worst[direction] = rank, row
+                runs = [sum(run(it.kernel, it.inputs.values(), it.grads), []) for _ in range(repeats)]
+                same_bits &= all(torch.equal(a, b) for r in runs[1:] for a, b in zip(runs[0], r, strict=True))
+            for _, row in worst.values():
+                size = row["largest"] or 1.0
+                print(
+                    f"{op:22}{row['direction']:11}{row['dtype']:10}{row['error'] / size:13.1e}{row['torch_error'] / size:15.1e}"
+                    f"{row['ratio']:7.2f}" + ("" if row["holds"] else f"  FAILS: {row['tensor']} at {row['shape']}")
+                )
+            row = dict(op=op, direction="repeat", dtype=str(dtype)[6:], runs=repeats, holds=same_bits)
+            report["rows"].append(row)
+            if not same_bits:
+                print(f"{op:22}{'repeat':11}{row['dtype']:10}  FAILS: {repeats} runs gave different bits")
+    failed = sum(not row["holds"] for row in report["rows"])
+    print(
+        "\nErrors are against fp64, relative to the largest element; each row is the worst of its tensors and shapes. A ratio of 2"
+        f"\nis allowed, four units in the last place counted with PyTorch's error; {repeats} runs must give the same bits."
+    )
+    print(f"{failed} of {len(report['rows'])} comparisons FAIL" if failed else f"all {len(report['rows'])} comparisons hold")
+    report["holds"] = not failed
+    if json_file:
+        try:
+            Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
+        except OSError as e:
+            raise UserError(f"--json={json_file}: {e.strerror}") from None
+    return int(failed > 0)
+
+
+def where(gpu):
+    """What the kernels run on, as a line. Raises UserError where they run nowhere."""
+    if gpu:
+        if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
+            raise UserError(f"verify: the kernels need an NVIDIA GPU from sm_80 on, and this is {torch.cuda.get_device_name()}")
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+    try:
+        for op in ops.KERNELS:
+            ops.kernels(op)
+    except ImportError:
+        raise UserError("verify: Triton is not installed; pip install triton") from None
+    if gpu:
+        return f"{torch.cuda.get_device_name()}, sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+    triton, numpy = version("triton"), version("numpy")
+    if triton.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+        raise UserError(f"verify: Triton {triton}'s interpreter breaks on numpy {numpy}; pip install 'numpy<2.4'")
+    return (
+        f"no CUDA GPU here: Triton's interpreter runs the kernels on the CPU ({platform.machine()}), in small sizes;\n"
+        "bfloat16, which it rounds wrongly, is a GPU's to verify"
+    )
+
+
+def versions():
+    """The versions that a report depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("fastgpt", "torch", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
