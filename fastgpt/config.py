@@ -9,8 +9,10 @@ import ast
 import difflib
 import math
 import operator
+import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,6 +28,12 @@ else:
 
 class UserError(Exception):
     """What a user can mend: shown as one line, with exit status 2 and no traceback."""
+
+
+def cache_folder():
+    """Where fastgpt keeps what it can make again: FASTGPT_CACHE, or fastgpt under XDG_CACHE_HOME or ~/.cache."""
+    named = os.environ.get("FASTGPT_CACHE")
+    return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt")
 
 
 @dataclass
@@ -141,10 +149,13 @@ class PrepareConfig(Settings):
     out: str = Field("", description="folder to write, such as data/NAME")
 
 
-class VerifyConfig(Settings):
-    """Every flag of verifying the kernels."""
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # pydantic keeps the name for a method that nobody calls here
 
-    json: str = Field("", description="file to write the report to, as JSON")
+    class VerifyConfig(Settings):
+        """Every flag of verifying the kernels."""
+
+        json: str = Field("", description="file to write the report to, as JSON")
 
 
 # fmt: on

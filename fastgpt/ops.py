@@ -38,6 +38,7 @@ KERNELS = {  # the ops, and where their kernels are
 }
 IMPLEMENTATIONS = {op: ["torch", "triton"] + ["cudnn"] * (op == "attention") for op in KERNELS}
 chosen = dict.fromkeys(KERNELS, "torch")
+loaded = {}  # op -> the module of its kernels, once it was asked for
 
 
 def parse(spec):
@@ -70,10 +71,10 @@ def use(picks):
     chosen.update(picks)
 
 
-@functools.cache
 def kernels(op):
     """The module of an op's kernels. Raises ImportError without Triton."""
-    return importlib.import_module(KERNELS[op])
+    loaded[op] = importlib.import_module(KERNELS[op])
+    return loaded[op]
 
 
 @functools.cache
@@ -85,8 +86,8 @@ def triton_for(op, x, *args):
     """The op's kernels, where they were chosen and can take x; else None."""
     if chosen[op] != "triton":
         return None
-    if kernels(op).takes(x, *args):
-        return kernels(op)
+    if loaded[op].takes(x, *args):
+        return loaded[op]
     warn_once(op, x.device.type, x.size(-1))
     return None
 

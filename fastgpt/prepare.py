@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastgpt import tokenizer as tokenizers
-from fastgpt.config import UserError
+from fastgpt.config import UserError, cache_folder
 
 EMBEDDED = "python-stdlib"
 
@@ -145,11 +145,8 @@ def blocks(files, n_train, size=2**19):
 
 
 def embedded_folder():
-    """The cache folder of the embedded corpus of this interpreter: under FASTGPT_CACHE, XDG_CACHE_HOME or ~/.cache."""
-    cache = (
-        os.environ.get("FASTGPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt"
-    )
-    return Path(cache) / f"{EMBEDDED}-{sysconfig.get_python_version()}"
+    """The cache folder of the embedded corpus of this interpreter."""
+    return cache_folder() / f"{EMBEDDED}-{sysconfig.get_python_version()}"
 
 
 def prepare_embedded(folder):

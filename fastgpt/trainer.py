@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from fastgpt import checkpoint as checkpoints
 from fastgpt import data, distributed, metrics, ops, optim, tokenizer
+from fastgpt.choose import choose
 from fastgpt.config import UserError
 from fastgpt.model import GPT
 from fastgpt.step import evaluate, train_step
+from fastgpt.verify import Shape
 
 
 def train(cfg, given=frozenset()):
@@ -47,7 +49,7 @@ class Run:
         print(f"tokens per iteration will be: {self.sequences * cfg.block_size:,}")
         self.wandb = import_wandb() if cfg.wandb_log else None
 
-        ops.use(cfg.kernels)
+        ops.parse(cfg.kernels)  # a wrong word is said before any work
         torch.manual_seed(cfg.seed + world.rank)
         self.autocast = nullcontext()  # on the CPU and mps float32, as in nanoGPT
         if self.cuda:
@@ -61,6 +63,7 @@ class Run:
         if saved:
             checkpoints.check_dataset(saved, cfg, self.meta)
         self.model = self.build_model(saved, vocab_size).to(world.device)
+        self.choose_kernels()
         for tokens in (train_tokens, val_tokens):
             tokens.vocab_size = min(tokens.vocab_size, self.model.config.vocab_size)
             tokens.check_ids()
@@ -96,6 +99,14 @@ class Run:
         if self.wandb and world.is_main:
             self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=cfg.model_dump())
         self.batches.prefetch(offsets)
+
+    def choose_kernels(self):
+        """Decide which implementation of each op runs, on this run's shapes. The main process measures, the others read."""
+        cfg, c = self.cfg, self.model.config
+        shape = Shape(cfg.batch_size, cfg.block_size, c.n_embd, c.n_head, c.vocab_size, c.bias, c.dropout)
+        dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32
+        with distributed.main_first(self.world):
+            ops.use(choose(cfg.kernels, shape, dtype, self.world.device, cfg.compile))
 
     def build_model(self, saved, vocab_size):
         """The model of init_from: new, from a checkpoint, or GPT-2's, cropped to a smaller block_size."""
