@@ -39,9 +39,14 @@ class Op:
 
 def can_run(x):
     """Whether Triton can run on x's device: an NVIDIA GPU from sm_80 on, or the CPU through the interpreter."""
-    if x.is_cuda:
-        return torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return x.device.type == "cpu" and triton.knobs.runtime.interpret
+    return _device_can_run(x.device.type, x.device.index)
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not trace the questions
+def _device_can_run(kind, index):
+    if kind == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 0)
+    return kind == "cpu" and triton.knobs.runtime.interpret
 
 
 def compute_dtype(x):

@@ -39,6 +39,17 @@ def dataset(workdir):
     return folder
 
 
+@pytest.fixture
+def poison(monkeypatch):
+    """What a kernel does not write is nan: `torch.empty` gives nan for as long as a test runs. The same random inputs each time."""
+    torch.manual_seed(0)
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+    fill = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
+
+
 TINY = """
     --device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4
     --gradient_accumulation_steps=2 --max_iters=8 --eval_interval=4 --eval_iters=2 --warmup_iters=2 --lr_decay_iters=8 --learning_rate=0.01

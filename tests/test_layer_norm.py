@@ -7,26 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-layer_norm_kernels = pytest.importorskip("fastgpt.kernels.layer_norm", reason="Triton is not installed")
-from fastgpt.kernels.layer_norm import _add_layer_norm, _layer_norm, add_layer_norm, layer_norm  # noqa: E402
+pytest.importorskip("triton")
+from kernel_case import DEVICE, DTYPES, SEED, VIEWS, far, philox_uniform, randn, same_bits, seed, widen
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter multiplies and rounds bf16 wrongly: bf16 is a GPU's to test.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+from fastgpt.kernels import layer_norm as module
+from fastgpt.kernels.layer_norm import _add_layer_norm, _layer_norm, add_layer_norm, layer_norm
 
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """What a kernel does not write is nan: `torch.empty` gives nan for as long as a test runs."""
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
-    fill = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
-
-
-def randn(*shape, dtype=torch.float32, scale=1.0, shift=0.0):
-    return (torch.randn(shape, device=DEVICE) * scale + shift).to(dtype)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def mask_of(seed, shape, p):
@@ -42,12 +29,9 @@ def reference(dtype, keep=None, p=0.0):
         dropped = branch if keep is None else branch * keep / (1 - p)
         stream = x + dropped.to(x.dtype)
         h = F.layer_norm(stream, weight.shape, weight, bias, 1e-5)
-        return stream, h if x.dtype == torch.float64 else h.to(dtype)
+        return stream, widen(h, dtype)
 
     return f
-
-
-NAMES = ["stream", "h", "dx", "dbranch", "dweight", "dbias"]
 
 
 def check(shape, dtype, bias=True, p=0.0, scale=1.0, shift=0.0, view=lambda t: t):
@@ -58,14 +42,14 @@ def check(shape, dtype, bias=True, p=0.0, scale=1.0, shift=0.0, view=lambda t: t
         x = randn(*shape)
     weight, b = randn(N, shift=1.0), randn(N) if bias else None
     dstream, dh = view(randn(*shape)), view(randn(*shape, dtype=dtype))
-    seed = torch.tensor([1234567], device=DEVICE) if p else None
-    keep = mask_of(seed, x.shape, p) if p else None
+    key = seed() if p else None
+    keep = mask_of(key, x.shape, p) if p else None
 
     def op(x, branch, weight, b):
-        return _add_layer_norm(x, branch, weight, b, 1e-5, p, seed, dtype)[:2]
+        return _add_layer_norm(x, branch, weight, b, 1e-5, p, key, dtype)[:2]
 
-    names = NAMES if bias else NAMES[:-1]
-    three_way.hold(op, reference(dtype, keep, p), [x, branch, weight, b], [dstream, dh], names)
+    inputs = dict(x=x, branch=branch, weight=weight, bias=b)
+    three_way.hold(op, reference(dtype, keep, p), inputs, ("stream", "h"), [dstream, dh])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,9 +69,10 @@ def test_wide_rows(N):
     check((1, 2, N), torch.float16)
 
 
-def test_more_rows_than_programs():
+def test_more_rows_than_programs(monkeypatch):
     """Each program then takes several rows, and the last ones fewer than the first."""
-    check((2, 260, 24), torch.float32)
+    monkeypatch.setattr(module, "PROGRAMS", 70)  # more than the second kernel reads at once
+    check((2, 85, 24), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,16 +83,6 @@ def test_dropout(dtype):
 def test_large_magnitudes():
     check((2, 3, 96), torch.float16, scale=1e4 / 4)
     check((2, 3, 96), torch.float32, shift=1e4)  # a mean far above the spread: one-pass variance would lose it
-
-
-VIEWS = {
-    "sliced rows": lambda t: torch.cat((t, t), 1)[:, ::2],
-    "sliced columns": lambda t: torch.cat((t, t), 2)[..., ::2],
-    "part of a wider row": lambda t: torch.cat((t, t), 2)[..., : t.size(2)],
-    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-    "expanded rows": lambda t: t[:, :1].expand(t.shape),
-    "expanded columns": lambda t: t[..., :1].expand(t.shape),
-}
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
@@ -154,106 +129,52 @@ def test_layer_norm_alone():
         x, weight, bias = randn(2, 5, 130), randn(130, shift=1.0), randn(130)
         three_way.hold(
             lambda *a: (_layer_norm(*a, 1e-5, dtype)[0],),
-            lambda x, w, b: (
-                F.layer_norm(x, w.shape, w, b, 1e-5).to(torch.float64 if x.dtype == torch.float64 else dtype),
-            ),
-            [x, weight, bias],
+            lambda x, w, b: (widen(F.layer_norm(x, w.shape, w, b, 1e-5), dtype),),
+            dict(x=x, weight=weight, bias=bias),
+            ("h",),
             [randn(2, 5, 130, dtype=dtype)],
-            ["h", "dx", "dweight", "dbias"],
         )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(8, 70), st.booleans(), st.sampled_from([0.0, 0.5]))
 def test_any_shape(B, T, N, bias, p):
     check((B, T, N), torch.float32, bias, p)
 
 
-def test_backward_is_the_same_bits_every_time():
-    x, branch, weight, bias = randn(2, 260, 33), randn(2, 260, 33), randn(33), randn(33)
-    runs = []
-    for _ in range(20 if DEVICE == "cuda" else 2):  # the interpreter has one order only
-        leaves = [t.detach().requires_grad_() for t in (x, branch, weight, bias)]
+def test_backward_is_the_same_bits_every_time(monkeypatch):
+    monkeypatch.setattr(module, "PROGRAMS", module.PROGRAMS if DEVICE == "cuda" else 16)
+
+    def loss(*leaves):
         stream, h = add_layer_norm(*leaves)
-        (stream.sin() + h.cos()).sum().backward()
-        runs.append([t.grad for t in leaves])
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+        return (stream.sin() + h.cos()).sum()
+
+    assert same_bits(loss, [randn(2, 25, 33), randn(2, 25, 33), randn(33), randn(33)])
 
 
 def test_dropout_is_a_function_of_seed_and_index():
     seed = torch.tensor([3], device=DEVICE)
-    mask = mask_of(seed, (4, 50, 60), 0.3)
-    assert torch.equal(mask, mask_of(seed, (4, 50, 60), 0.3))
-    assert torch.equal(mask.view(10, 20, 60), mask_of(seed, (10, 20, 60), 0.3))  # the flat index counts, not the shape
-    assert not torch.equal(mask, mask_of(seed + 1, (4, 50, 60), 0.3))
+    mask = mask_of(seed, (4, 10, 160), 0.3)
+    assert torch.equal(mask, mask_of(seed, (4, 10, 160), 0.3))
+    assert torch.equal(mask.view(8, 5, 160), mask_of(seed, (8, 5, 160), 0.3))  # the flat index counts, not the shape
+    assert not torch.equal(mask, mask_of(seed + 1, (4, 10, 160), 0.3))
     assert mask.float().mean().item() == pytest.approx(0.7, abs=0.02)
 
 
-def philox_uniform(seed, index):
-    """Philox 4x32-10 on the host: the first of four words for counter (index, 0, 0, 0) and key `seed`, as a uniform."""
-    lo, hi = index & 0xFFFFFFFF, index >> 32
-    c = [lo, hi, 0, 0]
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
-    for _ in range(10):
-        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [(b >> 32) ^ c[1] ^ k0, b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k1, a & 0xFFFFFFFF]
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    word = c[0] - 2**32 if c[0] >= 2**31 else c[0]
-    return (-word - 1 if word < 0 else word) * 4.6566127342e-10
-
-
 def test_the_mask_is_a_host_philoxs():
-    seed = 0x1234567_89ABCDE
-    mask = mask_of(torch.tensor([seed], device=DEVICE), (1, 4, 24), 0.2).flatten().tolist()
-    assert mask == [philox_uniform(seed, i) >= 0.2 for i in range(96)]
+    mask = mask_of(seed(), (1, 4, 24), 0.2).flatten().tolist()
+    assert mask == [philox_uniform(SEED, (i, 0, 0, 0)) >= 0.2 for i in range(96)]
     assert 0 < sum(mask) < 96
 
 
 def test_rows_beyond_two_to_the_31_elements():
     """A stride that fits an int32, and a row whose offset by it does not: wrapped, it would be read from elsewhere."""
-    N, stride = 16, 2**30
-    far = torch.zeros(2 * stride + N, dtype=torch.float16, device=DEVICE)  # 4 GiB, of which a CPU touches three pages
-    x = far.as_strided((3, N), (stride, 1))
-    x.copy_(randn(3, N, dtype=torch.float16))
-    weight = randn(N)
+    x = far(3, 16)
+    x.copy_(randn(3, 16, dtype=torch.float16))
+    weight = randn(16)
     torch.testing.assert_close(
-        layer_norm(x, weight).float(), F.layer_norm(x.float(), (N,), weight), rtol=1e-2, atol=1e-2
+        layer_norm(x, weight).float(), F.layer_norm(x.float(), (16,), weight), rtol=1e-2, atol=1e-2
     )
-
-
-ARGS = {
-    "layer_norm": lambda p: (randn(2, 3, 20).requires_grad_(), randn(20).requires_grad_(), randn(20).requires_grad_(), 1e-5, torch.float32),
-    "add_layer_norm": lambda p: (
-        randn(2, 3, 20).requires_grad_(), randn(2, 3, 20, dtype=torch.float16).requires_grad_(), randn(20).requires_grad_(), None, 1e-5, p,
-        torch.tensor([5], device=DEVICE) if p else None, torch.float16,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ARGS)
-@pytest.mark.parametrize("p", [0.0, 0.2])
-def test_opcheck(name, p, monkeypatch):
-    monkeypatch.undo()  # the poison would look like a mutation of fresh memory to the tracer
-    op = {"layer_norm": _layer_norm, "add_layer_norm": _add_layer_norm}[name]
-    torch.library.opcheck(op.custom, ARGS[name](p))
-
-
-@pytest.mark.parametrize("backend", ["aot_eager"] + ["inductor"] * (DEVICE == "cuda"))
-def test_compiled_whole(backend, monkeypatch):
-    monkeypatch.undo()
-    x, branch, weight, bias = (t.requires_grad_() for t in (randn(2, 3, 20), randn(2, 3, 20), randn(20), randn(20)))
-
-    def f(x, branch, weight, bias):
-        stream, h = add_layer_norm(x * 2, branch, weight, bias, dropout_p=0.2, seed=seed)
-        return (stream.sin() + layer_norm(h, weight).cos()).sum()
-
-    seed = torch.tensor([5], device=DEVICE)
-    results = []
-    for call in (f, torch.compile(f, fullgraph=True, backend=backend)):
-        loss = call(x, branch, weight, bias)
-        results.append([loss, *torch.autograd.grad(loss, [x, branch, weight, bias])])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_decides_the_answers_dtype():

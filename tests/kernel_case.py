@@ -1,0 +1,63 @@
+"""What the tests of the kernels share: where they run, inputs, odd strides, a host's Philox."""
+
+import numpy as np
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter multiplies and rounds bf16 wrongly: bf16 is a GPU's to test.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+SEED = 0x1234567_89ABCDE
+# A copy of an input or a gradient with the same values and other strides. The last two repeat values instead.
+VIEWS = {
+    "sliced rows": lambda t: torch.stack((t, t), 1).flatten(0, 1)[::2],
+    "sliced columns": lambda t: torch.stack((t, t), -1).flatten(-2)[..., ::2],
+    "part of a wider row": lambda t: torch.cat((t, t), -1)[..., : t.size(-1)],
+    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "expanded rows": lambda t: t[:, :1].expand(t.shape),
+    "expanded columns": lambda t: t[..., :1].expand(t.shape),
+}
+
+
+def randn(*shape, dtype=torch.float32, scale=1.0, shift=0.0):
+    return (torch.randn(shape, device=DEVICE) * scale + shift).to(dtype)
+
+
+def seed():
+    return torch.tensor([SEED], device=DEVICE)
+
+
+def widen(x, dtype):
+    """x in dtype, or in fp64 where it is: a reference's own rounding."""
+    return x if x.dtype == torch.float64 else x.to(dtype)
+
+
+def philox_uniform(seed, counter, rounds=10):
+    """Philox 4x32 on the host: the first of four words for a counter of four and a key of 64 bits, as a uniform."""
+    c = list(counter)
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(rounds):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k0, b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k1, a & 0xFFFFFFFF]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    word = c[0] - 2**32 if c[0] >= 2**31 else c[0]
+    return (-word - 1 if word < 0 else word) * 4.6566127342e-10
+
+
+def far(rows, columns, dtype=torch.float16):
+    """[rows, columns] whose rows lie 2^30 elements apart: the third begins where an int32 has wrapped. A CPU touches few pages."""
+    n = (rows - 1) * 2**30 + columns
+    if DEVICE == "cpu":  # numpy's zeros are not written before they are read
+        whole = torch.from_numpy(np.zeros(n, str(dtype).removeprefix("torch.")))
+    else:
+        whole = torch.zeros(n, dtype=dtype, device=DEVICE)
+    return whole.as_strided((rows, columns), (2**30, 1))
+
+
+def same_bits(f, leaves, runs=None):
+    """Whether f(*leaves).backward() gives every leaf the same gradient each time. The interpreter has one order only."""
+    grads = []
+    for _ in range(runs or (20 if DEVICE == "cuda" else 2)):
+        fresh = [t.detach().requires_grad_() for t in leaves]
+        f(*fresh).backward()
+        grads.append([t.grad for t in fresh])
+    return all(torch.equal(a, b) for run in grads[1:] for a, b in zip(grads[0], run, strict=True))

@@ -1,0 +1,170 @@
+"""gelu_mlp, through Triton's interpreter or on a GPU, against fp64 by the three-way rule; its GELU over all inputs."""
+
+import pytest
+import three_way
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from kernel_case import DEVICE, DTYPES, VIEWS, far, randn, same_bits
+
+from fastgpt.kernels import configs, gelu_mlp as module
+from fastgpt.kernels.gelu_mlp import gelu_mlp
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def run_as(f, dtype):
+    def call(*inputs):
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            return (f(*inputs),)
+
+    return call
+
+
+def reference(h, w_fc, b_fc, w_proj, b_proj):
+    return F.linear(F.gelu(F.linear(h, w_fc, b_fc)), w_proj, b_proj)
+
+
+def check(rows, C, dtype, bias=True, F_=None, recompute=False, scale=1.0, view=lambda t: t):
+    F_ = F_ or 4 * C
+    inputs = dict(
+        h=view(randn(*rows, C, dtype=dtype, scale=scale)),
+        w_fc=view(randn(F_, C, scale=C**-0.5)), b_fc=randn(F_) if bias else None,
+        w_proj=view(randn(C, F_, scale=F_**-0.5)), b_proj=randn(C) if bias else None,
+    )  # fmt: skip
+    three_way.hold(
+        run_as(lambda *i: gelu_mlp(*i, recompute=recompute), dtype),
+        run_as(reference, dtype),
+        inputs,
+        ("y",),
+        [view(randn(*rows, C, dtype=dtype))],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("C", [130, 48] + [768, 1600] * (DEVICE == "cuda"))
+@pytest.mark.parametrize("bias", [True, False])
+def test_widths(C, dtype, bias):
+    check((2, 19), C, dtype, bias)
+
+
+@pytest.mark.parametrize("C", [768, 1600])
+def test_wide(C):
+    check((1, 3), C, torch.float16, F_=64)  # every step along K; on a CPU few columns
+
+
+@pytest.mark.parametrize("T", [1, 17, 63, 64, 65, 100, 128] + [1023] * (DEVICE == "cuda"))
+def test_lengths(T):
+    check((1, T), 16, torch.float32)
+
+
+def test_more_rows_of_tiles_than_the_bias_sum_reads_at_once():
+    check((1, 32 * 33), 8, torch.float32)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+def test_descriptors_and_pointers(tma, monkeypatch):
+    """On the pointers' path too where TMA would be taken; and through descriptors in the interpreter."""
+    config = configs.gelu_mlp(torch.device(DEVICE), torch.float16)
+    monkeypatch.setattr(configs, "gelu_mlp", lambda device, dtype: type(config)(**{**vars(config), "tma": tma}))
+    check((2, 35), 48, torch.float16)
+    check((2, 35), 48, torch.float16, recompute=True)
+    check((1, 5), 12, torch.float16)  # rows that are no multiple of 16 bytes
+
+
+@pytest.mark.parametrize("view", [v for n, v in VIEWS.items() if n != "expanded rows"])
+def test_strides(view):
+    check((3, 5), 40, torch.float32, view=view)
+
+
+def test_large_magnitudes():
+    check((2, 9), 48, torch.float16, scale=1e3)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.integers(1, 70), st.integers(1, 50), st.integers(1, 70), st.booleans())
+def test_any_shape(M, C, F_, bias):
+    check((M,), C, torch.float32, bias, F_)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_recomputing_gives_the_same_bits(dtype):
+    inputs = [randn(2, 19, 48), randn(192, 48), randn(192), randn(48, 192), randn(48)]
+    results = []
+    for recompute in (False, True):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            y = gelu_mlp(*leaves, recompute=recompute)
+        y.sum().backward()
+        results.append([y, *(t.grad for t in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_backward_is_the_same_bits_every_time():
+    leaves = [randn(2, 70, 16), randn(64, 16), randn(64), randn(16, 64), randn(16)]
+    assert same_bits(lambda *i: gelu_mlp(*i).sin().sum(), leaves)
+
+
+def test_rows_beyond_two_to_the_31_elements():
+    h, w_fc, w_proj = far(3, 16), randn(64, 16, dtype=torch.float16), randn(16, 64, dtype=torch.float16)
+    h.copy_(randn(3, 16, dtype=torch.float16))
+    torch.testing.assert_close(
+        gelu_mlp(h, w_fc, None, w_proj, None), reference(h, w_fc, None, w_proj, None), rtol=1e-2, atol=0.1
+    )
+
+
+def test_an_empty_batch():
+    h, w_fc, w_proj = randn(0, 3, 16).requires_grad_(), randn(64, 16).requires_grad_(), randn(16, 64).requires_grad_()
+    b_fc, b_proj = randn(64).requires_grad_(), randn(16).requires_grad_()
+    gelu_mlp(h, w_fc, b_fc, w_proj, b_proj).sum().backward()
+    assert all((t.grad == 0).all() for t in (w_fc, w_proj, b_fc, b_proj))
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="w_proj"):
+        gelu_mlp(randn(2, 16), randn(64, 16), None, randn(64, 16), None)
+    with pytest.raises(ValueError, match="w_proj"):
+        gelu_mlp(randn(2, 16), randn(64, 16), randn(16), randn(16, 64), None)
+
+
+@triton.jit
+def _gelu_of(x_ptr, y_ptr, dy_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, i < n, other=0.0)
+    tl.store(y_ptr + i, module.gelu(x, False), i < n)
+    tl.store(dy_ptr + i, module.gelu_derivative(x, False), i < n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gelu_is_nearer_than_torchs_over_all_inputs(dtype):
+    """Every number of the dtype: value and derivative, rounded to it, against fp64 and against torch."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float().to(DEVICE)
+    y, dy = torch.empty_like(x), torch.empty_like(x)
+    _gelu_of[(64,)](x, y, dy, x.numel(), BLOCK=1024)
+    assert torch.equal(y.isnan(), x.isnan())
+    usual = x.abs() <= 100  # beyond, GELU(x) is x or 0
+    torch.testing.assert_close(y[~usual & ~x.isnan()], x[~usual & ~x.isnan()].clamp(min=0), rtol=0, atol=1e-9)
+    x, y, dy = x[usual], y[usual], dy[usual]
+    leaf = x.double().requires_grad_()
+    exact = F.gelu(leaf)
+    (dexact,) = torch.autograd.grad(exact.sum(), leaf)
+    low = x.to(dtype).requires_grad_()
+    (dtheirs,) = torch.autograd.grad(F.gelu(low).sum(), low)
+    for ours, theirs, right in ((y, F.gelu(low).detach(), exact.detach()), (dy, dtheirs, dexact)):
+        nearest = right.to(dtype)
+        ulp = torch.nextafter(nearest.abs(), torch.tensor(float("inf"), dtype=dtype, device=DEVICE)).double()
+        ulp -= nearest.abs().double()
+        counts = right.abs() >= 2**-24  # the smallest that fp16 has
+        error, their_error = ((t.to(dtype).double() - right).abs() for t in (ours, theirs))
+        wrong, their_wrong = (((t.to(dtype) != nearest) & counts).sum().item() for t in (ours, theirs))
+        assert error[~counts].max() <= 6e-8
+        if right is not dexact:
+            assert (error / ulp)[counts].max() < 0.51
+            assert wrong < their_wrong
+        else:  # where the derivative crosses zero, only the absolute error counts
+            assert error.max() <= 1.01 * their_error.max()
+            assert ((error <= 0.52 * ulp) | (error < 2e-5))[counts].all()
