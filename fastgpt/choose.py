@@ -29,7 +29,7 @@ def choose(spec, shape, dtype, device, compiled):
     """
     picks = ops.parse(spec)
     auto = [op for op, pick in picks.items() if pick == "auto"]
-    if not str(device).startswith("cuda") or not has_triton():
+    if not is_cuda(device) or not has_triton():
         return picks | dict.fromkeys(auto, "torch")
     if auto:
         print(f"choosing kernels for {shape.B} x {shape.T} tokens in {str(dtype)[6:]} (once; --kernels=torch skips it)")
@@ -42,6 +42,11 @@ def choose(spec, shape, dtype, device, compiled):
         why = "".join(f"; {i} {reason}" for i, reason in found["rejected"].items())
         print(f"  {op:22}" + "".join(f"{'-':>11}" if t is None else f"{t:11.3f}" for t in times) + f"  {picks[op]}{why}")
     return picks
+
+
+def is_cuda(device):
+    """Whether there is something to be won by kernels."""
+    return str(device).startswith("cuda")
 
 
 def has_triton():

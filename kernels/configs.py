@@ -84,6 +84,7 @@ GELU_MLP = {
     (0, 2): MLPConfig(32, 64, 32, warps=4, stages=1),
     (0, 4): MLPConfig(32, 64, 32, warps=4, stages=1),
 }
+UNALIGNED = MLPConfig(64, 64, 32, warps=4, stages=3)  # rows that are read element by element: no TMA, more registers
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,11 @@ def architecture(device):
     return major * 10 + minor
 
 
-def gelu_mlp(device, dtype):
-    """The MLPConfig for a device and a compute dtype."""
+def gelu_mlp(device, dtype, widths=(16,)):
+    """The MLPConfig for a device, a compute dtype and the matrices' widths."""
     sm = architecture(device)
+    if sm and any(width * dtype.itemsize % 16 for width in widths):
+        return UNALIGNED
     return next(config for (least, size), config in GELU_MLP.items() if least <= sm and size == dtype.itemsize)
 
 

@@ -178,6 +178,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(share, dh, dweight)
     ctx.dtype = weight.dtype
     ctx.mark_non_differentiable(share, dh, dweight)
+    ctx.set_materialize_grads(False)  # else zeros are filled for these, as large as they are
 
 
 def _gradients(launch, ctx, dloss, *_):

@@ -449,6 +449,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(qkv, out, lse, seed, doc_ids)
     ctx.n_head, ctx.p = n_head, p
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # else zeros are filled for these, as large as they are
 
 
 def _gradients(launch, ctx, dout, *_):

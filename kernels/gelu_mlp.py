@@ -213,7 +213,7 @@ def gelu_mlp_fwd(
     h2, F = h.reshape(-1, h.size(-1)), w_fc.size(0)
     post = torch.empty((h2.size(0), F), dtype=h.dtype, device=h.device)
     pre = like(post, h.dtype) if keep_pre else None
-    config = configs.gelu_mlp(h.device, h.dtype)
+    config = configs.gelu_mlp(h.device, h.dtype, (h.size(-1), F))
     _launch_gemm(h2, fc, F, pre, post, None, b_fc, None, config, backward=False)
     y = mm(post, proj.t(), h.dtype) if b_proj is None else torch.addmm(b_proj.to(h.dtype), post, proj.t())
     nothing = h.new_empty(0)
@@ -227,7 +227,7 @@ def gelu_mlp_bwd(
     """(dh, dw_fc, db_fc, dw_proj, db_proj), the weights' in w_dtype, the biases' in theirs, or empty; post may be empty."""
     dy2, h2 = dy.reshape(-1, dy.size(-1)).to(h.dtype), h.reshape(-1, h.size(-1))
     M, F = pre.shape
-    config = configs.gelu_mlp(h.device, h.dtype)
+    config = configs.gelu_mlp(h.device, h.dtype, (h.size(-1), F))
     dpre = like(pre, pre.dtype)
     recomputed = None if post.numel() == pre.numel() else like(pre, pre.dtype)
     tiles = triton.cdiv(M, config.block_m)
@@ -266,6 +266,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(h, pre, post, fc, proj)
     ctx.dtypes = w_fc.dtype, *(None if b is None else b.dtype for b in (b_fc, b_proj))
     ctx.mark_non_differentiable(pre, post)
+    ctx.set_materialize_grads(False)  # else zeros are filled for these, as large as they are
 
 
 def _gradients(launch, ctx, dy, *_):

@@ -1,28 +1,45 @@
-"""Training through the kernels: the loss curve is the reference's, and what cannot run falls back, said once."""
+"""Training through the kernels: the loss curve is the reference's, nothing is copied between the ops, and what cannot run falls
+back, said once."""
 
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 from fastgpt.model import GPT, GPTConfig
 
+triton = pytest.importorskip("triton")
+from kernel_case import DEVICE  # noqa: E402
+
+from fastgpt.kernels import cross_entropy, embedding, flash_attention, gelu_mlp, layer_norm  # noqa: E402
+
 # The interpreter takes milliseconds a row.
 FEW_ROWS = ["--batch_size=1", "--block_size=8", "--gradient_accumulation_steps=1", "--eval_iters=1"]
-
-triton = pytest.importorskip("triton")
 
 
 @pytest.fixture(autouse=True)
 def afterwards_torch():
     yield
     ops.use("torch")
+
+
+@pytest.fixture
+def tiny():
+    """A model of two blocks on this machine's device, and a batch with an ignored target."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=32)).to(DEVICE)
+    idx, targets = torch.randint(31, (2, 2, 16), device=DEVICE)
+    targets[0, 0] = -1
+    return model, idx, targets
 
 
 def losses(out_dir):
@@ -41,22 +58,164 @@ def test_twenty_steps_are_the_references(dataset, fastgpt):
     assert losses("triton") != losses("torch"), "the kernels sum in another order: equal bits would mean that none ran"
 
 
-def test_every_layer_norm_of_the_model_runs_the_kernels(monkeypatch):
+def gradients(model, idx, targets, call=None):
+    """The loss and every parameter's gradient of one forward and backward."""
+    model.zero_grad()
+    _, loss = (model if call is None else call)(idx, targets, return_logits=False)
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters()}}
+
+
+def assert_near(a, b, rtol=1e-4, atol=1e-6):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_every_op_of_the_model_runs_the_kernels(tiny, monkeypatch):
+    calls = Counter()
+    modules = {layer_norm: ["layer_norm", "add_layer_norm"], embedding: ["embedding"], gelu_mlp: ["gelu_mlp"]}
+    modules |= {flash_attention: ["flash_attention"], cross_entropy: ["linear_cross_entropy"]}
+    reference = gradients(*tiny)
     ops.use("triton")
-    calls = []
-    for name in ("layer_norm", "add_layer_norm"):
-        original = getattr(ops.chosen["layer_norm"], name)
-        monkeypatch.setattr(ops.chosen["layer_norm"], name, lambda *a, n=name, f=original: calls.append(n) or f(*a))
-    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=3, n_head=1, n_embd=8))
-    idx = torch.zeros(1, 8, dtype=torch.long)
-    model(idx, idx)[1].backward()
-    assert calls == ["layer_norm"] + ["add_layer_norm"] * 6
-    assert all(p.grad is not None for p in model.parameters())
+    for module, names in modules.items():
+        for name in names:
+            f = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, n=name, f=f: calls.update([n]) or f(*a))
+    assert_near(gradients(*tiny), reference)
+    assert calls == dict(
+        embedding=1, layer_norm=1, add_layer_norm=4, flash_attention=2, gelu_mlp=2, linear_cross_entropy=1
+    )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_the_whole_model_compiles_without_a_graph_break(tiny, backend):
+    model, idx, targets = tiny
+    ops.use("triton")
+    eager = gradients(model, idx, targets)
+    torch._dynamo.reset()
+    compiled = gradients(model, idx, targets, torch.compile(model, fullgraph=True, backend=backend))
+    assert_near(compiled, eager, rtol=1e-5)
+
+
+def test_a_second_length_does_not_compile_per_length(tiny):
+    model, idx, targets = tiny
+    ops.use("triton")
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    for T in (16, 9, 11, 13):
+        compiled(idx[:, :T], targets[:, :T], return_logits=False)
+    assert len(graphs) <= 2, "one for the first length, one for all others"
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_activation_checkpointing_changes_no_bit(tiny, p):
+    model, idx, targets = tiny
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = p
+    ops.use("triton")
+    torch.manual_seed(3)
+    plain = gradients(model, idx, targets)
+    for block in model.transformer.h:
+        block.forward = lambda x, cache=None, f=block.forward: checkpoint(f, x, cache, use_reentrant=False)
+    torch.manual_seed(3)
+    again = gradients(model, idx, targets)
+    assert all(torch.equal(plain[n], again[n]) for n in plain)
+
+
+def test_two_processes_train_as_one(dataset):
+    flags = ["--dataset=letters", *TINY, "--bias=True", "--block_size=8", "--batch_size=1", "--max_iters=2", "--eval_interval=2"]
+    flags += ["--eval_iters=1", "--warmup_iters=0"]
+    for kernels in ("torch", "triton"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fastgpt.cli", "train"]
+        done = subprocess.run(
+            [*command, *flags, f"--out_dir={kernels}", f"--kernels={kernels}"], capture_output=True, text=True, env=os.environ
+        )
+        assert done.returncode == 0, done.stderr
+    assert losses("triton") == pytest.approx(losses("torch"), rel=1e-5)
+
+
+class Dispatched(TorchDispatchMode):
+    """Every operation that reaches PyTorch, with the shapes of its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        shapes = [tuple(t.shape) for t in [*args, out] if torch.is_tensor(t)]
+        self.seen.append((func.overloadpacket.__name__, shapes))
+        return out
+
+
+# Views and allocations, the GEMMs that cuBLAS does, bias gradients; the loss's chunk of tokens, ids sorted for their rows.
+FREE = {"t", "view", "_unsafe_view", "slice", "select", "expand", "detach", "alias", "transpose", "empty", "empty_like", "new_empty"}
+WORK = {"mm", "addmm", "sum", "sort", "zero_", "ones_like", "lift_fresh"}
+
+
+def test_nothing_is_copied_between_the_ops(tiny, monkeypatch):
+    """One step under autocast: no copy, cat, add or cast of an activation, in whatever layout; weights alone are cast."""
+    model, idx, targets = tiny
+    ops.use("triton")
+    if DEVICE == "cpu":  # the interpreter's own work on tensors is not the step's
+        monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", lambda self, *a, **k: None)
+        monkeypatch.setattr(cross_entropy, "mm", lambda a, b, dtype: torch.mm(a, b))  # in fp32 by casts on the CPU alone
+        monkeypatch.setattr(gelu_mlp, "mm", lambda a, b, dtype: torch.mm(a, b))
+    with Dispatched() as record, torch.autocast(DEVICE, torch.float16):
+        _, loss = model(idx, targets, return_logits=False)
+        loss.backward()
+    weights = {tuple(p.shape) for p in model.parameters()}
+    weights |= {tuple(p.t().shape) for p in model.parameters() if p.dim() == 2} | {(1, p.size(0)) for p in model.parameters()}
+    counts = Counter()
+    for name, shapes in record.seen:
+        if name in FREE:
+            continue
+        counts[name] += 1
+        if name == "_to_copy":
+            assert shapes[0] in weights, f"a cast of {shapes[0]}"
+        elif name != "add":
+            assert name in WORK, f"{name} of {shapes}"
+    # Per block: c_attn, c_proj and down-projection forward; two backward of each of the first two, three of the MLP. The loss: three.
+    assert counts["mm"] + counts["addmm"] == 2 * (3 + 4 + 3) + 3, counts
+    assert counts["sort"] == 1
+    assert counts["add"] == 1, "the embeddings' two gradients, by the stream and by the first LayerNorm, which has no add to fuse"
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no stream to wait for without a GPU")
+def test_no_host_waits_and_a_cuda_graph_replays_it(tiny):
+    model, idx, targets = tiny
+    ops.use("triton")
+    reference = gradients(model, idx, targets)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = gradients(model, idx, targets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_near(again, reference, rtol=0, atol=0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradients(model, idx, targets)
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, loss = model(idx, targets, return_logits=False)
+        loss.backward()
+    graph.replay()
+    assert torch.equal(loss, reference["loss"])
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, reference[name]), name
 
 
 def test_dropout_draws_anew_each_call_and_from_the_seed():
     ops.use("triton")
-    x, weight = torch.zeros(1, 8, 64), torch.ones(64)
+    x, weight = torch.zeros(1, 8, 64, device=DEVICE), torch.ones(64, device=DEVICE)
     torch.manual_seed(0)
     first, second = (ops.add_layer_norm(x, x + 1, weight, dropout_p=0.5)[0] for _ in range(2))
     assert not torch.equal(first, second)
@@ -66,11 +225,15 @@ def test_dropout_draws_anew_each_call_and_from_the_seed():
 
 def test_what_a_kernel_cannot_take_goes_to_pytorch_with_one_warning():
     ops.use("triton")
-    x, weight = torch.randn(1, 2, 9000), torch.ones(9000)
+    x, weight = torch.randn(1, 2, 9000, device=DEVICE), torch.ones(9000, device=DEVICE)
     with pytest.warns(UserWarning, match="no kernel for rows of 9000") as caught:
         h = [ops.layer_norm(x, weight) for _ in range(3)][-1]
     assert len(caught) == 1
     torch.testing.assert_close(h, torch.nn.functional.layer_norm(x, (9000,)))
+    qkv = torch.randn(1, 4, 3 * 136, device=DEVICE)
+    with pytest.warns(UserWarning, match="attention: no kernel"):
+        y = torch.compile(lambda q: ops.attention(q, 1), backend="aot_eager")(qkv)
+    torch.testing.assert_close(y, torch.nn.functional.scaled_dot_product_attention(*qkv.split(136, 2), is_causal=True))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the kernels run on it")
@@ -79,7 +242,8 @@ def test_without_a_gpu_and_the_interpreter_it_trains_on_pytorch(dataset):
     command = [sys.executable, "-m", "fastgpt.cli", "train", "--dataset=letters", *TINY, "--kernels=triton"]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("no kernel for rows of 16 on this cpu device") == 1
+    for op in ops.KERNELS:
+        assert done.stderr.count(f"{op}: no kernel for rows of") == 1, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -87,12 +251,21 @@ def test_without_a_gpu_and_the_interpreter_it_trains_on_pytorch(dataset):
     [
         ("tritn", "'triton'"),
         ("layernorm=triton", "'layer_norm'"),
-        ("layer_norm=cuda", "'triton' or 'torch'"),
+        ("layer_norm=cuda", "the nearest is 'auto'"),
         ("layer_norm=triton,x=torch", "'x'"),
+        ("gelu_mlp=cudnn", "auto, torch, triton"),
+        ("layer_norm=", "''"),
     ],
 )
 def test_wrong_choices_are_named(spec, said, dataset, fastgpt):
     status, _, err = fastgpt("train", "--dataset=letters", *TINY, f"--kernels={spec}")
     assert status == 2
     assert err.startswith(f"fastgpt: error: --kernels={spec}: ")
+    assert said in err
     assert err.count("\n") == 1
+
+
+def test_a_list_leaves_the_rest_to_auto():
+    assert ops.parse("attention=cudnn, layer_norm=torch") == dict(
+        embedding="auto", layer_norm="torch", attention="cudnn", gelu_mlp="auto", linear_cross_entropy="auto"
+    )

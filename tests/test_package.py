@@ -34,6 +34,8 @@ def test_arrows_run_one_way():
         "optim",
         "reference",
         "ops",
+        "verify",
+        "choose",
         "tokenizer",
         "prepare",
         "data",
