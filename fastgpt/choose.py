@@ -40,7 +40,9 @@ def choose(spec, shape, dtype, device, compiled):
         picks[op] = found["chosen"]
         times = (found["ms"].get(i) for i in ("torch", "cudnn", "triton"))
         why = "".join(f"; {i} {reason}" for i, reason in found["rejected"].items())
-        print(f"  {op:22}" + "".join(f"{'-':>11}" if t is None else f"{t:11.3f}" for t in times) + f"  {picks[op]}{why}")
+        print(
+            f"  {op:22}" + "".join(f"{'-':>11}" if t is None else f"{t:11.3f}" for t in times) + f"  {picks[op]}{why}"
+        )
     return picks
 
 
@@ -112,7 +114,7 @@ def decide(op, shape, dtype, device, compiled, measure):
 def check(op, shape, dtype, device, which):
     """Hold an implementation to the three-way rule. Raises ArithmeticError that says by how much it fails."""
     it = problem(op, shape, dtype, device)
-    for c in sum(compare(getattr(it, which), it.reference, it.inputs, it.outputs, it.grads), []):
+    for c in compare(getattr(it, which), it.reference, it.inputs, it.outputs, it.grads):
         if not c.holds:
             raise ArithmeticError(f"is not equal: {c.what} has {c.ratio:.1f} times PyTorch's error")
 
@@ -148,5 +150,10 @@ def time_together(functions):
 
 def source_hash():
     """A hash of all that computes: the kernels' sources, what chooses among them, and PyTorch's side."""
-    files = [*sorted(Path(ops.kernels("layer_norm").__file__).parent.glob("*.py")), ops.__file__, reference.__file__, __file__]
+    files = [
+        *sorted(Path(ops.kernels("layer_norm").__file__).parent.glob("*.py")),
+        ops.__file__,
+        reference.__file__,
+        __file__,
+    ]
     return hashlib.sha256(b"".join(Path(f).read_bytes() for f in files)).hexdigest()[:16]

@@ -81,7 +81,11 @@ def problem(op, shape, dtype, device):
     if op == "embedding":
         idx = torch.randint(V, (B, T), device=device, generator=random)
         idx[:, ::3] = 0  # as in a text, one token comes often
-        mask = p and module.embedding(idx * 0, torch.ones(1, C, device=device), torch.zeros(T, C, device=device), p, seed)[0] != 0
+        mask = (
+            p
+            and module.embedding(idx * 0, torch.ones(1, C, device=device), torch.zeros(T, C, device=device), p, seed)[0]
+            != 0
+        )
 
         def reference_embedding(wte, wpe):
             x, head = reference.embedding(idx, wte, wpe)
@@ -159,6 +163,7 @@ def problem(op, shape, dtype, device):
 class Comparison:
     """One tensor: the kernel's and PyTorch's largest error against fp64, the largest element, and the floor of the rule."""
 
+    direction: str
     what: str
     dtype: str
     error: float
@@ -178,7 +183,7 @@ class Comparison:
         return self.error <= 2 * self.torch_error + self.floor
 
 
-def compared(what, kernel, same, exact):
+def compared(direction, what, kernel, same, exact):
     """The Comparison of one tensor: the kernel's, PyTorch's at the same dtypes, and fp64's."""
     assert kernel.dtype == same.dtype, f"{what}: {kernel.dtype}, not {same.dtype}"
     assert kernel.shape == exact.shape, f"{what}: shape {tuple(kernel.shape)}, not {tuple(exact.shape)}"
@@ -186,34 +191,31 @@ def compared(what, kernel, same, exact):
     largest = exact.abs().max().item() if exact.numel() else 0.0
     units = 4 if kernel.dtype == torch.float32 else 1
     floor = units * torch.finfo(kernel.dtype).eps * largest
-    return Comparison(what, str(kernel.dtype).removeprefix("torch."), error, allowed, largest, floor)
+    return Comparison(direction, what, str(kernel.dtype).removeprefix("torch."), error, allowed, largest, floor)
 
 
 def run(f, inputs, grads, exact=False):
-    """f's outputs and the gradients of its floating inputs, as detached tensors; in fp64 where `exact`.
+    """f's outputs and then the gradients of its floating inputs, as detached tensors; in fp64 where `exact`.
 
     grads are the outputs' gradients, None where an output is not to be differentiated. Strides are kept.
     """
-    args = [
-        (x.detach().double() if exact else x.detach()).requires_grad_()
-        if torch.is_tensor(x) and x.is_floating_point()
-        else x
-        for x in inputs
-    ]
+    args = [(x.detach().double() if exact else x.detach()).requires_grad_() if is_floating(x) else x for x in inputs]
     outputs = f(*args)
     pairs = [(o, g.double() if exact else g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     torch.autograd.backward(*zip(*pairs, strict=True))
-    return [o.detach() for o in outputs], [a.grad for a in args if torch.is_tensor(a) and a.requires_grad]
+    return [o.detach() for o in outputs] + [a.grad for a in args if is_floating(a)]
+
+
+def is_floating(x):
+    """Whether x is a tensor that has a gradient."""
+    return torch.is_tensor(x) and x.is_floating_point()
 
 
 def compare(kernel, same, inputs, outputs, grads):
-    """(Comparisons of the outputs, of the inputs' gradients). inputs by name; outputs names what the functions give."""
+    """A Comparison of each output and of each input's gradient. inputs by name; outputs names what the functions give."""
+    names = [("forward", n) for n in outputs] + [("backward", "d" + n) for n, x in inputs.items() if is_floating(x)]
     results = [run(f, inputs.values(), grads, exact) for f, exact in ((kernel, False), (same, False), (same, True))]
-    gradients = ["d" + n for n, x in inputs.items() if torch.is_tensor(x) and x.is_floating_point()]
-    return tuple(
-        [compared(*row) for row in zip(names, *(r[i] for r in results), strict=True)]
-        for i, names in enumerate((outputs, gradients))
-    )
+    return [compared(*name, *tensors) for name, *tensors in zip(names, *results, strict=True)]
 
 
 GPU_SHAPES = [
@@ -251,18 +253,16 @@ def verify(json_file=""):
             worst, same_bits = {}, True
             for shape in cases(op, gpu):
                 it = problem(op, shape, dtype, device)
-                found = compare(it.kernel, it.reference, it.inputs, it.outputs, it.grads)
-                for direction, comparisons in zip(("forward", "backward"), found, strict=True):
-                    for c in comparisons:
-                        row = dict(
-                            op=op, direction=direction, dtype=str(dtype)[6:], tensor=c.what, shape=asdict(shape), error=c.error,
-                            torch_error=c.torch_error, largest=c.largest, ratio=c.ratio, holds=c.holds,
-                        )  # fmt: skip
-                        report["rows"].append(row)
-                        rank = (not c.holds, c.ratio)
-                        if direction not in worst or rank > worst[direction][0]:
-                            worst[direction] = rank, row
-                runs = [sum(run(it.kernel, it.inputs.values(), it.grads), []) for _ in range(repeats)]
+                for c in compare(it.kernel, it.reference, it.inputs, it.outputs, it.grads):
+                    row = dict(
+                        op=op, direction=c.direction, dtype=str(dtype)[6:], tensor=c.what, shape=asdict(shape), error=c.error,
+                        torch_error=c.torch_error, largest=c.largest, ratio=c.ratio, holds=c.holds,
+                    )  # fmt: skip
+                    report["rows"].append(row)
+                    rank = (not c.holds, c.ratio)
+                    if c.direction not in worst or rank > worst[c.direction][0]:
+                        worst[c.direction] = rank, row
+                runs = [run(it.kernel, it.inputs.values(), it.grads) for _ in range(repeats)]
                 same_bits &= all(torch.equal(a, b) for r in runs[1:] for a, b in zip(runs[0], r, strict=True))
             for _, row in worst.values():
                 size = row["largest"] or 1.0
@@ -279,7 +279,11 @@ def verify(json_file=""):
         "\nErrors are against fp64, relative to the largest element; each row is the worst of its tensors and shapes. A ratio of 2 is"
         f"\nallowed, half a unit in the last place (fp32: two) counted with PyTorch's error; {repeats} runs must give the same bits."
     )
-    print(f"{failed} of {len(report['rows'])} comparisons FAIL" if failed else f"all {len(report['rows'])} comparisons hold")
+    print(
+        f"{failed} of {len(report['rows'])} comparisons FAIL"
+        if failed
+        else f"all {len(report['rows'])} comparisons hold"
+    )
     report["holds"] = not failed
     if json_file:
         try:
@@ -293,7 +297,9 @@ def where(gpu):
     """What the kernels run on, as a line. Raises UserError where they run nowhere."""
     if gpu:
         if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
-            raise UserError(f"verify: the kernels need an NVIDIA GPU from sm_80 on, and this is {torch.cuda.get_device_name()}")
+            raise UserError(
+                f"verify: the kernels need an NVIDIA GPU from sm_80 on, and this is {torch.cuda.get_device_name()}"
+            )
     else:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
     try:

@@ -107,9 +107,15 @@ class AttentionConfig:
 ATTENTION = {
     (120, 2, 64): AttentionConfig(128, 64, 8, 2, outer=128, inner=32, backward_warps=8, backward_stages=2),
     (120, 2, 128): AttentionConfig(64, 64, 8, 2, outer=64, inner=32, backward_warps=8, backward_stages=1),
-    (100, 2, 64): AttentionConfig(128, 64, 8, 3, outer=128, inner=64, gated_inner=32, backward_warps=8, backward_stages=2),
-    (100, 2, 128): AttentionConfig(128, 64, 8, 2, outer=64, inner=64, gated_inner=32, backward_warps=8, backward_stages=1),
-    (90, 2, 64): AttentionConfig(128, 64, 8, 3, outer=128, inner=64, gated_inner=32, backward_warps=8, backward_stages=2),
+    (100, 2, 64): AttentionConfig(
+        128, 64, 8, 3, outer=128, inner=64, gated_inner=32, backward_warps=8, backward_stages=2
+    ),
+    (100, 2, 128): AttentionConfig(
+        128, 64, 8, 2, outer=64, inner=64, gated_inner=32, backward_warps=8, backward_stages=1
+    ),
+    (90, 2, 64): AttentionConfig(
+        128, 64, 8, 3, outer=128, inner=64, gated_inner=32, backward_warps=8, backward_stages=2
+    ),
     (90, 2, 128): AttentionConfig(128, 64, 8, 2, outer=64, inner=32, backward_warps=8, backward_stages=2),
     (80, 2, 64): AttentionConfig(128, 64, 8, 2, outer=128, inner=32, backward_warps=8, backward_stages=2),
     (80, 2, 128): AttentionConfig(64, 64, 8, 2, outer=64, inner=32, backward_warps=8, backward_stages=1),

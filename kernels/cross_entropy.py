@@ -152,7 +152,15 @@ def linear_cross_entropy_fwd(
         dweight = torch.zeros(weight.shape if grad else 0, dtype=torch.float32, device=device)
     loss, share = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
     _mean[(1,)](
-        losses, targets, loss, share, M, targets.stride(0), ignore_index, BLOCK=config.mean_block, num_warps=config.warps
+        losses,
+        targets,
+        loss,
+        share,
+        M,
+        targets.stride(0),
+        ignore_index,
+        BLOCK=config.mean_block,
+        num_warps=config.warps,
     )
     return loss, share, dh, dweight
 

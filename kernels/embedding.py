@@ -66,7 +66,9 @@ def _forward(
 
 
 @triton.jit
-def _gradient(dx_ptr, seed_ptr, b, t, cols, mask, T, C, stride_db, stride_dt, stride_dc, p, scale, DROPOUT: tl.constexpr):
+def _gradient(
+    dx_ptr, seed_ptr, b, t, cols, mask, T, C, stride_db, stride_dt, stride_dc, p, scale, DROPOUT: tl.constexpr
+):
     """The rows (b, t) [R] of dx behind dropout's backward, [R, BLOCK] in fp32."""
     dx_ptrs = dx_ptr + (b * stride_db + t * stride_dt)[:, None] + (cols * stride_dc)[None, :]
     dx = tl.load(dx_ptrs, mask, other=0.0).to(tl.float32)
@@ -136,7 +138,9 @@ def _backward_wte(
             position = tl.load(positions_ptr + i, mine, other=0)
             mask = mine[:, None] & (cols < C)[None, :]
             b, t = position // T, position % T
-            total += _gradient(dx_ptr, seed_ptr, b, t, cols, mask, T, C, stride_db, stride_dt, stride_dc, p, scale, DROPOUT)
+            total += _gradient(
+                dx_ptr, seed_ptr, b, t, cols, mask, T, C, stride_db, stride_dt, stride_dc, p, scale, DROPOUT
+            )
             start += ROWS
             going = tl.min(mine.to(tl.int32), 0) == 1
         dwte_ptrs = dwte_ptr + token * C + cols
@@ -213,7 +217,9 @@ class _Tied(torch.autograd.Function):
     def forward(ctx, idx, wte, wpe, p, seed):
         _setup(ctx, (idx, wte, wpe, p, seed), None)
         ctx.set_materialize_grads(False)
-        return (_embedding.custom if torch.compiler.is_compiling() else embedding_fwd)(idx, wte, wpe, p, seed), wte.view_as(wte)
+        return (_embedding.custom if torch.compiler.is_compiling() else embedding_fwd)(
+            idx, wte, wpe, p, seed
+        ), wte.view_as(wte)
 
     @staticmethod
     @once_differentiable

@@ -74,7 +74,7 @@ def _store(ptr, rows, stride_row, bound, value, D: tl.constexpr, BD: tl.constexp
 
 @triton.jit
 def _forward_step(
-    acc, l, m, q, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p, keep_scale,
+    acc, total, m, q, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p, keep_scale,
     D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -89,12 +89,12 @@ def _forward_step(
     m_new = tl.maximum(m, tl.max(s, 1))
     prob = tl.exp2(s - m_new[:, None])
     alpha = tl.exp2(m - m_new)
-    l = l * alpha + tl.sum(prob, 1)  # before dropout, as softmax is
+    total = total * alpha + tl.sum(prob, 1)  # before dropout, as softmax is
     if DROPOUT:
         prob = tl.where(_keep(seed, b, h, rows[:, None], cols[None, :], p), prob * keep_scale, 0.0)
     v = _tile(v_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
     acc = tl.dot(prob.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, l, m_new
+    return acc, total, m_new
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def _forward(
         row_docs = tl.load(docs_ptr + rows.to(tl.int64) * stride_dt, rows < T, other=first)
         low, high = tl.min(row_docs, 0), tl.max(row_docs, 0)
     acc = tl.zeros([BM, BD], tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM], tl.float32)
     m = tl.full([BM], -1e30, tl.float32)
     diagonal = m0 // BN * BN  # all keys before it come before all of these queries
     end = tl.minimum(m0 + BM, T)
@@ -148,24 +148,24 @@ def _forward(
             cols = n0 + lanes
             col_docs = tl.load(docs_ptr + cols.to(tl.int64) * stride_dt, cols < T, other=low)
             if (tl.max(col_docs, 0) >= low) & (tl.min(col_docs, 0) <= high):  # else no document is in both blocks
-                acc, l, m = _forward_step(
-                    acc, l, m, q, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p,
+                acc, total, m = _forward_step(
+                    acc, total, m, q, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p,
                     keep_scale, D, BD, True, True, DROPOUT, PRECISION,
                 )  # fmt: skip
     else:
         for n0 in range(0, diagonal, BN):
-            acc, l, m = _forward_step(
-                acc, l, m, q, k_ptr, v_ptr, b, h, rows, 0, n0 + lanes, 0, T, stride_t, stride_c, seed, scale, p,
+            acc, total, m = _forward_step(
+                acc, total, m, q, k_ptr, v_ptr, b, h, rows, 0, n0 + lanes, 0, T, stride_t, stride_c, seed, scale, p,
                 keep_scale, D, BD, False, False, DROPOUT, PRECISION,
             )  # fmt: skip
         for n0 in range(diagonal, end, BN):
-            acc, l, m = _forward_step(
-                acc, l, m, q, k_ptr, v_ptr, b, h, rows, 0, n0 + lanes, 0, T, stride_t, stride_c, seed, scale, p,
+            acc, total, m = _forward_step(
+                acc, total, m, q, k_ptr, v_ptr, b, h, rows, 0, n0 + lanes, 0, T, stride_t, stride_c, seed, scale, p,
                 keep_scale, D, BD, True, False, DROPOUT, PRECISION,
             )  # fmt: skip
-    tl.store(lse_ptr + bh.to(tl.int64) * T + rows, m + tl.log2(l), rows < T)
+    tl.store(lse_ptr + bh.to(tl.int64) * T + rows, m + tl.log2(total), rows < T)
     out_ptr += b.to(tl.int64) * T * H * D + h * D
-    _store(out_ptr, rows, H * D, T, acc / l[:, None], D, BD)
+    _store(out_ptr, rows, H * D, T, acc / total[:, None], D, BD)
 
 
 @triton.jit
@@ -400,7 +400,14 @@ def flash_attention_fwd(
 
 
 def flash_attention_bwd(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, p: float, seed: Tensor | None, doc_ids: Tensor | None
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_head: int,
+    p: float,
+    seed: Tensor | None,
+    doc_ids: Tensor | None,
 ) -> Tensor:
     """dqkv [B, T, 3 C] of dout [B, T, C]."""
     B, T, C = out.shape
@@ -409,6 +416,7 @@ def flash_attention_bwd(
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     delta = torch.empty(lse.shape, dtype=torch.float32, device=qkv.device)
     if out.numel():
+        dout = dout.to(qkv.dtype)
         gated = p > 0 or doc_ids is not None
         inner = (gated and config.gated_inner) or config.inner
         rows = config.delta_rows
@@ -416,7 +424,7 @@ def flash_attention_bwd(
             out, dout, delta, T, n_head, *dout.stride(), D=D, BD=_padded(D), BM=rows
         )
         _backward[(triton.cdiv(T, config.outer) * B * n_head,)](
-            qkv, dout.to(qkv.dtype), doc_ids, seed, lse, delta, dqkv, T, n_head, *qkv.stride(), *dout.stride(), *_strides(doc_ids),
+            qkv, dout, doc_ids, seed, lse, delta, dqkv, T, n_head, *qkv.stride(), *dout.stride(), *_strides(doc_ids),
             LOG2E / math.sqrt(D), 1 / math.sqrt(D), p, 1 / (1 - p),
             D=D, BD=_padded(D), OUTER=config.outer, INNER=inner, DOCS=doc_ids is not None, DROPOUT=p > 0,
             PRECISION=precision(), num_warps=config.backward_warps, num_stages=config.backward_stages,

@@ -126,12 +126,12 @@ def _gemm(
             z = pre.load([m0, n0]) if TMA else tl.load(pre + out, mask, other=0.0)
             z = z.to(tl.float32)
             if KEEP_POST:
-                value = gelu(z, DTYPE == tl.float32).to(DTYPE)
+                value = gelu(z, tl.float32 == DTYPE).to(DTYPE)
                 if TMA:
                     post.store([m0, n0], value)
                 else:
                     tl.store(post + out, value, mask)
-            acc *= gelu_derivative(z, DTYPE == tl.float32)
+            acc *= gelu_derivative(z, tl.float32 == DTYPE)
             if TMA:
                 dpre.store([m0, n0], acc.to(DTYPE))
             else:
@@ -142,7 +142,7 @@ def _gemm(
             if HAS_BIAS:
                 acc += tl.load(bias_ptr + rn, rn < N, other=0.0).to(tl.float32)[None, :]
             z = acc.to(DTYPE)
-            value = gelu(z.to(tl.float32), DTYPE == tl.float32).to(DTYPE)
+            value = gelu(z.to(tl.float32), tl.float32 == DTYPE).to(DTYPE)
             if TMA:
                 post.store([m0, n0], value)
             else:
@@ -167,7 +167,9 @@ def _column_sums(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, P, ROWS):
         rows = (start + tl.arange(0, ROWS)).to(tl.int64)
-        total += tl.load(partial_ptr + rows[:, None] * N + cols[None, :], (rows < P)[:, None] & (cols < N)[None, :], other=0.0)
+        total += tl.load(
+            partial_ptr + rows[:, None] * N + cols[None, :], (rows < P)[:, None] & (cols < N)[None, :], other=0.0
+        )
     tl.store(out_ptr + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), cols < N)
 
 
@@ -184,7 +186,9 @@ def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
     )
     programs = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     if a.is_cuda:
-        programs = min(programs, config.programs_per_sm * torch.cuda.get_device_properties(a.device).multi_processor_count)
+        programs = min(
+            programs, config.programs_per_sm * torch.cuda.get_device_properties(a.device).multi_processor_count
+        )
     out_block = [config.block_m, config.block_n]
     b_block = [config.block_k, config.block_n] if backward else [config.block_n, config.block_k]
     blocks = [[config.block_m, config.block_k], b_block, out_block, out_block, out_block]

@@ -54,7 +54,11 @@ def cases():
 
             def norm(C=C, p=p):
                 with torch.autocast("cpu", dtype=bf16):
-                    backward(*layer_norm.add_layer_norm(ones(1, 64, C), ones(1, 64, C, dtype=bf16), ones(C), ones(C), 1e-5, p, seed))
+                    backward(
+                        *layer_norm.add_layer_norm(
+                            ones(1, 64, C), ones(1, 64, C, dtype=bf16), ones(C), ones(C), 1e-5, p, seed
+                        )
+                    )
 
             yield f"layer_norm C={C}" + " dropout" * (p > 0), norm
     for p in (0.0, 0.1):
@@ -63,10 +67,9 @@ def cases():
             "embedding" + " dropout" * (p > 0),
             lambda p=p: backward(embedding.embedding(ids, ones(128, 768), ones(64, 768), p, seed)[0]),
         )
-    yield (
-        "cross_entropy",
-        lambda: backward(cross_entropy.linear_cross_entropy(ones(1, 64, 16, dtype=bf16), ones(50304, 16), torch.zeros(1, 64, dtype=torch.int64))),
-    )  # fmt: skip
+    targets = torch.zeros(1, 64, dtype=torch.int64)
+    loss = cross_entropy.linear_cross_entropy
+    yield "cross_entropy", lambda: backward(loss(ones(1, 64, 16, dtype=bf16), ones(50304, 16), targets))
     for what, dtype, C, recompute in (
         ("bf16", bf16, 768, False),
         ("bf16 recompute", bf16, 768, True),
@@ -82,7 +85,11 @@ def cases():
         yield f"gelu_mlp {what}", mlp
     for dtype in (bf16, torch.float32):
         for D in (64, 128):
-            for what, p, docs in (("", 0.0, None), (" dropout", 0.1, None), (" documents", 0.0, torch.zeros(1, 256, dtype=torch.int64))):
+            for what, p, docs in (
+                ("", 0.0, None),
+                (" dropout", 0.1, None),
+                (" documents", 0.0, torch.zeros(1, 256, dtype=torch.int64)),
+            ):
                 if what and (D, dtype) != (64, bf16):
                     continue
                 yield (
@@ -108,7 +115,8 @@ def recorded(architecture):
     configs.architecture = lambda device: architecture
     for module in (layer_norm, embedding, cross_entropy, gelu_mlp, flash_attention):
         module.can_run = lambda x: True
-    for what, launch in cases():
+    for case, launch in cases():
+        what = case
         launch()
     return found
 
@@ -151,7 +159,8 @@ def compiled(what, name, architecture, kernel, arguments, options):
     ptx = binary.asm["ptx"]
     return dict(
         op=what, kernel=name, architecture=architecture, warps=warps, registers=registers, spilled=stack, shared=shared,
-        limit=LIMIT[architecture] * 1024, blocks_per_sm=blocks, warps_per_sm=blocks * warps, dot="tl.dot" in kernel.src or "_step(" in kernel.src,
+        limit=LIMIT[architecture] * 1024, blocks_per_sm=blocks, warps_per_sm=blocks * warps,
+        dot="tl.dot" in kernel.src or "_step(" in kernel.src,
         tma=any(isinstance(v, TensorDescriptor) for v in arguments.values()),
         instructions=[short for short, long in INSTRUCTIONS.items() if long in ptx],
     )  # fmt: skip
@@ -171,17 +180,22 @@ def rows(only=""):
 
 
 def markdown():
+    versions = (
+        f"Triton {triton.__version__}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
+    )
     print(f"""# What the compiler makes of the kernels
 
-Written by `python tests/codegen.py --markdown > docs/codegen.md` with Triton {triton.__version__}, torch {torch.__version__.split("+")[0]}, Python
-{platform.python_version()}; no GPU is needed, and none was used. Every configuration in `kernels/configs.py`, with the arguments of a GPT-2: registers a thread, bytes
-that are spilled, shared memory in KiB, warps of a block, warps that an SM can hold of it (of 64; 48 on sm_89 and sm_120), and the
-matrix and copy instructions. Warps are a bound, not a measurement.""")
+Written by `python tests/codegen.py --markdown > docs/codegen.md` with {versions};
+no GPU is needed, and none was used. Every configuration in `kernels/configs.py`, with the arguments of a GPT-2: registers a
+thread, bytes that are spilled, shared memory in KiB, warps of a block, warps that an SM can hold of it (of 64; 48 on sm_89 and
+sm_120), and the matrix and copy instructions. Warps are a bound, not a measurement.""")
     op = None
     for r in sorted(rows(), key=lambda r: r["op"].split()[0]):
         if r["op"].split()[0] != op:
             op = r["op"].split()[0]
-            print(f"\n## {op}\n\n| case | kernel | sm | registers | spilled | shared KiB | warps | warps on an SM | instructions |")
+            print(
+                f"\n## {op}\n\n| case | kernel | sm | registers | spilled | shared KiB | warps | warps on an SM | instructions |"
+            )
             print("|---|---|---:|---:|---:|---:|---:|---:|---|")
         case = r["op"].removeprefix(op).strip() or "all"
         print(

@@ -153,7 +153,11 @@ def test_without_a_gradient_none_is_made(monkeypatch):
 
 
 def test_nothing_of_the_callers_is_written_into():
-    h, weight, targets = randn(1, 5, 8).requires_grad_(), randn(11, 8).requires_grad_(), torch.randint(11, (1, 5), device=DEVICE)
+    h, weight, targets = (
+        randn(1, 5, 8).requires_grad_(),
+        randn(11, 8).requires_grad_(),
+        torch.randint(11, (1, 5), device=DEVICE),
+    )
     before = [t.detach().clone() for t in (h, weight, targets)]
     loss = linear_cross_entropy(h, weight, targets)
     first = torch.autograd.grad(loss, [h, weight], retain_graph=True)
@@ -163,7 +167,9 @@ def test_nothing_of_the_callers_is_written_into():
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(st.integers(4, 20), st.integers(1, 20), st.integers(8, 90))  # on fewer, the errors of single roundings are compared
+@given(
+    st.integers(4, 20), st.integers(1, 20), st.integers(8, 90)
+)  # on fewer, the errors of single roundings are compared
 def test_any_shape(M, C, V):
     check((M,), C, V, torch.float32)
 

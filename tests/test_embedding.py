@@ -138,7 +138,9 @@ def test_anothers_gradient_is_not_written_into():
     wte.grad = other.grad = None
     (x.sum() + (head + other).square().sum()).backward()
     torch.testing.assert_close(other.grad, 2 * (wte + other).detach())
-    torch.testing.assert_close(wte.grad - other.grad, torch.bincount(idx.flatten(), minlength=7)[:, None].expand(7, 8).float())
+    torch.testing.assert_close(
+        wte.grad - other.grad, torch.bincount(idx.flatten(), minlength=7)[:, None].expand(7, 8).float()
+    )
 
 
 @pytest.mark.parametrize("used", ["x", "head"])

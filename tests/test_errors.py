@@ -133,7 +133,6 @@ def test_checkpoints_that_cannot_be(refused, train):
         lambda c: c["fastgpt"].pop("scaler"),
         lambda c: c["fastgpt"]["ranks"][0].update(rng=torch.zeros(3, dtype=torch.uint8)),
     ],
-    ids=str,
 )
 def test_a_damaged_checkpoint(refused, train, damage):
     train("--max_iters=2", "--eval_interval=2")

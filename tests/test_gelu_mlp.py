@@ -7,11 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
 from kernel_case import DEVICE, DTYPES, VIEWS, far, randn, same_bits
 
-from fastgpt.kernels import configs, gelu_mlp as module
+from fastgpt.kernels import configs
+from fastgpt.kernels import gelu_mlp as module
 from fastgpt.kernels.gelu_mlp import gelu_mlp
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -115,4 +115,7 @@ def test_every_architecture_has_a_configuration(sm, monkeypatch):
         assert configs.gelu_mlp("cuda", dtype, (768, 3072)).tma == (sm >= 90 and dtype != torch.float32)
         assert not configs.gelu_mlp("cuda", dtype, (771, 3084)).tma
         for head_size in range(1, 129):
-            assert configs.attention("cuda", dtype, head_size).outer % configs.attention("cuda", dtype, head_size).inner == 0
+            assert (
+                configs.attention("cuda", dtype, head_size).outer % configs.attention("cuda", dtype, head_size).inner
+                == 0
+            )

@@ -128,12 +128,32 @@ def test_activation_checkpointing_changes_no_bit(tiny, p):
 
 
 def test_two_processes_train_as_one(dataset):
-    flags = ["--dataset=letters", *TINY, "--bias=True", "--block_size=8", "--batch_size=1", "--max_iters=2", "--eval_interval=2"]
+    flags = [
+        "--dataset=letters",
+        *TINY,
+        "--bias=True",
+        "--block_size=8",
+        "--batch_size=1",
+        "--max_iters=2",
+        "--eval_interval=2",
+    ]
     flags += ["--eval_iters=1", "--warmup_iters=0"]
     for kernels in ("torch", "triton"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fastgpt.cli", "train"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "-m",
+            "fastgpt.cli",
+            "train",
+        ]
         done = subprocess.run(
-            [*command, *flags, f"--out_dir={kernels}", f"--kernels={kernels}"], capture_output=True, text=True, env=os.environ
+            [*command, *flags, f"--out_dir={kernels}", f"--kernels={kernels}"],
+            capture_output=True,
+            text=True,
+            env=os.environ,
         )
         assert done.returncode == 0, done.stderr
     assert losses("triton") == pytest.approx(losses("torch"), rel=1e-5)
@@ -154,7 +174,20 @@ class Dispatched(TorchDispatchMode):
 
 
 # Views and allocations, the GEMMs that cuBLAS does, bias gradients; the loss's chunk of tokens, ids sorted for their rows.
-FREE = {"t", "view", "_unsafe_view", "slice", "select", "expand", "detach", "alias", "transpose", "empty", "empty_like", "new_empty"}
+FREE = {
+    "t",
+    "view",
+    "_unsafe_view",
+    "slice",
+    "select",
+    "expand",
+    "detach",
+    "alias",
+    "transpose",
+    "empty",
+    "empty_like",
+    "new_empty",
+}
 WORK = {"mm", "addmm", "sum", "sort", "zero_", "ones_like", "lift_fresh"}
 
 
@@ -164,13 +197,17 @@ def test_nothing_is_copied_between_the_ops(tiny, monkeypatch):
     ops.use("triton")
     if DEVICE == "cpu":  # the interpreter's own work on tensors is not the step's
         monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", lambda self, *a, **k: None)
-        monkeypatch.setattr(cross_entropy, "mm", lambda a, b, dtype: torch.mm(a, b))  # in fp32 by casts on the CPU alone
+        monkeypatch.setattr(
+            cross_entropy, "mm", lambda a, b, dtype: torch.mm(a, b)
+        )  # in fp32 by casts on the CPU alone
         monkeypatch.setattr(gelu_mlp, "mm", lambda a, b, dtype: torch.mm(a, b))
     with Dispatched() as record, torch.autocast(DEVICE, torch.float16):
         _, loss = model(idx, targets, return_logits=False)
         loss.backward()
     weights = {tuple(p.shape) for p in model.parameters()}
-    weights |= {tuple(p.t().shape) for p in model.parameters() if p.dim() == 2} | {(1, p.size(0)) for p in model.parameters()}
+    weights |= {tuple(p.t().shape) for p in model.parameters() if p.dim() == 2} | {
+        (1, p.size(0)) for p in model.parameters()
+    }
     counts = Counter()
     for name, shapes in record.seen:
         if name in FREE:
@@ -183,7 +220,9 @@ def test_nothing_is_copied_between_the_ops(tiny, monkeypatch):
     # Per block: c_attn, c_proj and down-projection forward; two backward of each of the first two, three of the MLP. The loss: three.
     assert counts["mm"] + counts["addmm"] == 2 * (3 + 4 + 3) + 3, counts
     assert counts["sort"] == 1
-    assert counts["add"] == 1, "the embeddings' two gradients, by the stream and by the first LayerNorm, which has no add to fuse"
+    assert counts["add"] == 1, (
+        "the embeddings' two gradients, by the stream and by the first LayerNorm, which has no add to fuse"
+    )
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no stream to wait for without a GPU")

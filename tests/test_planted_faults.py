@@ -45,13 +45,13 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
         ("the diagonal block unmasked", "tl.where((rows >= cols) & (cols < T), prob, 0.0)", "prob", SHAPE),
         ("keys and values swapped", "v_ptr = k_ptr + H * D * stride_c", "v_ptr = k_ptr", SHAPE),
         ("delta left out", "ds = prob * (dp - delta[:, None])", "ds = prob * dp", SHAPE),
-        ("lse without the maximum", "m + tl.log2(l)", "tl.log2(l)", SHAPE),
+        ("lse without the maximum", "m + tl.log2(total)", "tl.log2(total)", SHAPE),
         ("an accumulator that is not rescaled", "acc * alpha[:, None]", "acc", SHAPE),
         ("a swapped stride", "_store(dq_ptr + 2 * H * D, block, 3 * H * D", "_store(dq_ptr + 2 * H * D, block, 2 * H * D", SHAPE),
         ("another mask in the backward", "keep = _keep(seed, b, h, rows[None, :], cols[:, None], p)",
          "keep = _keep(seed, b, h, cols[:, None], rows[None, :], p)", DROPOUT),
-        ("dropout before the sum", "l = l * alpha + tl.sum(prob, 1)  # before dropout, as softmax is",
-         "l = l * alpha + tl.sum(tl.where(_keep(seed, b, h, rows[:, None], cols[None, :], p), prob, 0.0), 1)", DROPOUT),
+        ("dropout before the sum", "total = total * alpha + tl.sum(prob, 1)  # before dropout, as softmax is",
+         "total = total * alpha + tl.sum(tl.where(_keep(seed, b, h, rows[:, None], cols[None, :], p), prob, 0.0), 1)", DROPOUT),
         ("documents that see one another", "row_docs == col_docs", "row_docs >= col_docs", DOCUMENTS),
     ],
     "gelu_mlp": [
@@ -80,7 +80,7 @@ number = itertools.count()
 def comparisons(op, shape):
     """Those that `verify` makes, in fp32, on blocks so small that every loop runs more than once."""
     it = problem(op, shape, torch.float32, DEVICE)
-    return sum(compare(it.kernel, it.reference, it.inputs, it.outputs, it.grads), [])
+    return compare(it.kernel, it.reference, it.inputs, it.outputs, it.grads)
 
 
 @pytest.fixture

@@ -58,11 +58,11 @@ def test_it_fails_with_status_1(monkeypatch, fastgpt):
 
 def test_nan_and_another_dtype_never_hold():
     ones = torch.ones(3)
-    assert compared("x", ones, ones, ones.double()).holds
-    assert not compared("x", ones * float("nan"), ones, ones.double()).holds
-    assert not compared("x", ones * float("nan"), ones * float("nan"), ones.double()).holds
+    assert compared("forward", "x", ones, ones, ones.double()).holds
+    assert not compared("forward", "x", ones * float("nan"), ones, ones.double()).holds
+    assert not compared("forward", "x", ones * float("nan"), ones * float("nan"), ones.double()).holds
     with pytest.raises(AssertionError, match="float16"):
-        compared("x", ones.half(), ones, ones.double())
+        compared("forward", "x", ones.half(), ones, ones.double())
 
 
 def test_a_file_that_cannot_be_written_is_one_line(workdir, fastgpt, monkeypatch):
@@ -73,7 +73,9 @@ def test_a_file_that_cannot_be_written_is_one_line(workdir, fastgpt, monkeypatch
 
 def decide(op, times, shape=SMALL):
     """What is decided where the clock gives these times."""
-    return choose.decide(op, shape, torch.float32, "cpu", False, lambda functions: {name: times[name] for name in functions})
+    return choose.decide(
+        op, shape, torch.float32, "cpu", False, lambda functions: {name: times[name] for name in functions}
+    )
 
 
 @pytest.mark.parametrize("op", ops.KERNELS)

@@ -9,6 +9,5 @@ def hold(op, reference, inputs, outputs, grads):
     op and reference take the same inputs and give a tuple of outputs, named by `outputs`; `grads` are the outputs' gradients,
     None where one is not to be differentiated. inputs by name; one that is None, or no floating tensor, is passed as it is.
     """
-    for comparisons in compare(op, reference, inputs, outputs, grads):
-        for c in comparisons:
-            assert c.holds, f"{c.what}: error {c.error:.3g}, PyTorch's {c.torch_error:.3g}, floor {c.floor:.3g}"
+    for c in compare(op, reference, inputs, outputs, grads):
+        assert c.holds, f"{c.what}: error {c.error:.3g}, PyTorch's {c.torch_error:.3g}, floor {c.floor:.3g}"
