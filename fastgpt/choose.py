@@ -64,7 +64,7 @@ def remembered(op, shape, dtype, device, compiled, measure=None):
     key = {
         "op": op, "shape": asdict(shape), "dtype": str(dtype), "compiled": compiled, "source": source_hash(),
         "gpu": torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none",
-        "tf32": torch.backends.cuda.matmul.allow_tf32, **versions(),
+        "fp32": ops.kernels("gelu_mlp").precision(), **versions(),
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = cache_folder() / "kernels" / f"{digest}.json"
@@ -91,6 +91,7 @@ def decide(op, shape, dtype, device, compiled, measure):
     tokens = replace(shape, B=max(1, min(shape.B, PARITY_TOKENS // shape.T)), T=min(shape.T, PARITY_TOKENS))
     it = problem(op, shape, dtype, device)
     before = dict(ops.chosen)
+    torch._dynamo.reset()  # all ops compile the same few functions: past eight versions of one, torch would run it eagerly
     for implementation in ops.IMPLEMENTATIONS[op]:
         ops.use({op: implementation})
         f = prepared(op, implementation, it, compiled)
@@ -108,6 +109,7 @@ def decide(op, shape, dtype, device, compiled, measure):
         functions[implementation] = f
     ms = measure(functions)
     ops.use(before)
+    torch._dynamo.reset()
     return {"chosen": min(ms, key=ms.get), "ms": ms, "rejected": rejected}
 
 
@@ -122,6 +124,8 @@ def check(op, shape, dtype, device, which):
 def prepared(op, implementation, it, compiled):
     """A function of no arguments that runs an op forward and backward as the run would."""
     call = torch.compile(it.chosen, dynamic=False) if compiled else it.chosen
+    if op == "embedding":  # the head's gradient comes marked as the loss's backward marks it
+        it.grads[1].is_fastgpts = True
 
     def f():
         if ops.chosen[op] != implementation:

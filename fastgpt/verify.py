@@ -222,6 +222,8 @@ GPU_SHAPES = [
     Shape(2, 1024, 768, 12, 50304),
     Shape(1, 1023, 1600, 25, 50257, bias=False),
     Shape(2, 256, 384, 6, 65, dropout=0.2),
+    Shape(1, 300, 512, 4, 1000),  # heads of 128
+    Shape(1, 300, 480, 10, 1000),  # heads of 48, padded
 ]
 INTERPRETER_SHAPES = [
     Shape(2, 67, 48, 3, 101),

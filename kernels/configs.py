@@ -30,13 +30,12 @@ LAYER_NORM = (
 
 @dataclass(frozen=True)
 class EmbeddingConfig:
-    """The embedding: columns and warps of a program, and of its backward the rows that are read at once."""
+    """The embedding: columns and warps of a program, and the elements that its backward reads at once, as rows of them."""
 
-    forward_block: int = 1024
+    block: int = 1024
     forward_warps: int = 4
-    backward_block: int = 256
-    backward_rows: int = 16
-    backward_warps: int = 4
+    backward_tile: int = 8192
+    backward_warps: int = 8
 
 
 EMBEDDING = EmbeddingConfig()
@@ -135,10 +134,10 @@ def architecture(device):
     return major * 10 + minor
 
 
-def gelu_mlp(device, dtype, widths=(16,)):
-    """The MLPConfig for a device, a compute dtype and the matrices' widths."""
+def gelu_mlp(device, dtype, aligned=True):
+    """The MLPConfig for a device, a compute dtype, and whether all rows begin on 16 bytes."""
     sm = architecture(device)
-    if sm and any(width * dtype.itemsize % 16 for width in widths):
+    if sm and not aligned:
         return UNALIGNED
     return next(config for (least, size), config in GELU_MLP.items() if least <= sm and size == dtype.itemsize)
 

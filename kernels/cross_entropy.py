@@ -34,6 +34,7 @@ def _rows(
     targets_ptr,  # [rows] int64
     loss_ptr,  # [rows] fp32 out
     V,
+    room,  # columns that a row has room for: V and padding, read and written too, since a mask by V would split the loads
     stride,  # from row to row of the logits
     stride_y,
     ignore_index,
@@ -48,27 +49,29 @@ def _rows(
         if GRAD:
             for start in range(0, V, BLOCK):
                 cols = start + tl.arange(0, BLOCK)
-                tl.store(logits_ptr + cols, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), cols < V)
+                tl.store(logits_ptr + cols, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), cols < room)
     else:
+        # Read before the loop, whose reductions are barriers: after it another warp may have replaced this very logit.
+        # A target outside the vocabulary gives nan, which the loss shows, and reads nothing.
+        known = (target >= 0) & (target < V)
+        at_target = tl.load(logits_ptr + target, known, other=float("nan")).to(tl.float32)
         m = -float("inf")
         total = 0.0
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            x = tl.load(logits_ptr + cols, cols < V, other=-float("inf")).to(tl.float32) * LOG2E
+            x = tl.load(logits_ptr + cols, cols < room, other=-float("inf")).to(tl.float32) * LOG2E
+            x = tl.where(cols < V, x, -float("inf"))
             m_new = tl.maximum(m, tl.max(x, 0))
             total = total * tl.exp2(m - m_new) + tl.sum(tl.exp2(x - m_new), 0)
             m = m_new
         lse = m + tl.log2(total)  # in powers of two
-        # A target outside the vocabulary gives nan, which the loss shows, and reads nothing.
-        known = (target >= 0) & (target < V)
-        at_target = tl.load(logits_ptr + target, known, other=float("nan")).to(tl.float32)
         tl.store(loss_ptr + row, lse / LOG2E - at_target)
         if GRAD:
             for start in range(0, V, BLOCK):
                 cols = start + tl.arange(0, BLOCK)
-                x = tl.load(logits_ptr + cols, cols < V, other=0.0).to(tl.float32)
+                x = tl.load(logits_ptr + cols, cols < room, other=0.0).to(tl.float32)
                 gradient = tl.exp2(x * LOG2E - lse) - tl.where(cols == target, 1.0, 0.0)
-                tl.store(logits_ptr + cols, gradient.to(logits_ptr.dtype.element_ty), cols < V)
+                tl.store(logits_ptr + cols, gradient.to(logits_ptr.dtype.element_ty), cols < room)
 
 
 @triton.jit
@@ -135,13 +138,14 @@ def linear_cross_entropy_fwd(
     dh = torch.empty(h.shape if grad else 0, dtype=h.dtype, device=device)
     dweight = None
     # Rows of the logits begin on 128 bytes, whatever V: loads and GEMMs are then aligned.
-    buffer = torch.empty((chunk, triton.cdiv(V, 64) * 64), dtype=h.dtype, device=device)
+    room = triton.cdiv(V, 64) * 64
+    buffer = torch.empty((chunk, room), dtype=h.dtype, device=device)
     for start in range(0, M, chunk):
         x, y = h2[start : start + chunk], targets[start : start + chunk]
         logits = buffer[: x.size(0), :V]
         torch.mm(x, cast.t(), out=logits)
         _rows[(x.size(0),)](
-            logits, y, losses[start:], V, logits.stride(0), y.stride(0), ignore_index,
+            logits, y, losses[start:], V, room, room, y.stride(0), ignore_index,
             BLOCK=min(config.block, triton.next_power_of_2(V)), GRAD=grad, num_warps=config.warps,
         )  # fmt: skip
         if grad:
@@ -190,6 +194,8 @@ def _setup(ctx, inputs, output):
 
 
 def _gradients(launch, ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 6
     dh, dweight = launch(dloss, *ctx.saved_tensors, ctx.dtype)
     return dh, ours(dweight), None, None, None, None
 

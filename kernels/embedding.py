@@ -107,8 +107,8 @@ def _backward_wpe(
 @triton.jit
 def _backward_wte(
     dx_ptr,  # [B, T, C]
-    ids_ptr,  # [B T] int64, sorted
-    positions_ptr,  # [B T] int64, where each of them stood
+    ids_ptr,  # [B T] int32, sorted
+    places_ptr,  # [B T] int64, where each of them stood
     seed_ptr,  # [1] int64, where DROPOUT
     dwte_ptr,  # [V, C] in and out, contiguous
     M,  # B * T
@@ -135,15 +135,15 @@ def _backward_wte(
         while going:
             i = start + tl.arange(0, ROWS)
             mine = tl.load(ids_ptr + i, i < M, other=-1) == token
-            position = tl.load(positions_ptr + i, mine, other=0)
+            place = tl.load(places_ptr + i, mine, other=0)
             mask = mine[:, None] & (cols < C)[None, :]
-            b, t = position // T, position % T
+            b, t = place // T, place % T
             total += _gradient(
                 dx_ptr, seed_ptr, b, t, cols, mask, T, C, stride_db, stride_dt, stride_dc, p, scale, DROPOUT
             )
             start += ROWS
             going = tl.min(mine.to(tl.int32), 0) == 1
-        dwte_ptrs = dwte_ptr + token * C + cols
+        dwte_ptrs = dwte_ptr + token.to(tl.int64) * C + cols
         dwte = tl.load(dwte_ptrs, cols < C, other=0.0).to(tl.float32) + tl.sum(total, 0)
         tl.store(dwte_ptrs, dwte.to(dwte_ptr.dtype.element_ty), cols < C)
 
@@ -159,27 +159,31 @@ def embedding_fwd(idx: Tensor, wte: Tensor, wpe: Tensor, p: float, seed: Tensor 
     if B * T:
         _forward[(B * T,)](
             idx, wte, wpe, seed, x, T, V, C, *idx.stride(), *wte.stride(), *wpe.stride(), p, 1 / (1 - p),
-            BLOCK=min(config.forward_block, triton.next_power_of_2(C)), DROPOUT=p > 0, num_warps=config.forward_warps,
+            BLOCK=min(config.block, triton.next_power_of_2(C)), DROPOUT=p > 0, num_warps=config.forward_warps,
         )  # fmt: skip
     return x
 
 
-def embedding_bwd(dx: Tensor, idx: Tensor, dwte: Tensor, wpe: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """Add dx's rows to dwte [V, C] in place; dwpe, of wpe's shape."""
+def embedding_bwd(dx: Tensor, idx: Tensor, dwte: Tensor, positions: int, p: float, seed: Tensor | None) -> Tensor:
+    """Add dx's rows to dwte [V, C] in place; dwpe [positions, C]."""
     (B, T), (V, C) = idx.shape, dwte.shape
     config = configs.EMBEDDING
-    dwpe = torch.empty(wpe.shape, dtype=wpe.dtype, device=wpe.device)
+    dwpe = torch.empty((positions, C), dtype=dwte.dtype, device=dwte.device)
     dwpe[T:].zero_()
-    block = min(config.backward_block, triton.next_power_of_2(C))
-    shared = dict(ROWS=config.backward_rows, BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps)
+    block = min(config.block, triton.next_power_of_2(C))
+    rows = max(1, config.backward_tile // block)
     blocks = triton.cdiv(C, block)
     if T:
-        _backward_wpe[(T, blocks)](dx, seed, dwpe, B, T, C, *dx.stride(), p, 1 / (1 - p), **shared)
+        _backward_wpe[(T, blocks)](
+            dx, seed, dwpe, B, T, C, *dx.stride(), p, 1 / (1 - p),
+            ROWS=min(rows, triton.next_power_of_2(max(B, 1))), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,
+        )  # fmt: skip
     if B * T:
-        ids, positions = torch.sort(idx.reshape(-1), stable=True)
+        ids, places = torch.sort(idx.reshape(-1).to(torch.int32), stable=True)  # half of the passes of 64 bits
         _backward_wte[(B * T, blocks)](
-            dx, ids, positions, seed, dwte, B * T, T, V, C, *dx.stride(), p, 1 / (1 - p), **shared
-        )
+            dx, ids, places, seed, dwte, B * T, T, V, C, *dx.stride(), p, 1 / (1 - p),
+            ROWS=min(rows, 64), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,
+        )  # fmt: skip
     return dwpe
 
 
@@ -188,14 +192,15 @@ def embedding_bwd(dx: Tensor, idx: Tensor, dwte: Tensor, wpe: Tensor, p: float, 
 
 def _setup(ctx, inputs, output):
     idx, wte, wpe, p, seed = inputs
-    ctx.save_for_backward(idx, wte, wpe, seed)
-    ctx.p = p
+    ctx.save_for_backward(idx, seed)
+    # Not the weights: a backward that does not read them must not mind that they have changed.
+    ctx.V, ctx.positions, ctx.p = wte.size(0), wpe.size(0), p
 
 
 def _gradients(launch, ctx, dx):
-    idx, wte, wpe, seed = ctx.saved_tensors
-    dwte = torch.zeros(wte.shape, dtype=wte.dtype, device=wte.device)
-    return None, dwte, launch(dx, idx, dwte, wpe, ctx.p, seed), None, None
+    idx, seed = ctx.saved_tensors
+    dwte = dx.new_zeros((ctx.V, dx.size(-1)))
+    return None, dwte, launch(dx, idx, dwte, ctx.positions, ctx.p, seed), None, None
 
 
 _embedding = Op(
@@ -203,7 +208,7 @@ _embedding = Op(
     embedding_fwd,
     lambda idx, wte, wpe, p, seed: wte.new_empty((*idx.shape, wte.size(1))),
     embedding_bwd,
-    lambda dx, idx, dwte, wpe, p, seed: torch.empty(wpe.shape, dtype=wpe.dtype, device=wpe.device),
+    lambda dx, idx, dwte, positions, p, seed: dx.new_empty((positions, dx.size(-1))),
     _setup,
     _gradients,
     mutates=("dwte",),
@@ -217,24 +222,25 @@ class _Tied(torch.autograd.Function):
     def forward(ctx, idx, wte, wpe, p, seed):
         _setup(ctx, (idx, wte, wpe, p, seed), None)
         ctx.set_materialize_grads(False)
-        return (_embedding.custom if torch.compiler.is_compiling() else embedding_fwd)(
-            idx, wte, wpe, p, seed
-        ), wte.view_as(wte)
+        op = _embedding.custom if torch.compiler.is_compiling() else _embedding.forward
+        return op(idx, wte, wpe, p, seed), wte.view_as(wte)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx, dhead):
-        idx, wte, wpe, seed = ctx.saved_tensors
+        idx, seed = ctx.saved_tensors
         if dx is None:
             return None, dhead, None, None, None
         compiling = torch.compiler.is_compiling()
         if dhead is None:
-            dwte = torch.zeros(wte.shape, dtype=wte.dtype, device=wte.device)
-        elif compiling or is_ours(dhead):  # the compiler copies where it must
+            dwte = dx.new_zeros((ctx.V, dx.size(-1)))
+        elif compiling or is_ours(dhead):  # within a graph the compiler copies where somebody else reads it
             dwte = dhead
         else:  # it may be somebody else's too
             dwte = dhead.clone(memory_format=torch.contiguous_format)
-        dwpe = (_embedding.custom_backward if compiling else embedding_bwd)(dx, idx, dwte, wpe, ctx.p, seed)
+        dwpe = (_embedding.custom_backward if compiling else _embedding.backward)(
+            dx, idx, dwte, ctx.positions, ctx.p, seed
+        )
         return None, dwte, dwpe, None, None
 
 
@@ -249,7 +255,9 @@ def embedding(idx, wte, wpe, dropout_p=0.0, seed=None):
     x is in the weights' dtype. seed is an int64 tensor of one element, needed for dropout. An id outside the vocabulary
     gives nan. Raises ValueError for shapes that do not match.
     """
-    if idx.dim() != 2 or wte.shape[1:] != wpe.shape[1:] or wpe.size(0) < idx.size(1):
-        raise ValueError(f"embedding: ids {tuple(idx.shape)}, wte {tuple(wte.shape)}, wpe {tuple(wpe.shape)}")
+    if idx.dim() != 2 or wte.shape[1:] != wpe.shape[1:] or wpe.size(0) < idx.size(1) or wte.dtype != wpe.dtype:
+        raise ValueError(
+            f"embedding: ids {tuple(idx.shape)}, wte {tuple(wte.shape)} {wte.dtype}, wpe {tuple(wpe.shape)} {wpe.dtype}"
+        )
     check_seed(dropout_p, seed)
     return _Tied.apply(idx, wte, wpe, dropout_p, seed)

@@ -73,6 +73,20 @@ def _store(ptr, rows, stride_row, bound, value, D: tl.constexpr, BD: tl.constexp
 
 
 @triton.jit
+def _meeting(docs_ptr, stride, low, high, start, end):
+    """(the first position in [start, end) whose document may be one of low .. high, the one after the last such)."""
+    first = end
+    after = start
+    for t0 in range(start, end, 1024):
+        t = t0 + tl.arange(0, 1024)
+        doc = tl.load(docs_ptr + t.to(tl.int64) * stride, t < end, other=0)
+        meets = (t < end) & (doc >= low) & (doc <= high)
+        first = tl.minimum(first, tl.min(tl.where(meets, t, end), 0))
+        after = tl.maximum(after, tl.max(tl.where(meets, t + 1, start), 0))
+    return first, after
+
+
+@triton.jit
 def _forward_step(
     acc, total, m, q, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p, keep_scale,
     D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
@@ -135,8 +149,8 @@ def _forward(
     q = _tile(q_ptr, rows, stride_t, stride_c, T, D, BD, True)
     if DOCS:
         docs_ptr += b.to(tl.int64) * stride_db
-        first = tl.load(docs_ptr + m0.to(tl.int64) * stride_dt)
-        row_docs = tl.load(docs_ptr + rows.to(tl.int64) * stride_dt, rows < T, other=first)
+        some = tl.load(docs_ptr + m0.to(tl.int64) * stride_dt)
+        row_docs = tl.load(docs_ptr + rows.to(tl.int64) * stride_dt, rows < T, other=some)
         low, high = tl.min(row_docs, 0), tl.max(row_docs, 0)
     acc = tl.zeros([BM, BD], tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -144,14 +158,14 @@ def _forward(
     diagonal = m0 // BN * BN  # all keys before it come before all of these queries
     end = tl.minimum(m0 + BM, T)
     if DOCS:
-        for n0 in range(0, end, BN):
+        first, after = _meeting(docs_ptr, stride_dt, low, high, 0, end)
+        for n0 in range(first // BN * BN, after, BN):
             cols = n0 + lanes
             col_docs = tl.load(docs_ptr + cols.to(tl.int64) * stride_dt, cols < T, other=low)
-            if (tl.max(col_docs, 0) >= low) & (tl.min(col_docs, 0) <= high):  # else no document is in both blocks
-                acc, total, m = _forward_step(
-                    acc, total, m, q, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p,
-                    keep_scale, D, BD, True, True, DROPOUT, PRECISION,
-                )  # fmt: skip
+            acc, total, m = _forward_step(
+                acc, total, m, q, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p,
+                keep_scale, D, BD, True, True, DROPOUT, PRECISION,
+            )  # fmt: skip
     else:
         for n0 in range(0, diagonal, BN):
             acc, total, m = _forward_step(
@@ -304,8 +318,8 @@ def _backward(
     lanes = tl.arange(0, INNER)
     if DOCS:
         docs_ptr += b.to(tl.int64) * stride_db
-        first = tl.load(docs_ptr + start.to(tl.int64) * stride_dt)
-        block_docs = tl.load(docs_ptr + block.to(tl.int64) * stride_dt, block < T, other=first)
+        some = tl.load(docs_ptr + start.to(tl.int64) * stride_dt)
+        block_docs = tl.load(docs_ptr + block.to(tl.int64) * stride_dt, block < T, other=some)
         low, high = tl.min(block_docs, 0), tl.max(block_docs, 0)
 
     # dk and dv of the keys in `block`
@@ -314,14 +328,14 @@ def _backward(
     dk = tl.zeros([OUTER, BD], tl.float32)
     dv = tl.zeros([OUTER, BD], tl.float32)
     if DOCS:
-        for m0 in range(start, T, INNER):
+        first, after = _meeting(docs_ptr, stride_dt, low, high, start, T)
+        for m0 in range(first // INNER * INNER, after, INNER):
             rows = m0 + lanes
             row_docs = tl.load(docs_ptr + rows.to(tl.int64) * stride_dt, rows < T, other=low)
-            if (tl.max(row_docs, 0) >= low) & (tl.min(row_docs, 0) <= high):
-                dk, dv = _dkv_step(
-                    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, rows, row_docs, block, block_docs, T, stride_t,
-                    stride_c, stride_ot, stride_oc, seed, scale, p, keep_scale, D, BD, True, True, DROPOUT, PRECISION,
-                )  # fmt: skip
+            dk, dv = _dkv_step(
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, rows, row_docs, block, block_docs, T, stride_t,
+                stride_c, stride_ot, stride_oc, seed, scale, p, keep_scale, D, BD, True, True, DROPOUT, PRECISION,
+            )  # fmt: skip
     else:
         # Queries from start to start + OUTER are on the diagonal; those that follow see all of these keys.
         diagonal_end = tl.minimum(start + OUTER, T)
@@ -346,14 +360,14 @@ def _backward(
     dq = tl.zeros([OUTER, BD], tl.float32)
     end = tl.minimum(start + OUTER, T)
     if DOCS:
-        for n0 in range(0, end, INNER):
+        first, after = _meeting(docs_ptr, stride_dt, low, high, 0, end)
+        for n0 in range(first // INNER * INNER, after, INNER):
             cols = n0 + lanes
             col_docs = tl.load(docs_ptr + cols.to(tl.int64) * stride_dt, cols < T, other=low)
-            if (tl.max(col_docs, 0) >= low) & (tl.min(col_docs, 0) <= high):
-                dq = _dq_step(
-                    dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, block, block_docs, cols, col_docs, T, stride_t, stride_c,
-                    seed, scale, p, keep_scale, D, BD, True, True, DROPOUT, PRECISION,
-                )  # fmt: skip
+            dq = _dq_step(
+                dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, block, block_docs, cols, col_docs, T, stride_t, stride_c,
+                seed, scale, p, keep_scale, D, BD, True, True, DROPOUT, PRECISION,
+            )  # fmt: skip
     else:
         for n0 in range(0, start, INNER):  # OUTER is a multiple of INNER
             dq = _dq_step(
@@ -394,7 +408,7 @@ def flash_attention_fwd(
         _forward[(triton.cdiv(T, config.block_m) * B * n_head,)](
             qkv, doc_ids, seed, out, lse, T, n_head, *qkv.stride(), *_strides(doc_ids), LOG2E / math.sqrt(D), p, 1 / (1 - p),
             D=D, BD=_padded(D), BM=config.block_m, BN=config.block_n, DOCS=doc_ids is not None, DROPOUT=p > 0,
-            PRECISION=precision(), num_warps=config.warps, num_stages=config.stages,
+            PRECISION=precision(qkv.dtype), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out, lse
 
@@ -427,7 +441,7 @@ def flash_attention_bwd(
             qkv, dout, doc_ids, seed, lse, delta, dqkv, T, n_head, *qkv.stride(), *dout.stride(), *_strides(doc_ids),
             LOG2E / math.sqrt(D), 1 / math.sqrt(D), p, 1 / (1 - p),
             D=D, BD=_padded(D), OUTER=config.outer, INNER=inner, DOCS=doc_ids is not None, DROPOUT=p > 0,
-            PRECISION=precision(), num_warps=config.backward_warps, num_stages=config.backward_stages,
+            PRECISION=precision(qkv.dtype), num_warps=config.backward_warps, num_stages=config.backward_stages,
         )  # fmt: skip
     return dqkv
 
@@ -461,6 +475,8 @@ def _setup(ctx, inputs, output):
 
 
 def _gradients(launch, ctx, dout, *_):
+    if dout is None:
+        return (None,) * 5
     qkv, out, lse, seed, doc_ids = ctx.saved_tensors
     return launch(dout, qkv, out, lse, ctx.n_head, ctx.p, seed, doc_ids), None, None, None, None
 

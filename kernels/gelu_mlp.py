@@ -176,14 +176,20 @@ def _column_sums(
 # ---- launchers ----
 
 
+def _config(*matrices):
+    """The MLPConfig for these matrices, inputs and outputs."""
+    aligned = all(
+        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices
+    )
+    return configs.gelu_mlp(matrices[0].device, matrices[0].dtype, aligned)
+
+
 def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
     """The kernel on matrices; `pre`, `post` and `dpre` [M, N] are dense, or None where they are not wanted."""
     M, K = a.shape
+    if not M:
+        return
     stride_bn, stride_bk = b.stride()[:: -1 if backward else 1]
-    matrices = [t for t in (a, b, pre, post, dpre) if t is not None]
-    tma = config.tma and all(
-        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices
-    )
     programs = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     if a.is_cuda:
         programs = min(
@@ -193,17 +199,16 @@ def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
     b_block = [config.block_k, config.block_n] if backward else [config.block_n, config.block_k]
     blocks = [[config.block_m, config.block_k], b_block, out_block, out_block, out_block]
     operands = [
-        TensorDescriptor.from_tensor(t, block) if tma and t is not None else t
+        TensorDescriptor.from_tensor(t, block) if config.tma and t is not None else t
         for t, block in zip((a, b, pre, post, dpre), blocks, strict=True)
     ]
-    if M:
-        _gemm[(programs,)](
-            *operands, bias, partial, M, N, K, *a.stride(), stride_bn, stride_bk,
-            BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TMA=tma, FLATTEN=config.flatten,
-            PRECISION=precision(), BACKWARD=backward, HAS_BIAS=(partial if backward else bias) is not None,
-            KEEP_PRE=pre is not None, KEEP_POST=post is not None, DTYPE=getattr(tl, str(a.dtype).removeprefix("torch.")),
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+    _gemm[(programs,)](
+        *operands, bias, partial, M, N, K, *a.stride(), stride_bn, stride_bk,
+        BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TMA=config.tma, FLATTEN=config.flatten,
+        PRECISION=precision(a.dtype), BACKWARD=backward, HAS_BIAS=(partial if backward else bias) is not None,
+        KEEP_PRE=pre is not None, KEEP_POST=post is not None, DTYPE=getattr(tl, str(a.dtype).removeprefix("torch.")),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
 
 
 def gelu_mlp_fwd(
@@ -217,8 +222,7 @@ def gelu_mlp_fwd(
     h2, F = h.reshape(-1, h.size(-1)), w_fc.size(0)
     post = torch.empty((h2.size(0), F), dtype=h.dtype, device=h.device)
     pre = like(post, h.dtype) if keep_pre else None
-    config = configs.gelu_mlp(h.device, h.dtype, (h.size(-1), F))
-    _launch_gemm(h2, fc, F, pre, post, None, b_fc, None, config, backward=False)
+    _launch_gemm(h2, fc, F, pre, post, None, b_fc, None, _config(h2, fc, post), backward=False)
     y = mm(post, proj.t(), h.dtype) if b_proj is None else torch.addmm(b_proj.to(h.dtype), post, proj.t())
     nothing = h.new_empty(0)
     return y.view(h.shape), nothing if pre is None else pre, post if keep_post else nothing.clone()
@@ -231,7 +235,7 @@ def gelu_mlp_bwd(
     """(dh, dw_fc, db_fc, dw_proj, db_proj), the weights' in w_dtype, the biases' in theirs, or empty; post may be empty."""
     dy2, h2 = dy.reshape(-1, dy.size(-1)).to(h.dtype), h.reshape(-1, h.size(-1))
     M, F = pre.shape
-    config = configs.gelu_mlp(h.device, h.dtype, (h.size(-1), F))
+    config = _config(dy2, proj, pre)
     dpre = like(pre, pre.dtype)
     recomputed = None if post.numel() == pre.numel() else like(pre, pre.dtype)
     tiles = triton.cdiv(M, config.block_m)
@@ -274,6 +278,8 @@ def _setup(ctx, inputs, output):
 
 
 def _gradients(launch, ctx, dy, *_):
+    if dy is None:
+        return (None,) * 9
     dh, dw_fc, db_fc, dw_proj, db_proj = launch(dy, *ctx.saved_tensors, *ctx.dtypes)
     _, b_fc, b_proj = ctx.dtypes
     return dh, dw_fc, None if b_fc is None else db_fc, dw_proj, None if b_proj is None else db_proj, *(None,) * 4

@@ -31,7 +31,7 @@ def widen(x, dtype):
     return x if x.dtype == torch.float64 else x.to(dtype)
 
 
-def philox_uniform(seed, counter, rounds=10):
+def philox_uniform(seed, counter, rounds=7):
     """Philox 4x32 on the host: the first of four words for a counter of four and a key of 64 bits, as a uniform."""
     c = list(counter)
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32

@@ -52,12 +52,13 @@ def test_lengths(T):
 
 
 def test_many_sequences():
-    check(40, 2, 8, 9)  # more than the sum over b reads at once
+    check(40, 2, 1000, 9)  # more than the sum over b reads at once
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 33])
-def test_a_token_that_comes_again(n):
-    """Runs of equal ids of all lengths around that of a step."""
+def test_a_token_that_comes_again(n, monkeypatch):
+    """Runs of equal ids of all lengths around that of a step, which is 16."""
+    monkeypatch.setattr(configs, "EMBEDDING", configs.EmbeddingConfig(backward_tile=16 * 8))
     idx = torch.arange(40, device=DEVICE)[None].clone()
     idx[:, :n] = 5
     check(1, 40, 8, 64, idx=idx[:, torch.randperm(40)])
@@ -169,5 +170,5 @@ def test_what_is_refused():
 
 
 def test_columns_beyond_a_block():
-    assert configs.EMBEDDING.forward_block < 1100
+    assert configs.EMBEDDING.block < 1100
     check(1, 2, 1100, 3)

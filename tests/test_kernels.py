@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 from kernel_case import DEVICE, randn, seed
 
 from fastgpt.kernels import configs
+from fastgpt.kernels.common import precision
 from fastgpt.kernels.cross_entropy import _linear_cross_entropy, linear_cross_entropy
 from fastgpt.kernels.embedding import _embedding, embedding
 from fastgpt.kernels.flash_attention import _flash_attention, flash_attention
@@ -108,12 +109,53 @@ def test_a_gradient_of_a_gradient_is_refused():
         g.sum().backward()
 
 
+class _Unused(torch.autograd.Function):
+    """What follows an op and has no gradient for it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+OUTPUTS = {
+    "layer_norm": lambda x, w: layer_norm(x, w),
+    "add_layer_norm": lambda x, w: add_layer_norm(x, x, w)[1],
+    "flash_attention": lambda x, w: flash_attention(x, 1),
+    "gelu_mlp": lambda x, w: gelu_mlp(x, w.expand(5, -1), None, w.expand(5, -1).t(), None),
+    "linear_cross_entropy": lambda x, w: linear_cross_entropy(x, w.expand(5, -1), ids(5, 1, 3)),
+    "embedding": lambda x, w: embedding(ids(3, 1, 3), x[0], x[0])[0],
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_no_gradient_coming_is_no_gradient_going(name):
+    x, w = leaf(1, 3, 48), leaf(48)
+    _Unused.apply(OUTPUTS[name](x, w)).backward()
+    for t in (x, w):
+        assert t.grad is None or (t.grad == 0).all()
+
+
+def test_fp32_products_are_ieee_unless_tf32_is_allowed(monkeypatch):
+    assert precision(torch.float32) == "ieee"
+    for name, value in (("allow_tf32", True), ("fp32_precision", "tf32")):
+        before = getattr(torch.backends.cuda.matmul, name)
+        setattr(torch.backends.cuda.matmul, name, value)
+        try:
+            assert (precision(torch.float32), precision(torch.bfloat16)) == ("tf32", "ieee")
+        finally:
+            setattr(torch.backends.cuda.matmul, name, before)
+
+
 @pytest.mark.parametrize("sm", [80, 86, 89, 90, 100, 103, 120, 121])
 def test_every_architecture_has_a_configuration(sm, monkeypatch):
     monkeypatch.setattr(configs, "architecture", lambda device: sm)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert configs.gelu_mlp("cuda", dtype, (768, 3072)).tma == (sm >= 90 and dtype != torch.float32)
-        assert not configs.gelu_mlp("cuda", dtype, (771, 3084)).tma
+        assert configs.gelu_mlp("cuda", dtype).tma == (sm >= 90 and dtype != torch.float32)
+        assert not configs.gelu_mlp("cuda", dtype, aligned=False).tma
         for head_size in range(1, 129):
             assert (
                 configs.attention("cuda", dtype, head_size).outer % configs.attention("cuda", dtype, head_size).inner

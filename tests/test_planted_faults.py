@@ -66,7 +66,7 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
     "linear_cross_entropy": [
         ("no target in the gradient", "- tl.where(cols == target, 1.0, 0.0)", "", SHAPE),
         ("ignored targets counted", "!= ignore_index).to(tl.int32)", "!= -2).to(tl.int32)", SHAPE),
-        ("ignored rows with a gradient", "tl.store(logits_ptr + cols, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), cols < V)",
+        ("ignored rows with a gradient", "tl.store(logits_ptr + cols, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), cols < room)",
          "pass", SHAPE),
         ("a sum without the new maximum", "total * tl.exp2(m - m_new)", "total", SHAPE),
         ("the loss's own gradient left out", "tl.load(dloss_ptr).to(tl.float32) * ", "", SHAPE),
@@ -85,6 +85,7 @@ def comparisons(op, shape):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
+    monkeypatch.setattr(configs, "EMBEDDING", configs.EmbeddingConfig(block=32, backward_tile=256))
     entry = {**vars(configs.CROSS_ENTROPY), "block": 32, "min_chunk": 50, "memory_share": 0}
     monkeypatch.setattr(configs, "CROSS_ENTROPY", configs.CrossEntropyConfig(**entry))
 
