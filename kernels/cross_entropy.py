@@ -11,7 +11,7 @@ fp32: so fp16 holds softmax - onehot, which 1/n would push below its smallest nu
 nothing.
 
 Bytes: the logits are written once, read once (a row is read for its lse, and comes from L2 the second time) and written once,
-6 V a token in bf16; PyTorch's fp32 log-softmax and its backward move 22 V. FLOPs: 6 C V a token for the three GEMMs, which
+6 V a token in bf16; PyTorch's eager fp32 loss and its backward move 38 V. FLOPs: 6 C V a token for the three GEMMs, which
 cuBLAS does; with no gradient wanted, 2 C V and no second write.
 
 A chunk has at least 8,192 rows: each chunk reads and writes all of dweight, and short ones would spend their time there.

@@ -19,8 +19,8 @@ it to 5e-6, relatively, tail included. docs/fit_gelu.py fits it and shows that o
 them to nearest than torch's erf does. It costs about 13 instructions, one of them on the special-function unit, where tl.erf
 takes 35: the epilogue is not overlapped with a main loop that at K = 768 is short. fp32 takes tl.erf.
 
-Bytes a row beyond the GEMMs' own operands, bf16: forward writes pre and post, 4 F; backward reads pre and writes dpre, 4 F;
-unfused, GELU and its backward move 4 F and 6 F more. FLOPs: 4 C F a row forward, 8 C F backward.
+Bytes of the hidden layer a row, bf16, what the other GEMMs read apart: forward writes pre and post, 4 F; backward reads pre and
+writes dpre, 4 F. Unfused it is 6 F and 8 F, and 2 F more for db_fc. FLOPs: 4 C F a row forward, 8 C F backward.
 """
 
 import torch
