@@ -13,8 +13,7 @@ import triton.language as tl
 from kernel_case import DEVICE, DTYPES, VIEWS, far, randn, same_bits
 
 from fastgpt.kernels import configs
-from fastgpt.kernels import gelu_mlp as module
-from fastgpt.kernels.gelu_mlp import gelu_mlp
+from fastgpt.kernels.gelu_mlp import gelu, gelu_derivative, gelu_mlp
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -138,8 +137,8 @@ def test_what_is_refused():
 def _gelu_of(x_ptr, y_ptr, dy_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, i < n, other=0.0)
-    tl.store(y_ptr + i, module.gelu(x, False), i < n)
-    tl.store(dy_ptr + i, module.gelu_derivative(x, False), i < n)
+    tl.store(y_ptr + i, gelu(x, False), i < n)
+    tl.store(dy_ptr + i, gelu_derivative(x, False), i < n)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
