@@ -2,8 +2,8 @@
 
 The rule is three-way: against fp64, a kernel's error is at most twice that of the same maths in PyTorch at the same dtypes,
 plus a floor, since on few elements PyTorch's own error may be near nothing: one unit in the last place of the largest element,
-in fp32, where the order of a sum decides, four. It holds
-for every output and every gradient; and repeated runs must give the same bits.
+in fp32, where the order of a sum decides, four. It holds for every output and every gradient; and repeated runs must give
+the same bits.
 """
 
 import json

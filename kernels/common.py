@@ -51,9 +51,12 @@ def on_device(launcher):
     return launch
 
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 def can_run(x):
-    """Whether Triton can run on x's device: an NVIDIA GPU from sm_80 on, or the CPU through the interpreter."""
-    return _device_can_run(x.device.type, x.device.index)
+    """Whether Triton can run on x: on an NVIDIA GPU from sm_80 on or the CPU through the interpreter, in a dtype of at most fp32."""
+    return x.dtype in DTYPES and _device_can_run(x.device.type, x.device.index)
 
 
 @torch.compiler.assume_constant_result  # torch.compile need not trace the questions
@@ -64,7 +67,9 @@ def _device_can_run(kind, index):
 
 
 def compute_dtype(x):
-    """The dtype that an op answers in: autocast's where it is on for x's device, else x's own."""
+    """The dtype that an op answers in: autocast's where it is on for x's device, else x's own. Raises ValueError."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{x.dtype}: the kernels take float32, float16 and bfloat16")
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import Op, can_run, check_seed, is_ours, keep
+from fastgpt.kernels.common import DTYPES, Op, can_run, check_seed, is_ours, keep
 
 
 @triton.jit
@@ -259,5 +259,7 @@ def embedding(idx, wte, wpe, dropout_p=0.0, seed=None):
         raise ValueError(
             f"embedding: ids {tuple(idx.shape)}, wte {tuple(wte.shape)} {wte.dtype}, wpe {tuple(wpe.shape)} {wpe.dtype}"
         )
+    if wte.dtype not in DTYPES:
+        raise ValueError(f"{wte.dtype}: the kernels take float32, float16 and bfloat16")
     check_seed(dropout_p, seed)
     return _Tied.apply(idx, wte, wpe, dropout_p, seed)

@@ -102,6 +102,14 @@ def test_autocast_decides_the_answers_dtype():
     assert (loss.dtype, embedded.dtype) == (torch.float32, torch.float32)
 
 
+@pytest.mark.parametrize(
+    "name", ["layer_norm", "add_layer_norm", "flash_attention", "embedding", "linear_cross_entropy"]
+)
+def test_fp64_is_refused(name):
+    with pytest.raises(ValueError, match="float64: the kernels take"):
+        OUTPUTS[name](leaf(1, 3, 48).double(), leaf(48).double())
+
+
 def test_a_gradient_of_a_gradient_is_refused():
     qkv = leaf(1, 3, 48)
     (g,) = torch.autograd.grad(flash_attention(qkv, 1).square().sum(), qkv, create_graph=True)
