@@ -24,8 +24,8 @@ go into one [B, T, 3 C], as the backward of the projection reads it.
 Dropout: an element is kept by Philox4x32-7 of the seed at the counter (column, row, head, batch), so the mask depends on no tile.
 
 Bytes a token, tiles from L2: forward 2 (3 C + C) and 4 H; backward 2 (3 C + 3 C + 3 C) and 12 H, dout being read for delta
-too. FLOPs, causal: forward 2 T C a token, backward 7/2 of that. At D = 64 the exponentials take as long as the products: hence exp2, with the scale folded
-into one FMA.
+too. FLOPs, causal: forward 2 T C a token, backward 7/2 of that. At D = 64 the exponentials take as long as the products: hence
+exp2, with the scale folded into one FMA.
 """
 
 import math
