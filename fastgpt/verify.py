@@ -258,6 +258,10 @@ def compile_all(dtypes):
 
 def verify(json_file=""):
     """Hold every kernel on this machine and print the table; 1 if a row fails, else 0. Raises UserError where it cannot."""
+    try:
+        file = open(json_file, "w") if json_file else None  # before the work
+    except OSError as e:
+        raise UserError(f"--json={json_file}: {e.strerror}") from None
     gpu = torch.cuda.is_available()
     report = {"where": where(gpu), "versions": versions(), "rows": []}
     print(f"{report['where']}\n{', '.join(f'{k} {v}' for k, v in report['versions'].items())}\n")
@@ -304,11 +308,9 @@ def verify(json_file=""):
         else f"all {len(report['rows'])} comparisons hold"
     )
     report["holds"] = not failed
-    if json_file:
-        try:
-            Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
-        except OSError as e:
-            raise UserError(f"--json={json_file}: {e.strerror}") from None
+    if file:
+        with file:
+            file.write(json.dumps(report, indent=1) + "\n")
     return int(failed > 0)
 
 
