@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import statistics
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -98,11 +99,15 @@ def decide(op, shape, dtype, device, compiled, measure):
         if implementation == "torch":
             f()
         else:
+            ops.warn_once.cache_clear()
             try:
-                check(op, replace(tokens, dropout=0.0), dtype, device, "chosen")
-                if implementation == "triton" and shape.dropout:  # with the mask, which only the kernel can tell
-                    check(op, tokens, dtype, device, "kernel")
-                f()
+                with warnings.catch_warnings():
+                    # What falls back to PyTorch warns of it: it is no candidate, and not to be timed under another's name.
+                    warnings.filterwarnings("error", message=ops.FALLS_BACK)
+                    check(op, replace(tokens, dropout=0.0), dtype, device, "chosen")
+                    if implementation == "triton" and shape.dropout:  # with the mask, which only the kernel can tell
+                        check(op, tokens, dtype, device, "kernel")
+                    f()
             except Exception as e:  # whatever stops a candidate is said, and the run goes on without it
                 rejected[implementation] = (str(e).splitlines() or [type(e).__name__])[0]
                 continue

@@ -38,6 +38,7 @@ KERNELS = {  # the ops, and where their kernels are
 }
 IMPLEMENTATIONS = {op: ["torch", "triton"] + ["cudnn"] * (op == "attention") for op in KERNELS}
 chosen = dict.fromkeys(KERNELS, "torch")
+FALLS_BACK = ".*PyTorch's runs instead"  # how the warning ends that an implementation cannot take its input
 loaded = {}  # op -> the module of its kernels, once it was asked for
 
 
@@ -60,8 +61,13 @@ def parse(spec):
 
 
 def use(picks):
-    """Run these implementations from now on: {op: "torch", "triton" or "cudnn"}, or one word for all. Raises UserError."""
+    """Run these implementations from now on: {op: "torch", "triton" or "cudnn"}, or as `parse` reads it; what is left to "auto"
+    stays as it is. Raises UserError."""
     picks = parse(picks) if isinstance(picks, str) else picks
+    picks = {op: implementation for op, implementation in picks.items() if implementation != "auto"}
+    for op, implementation in picks.items():
+        if implementation not in IMPLEMENTATIONS.get(op, ()):
+            raise UserError(f"kernels: there is no {implementation!r} of {op!r}")
     if "triton" in picks.values():
         try:
             for op in KERNELS:
@@ -78,8 +84,12 @@ def kernels(op):
 
 
 @functools.cache
-def warn_once(op, device, size):
-    warnings.warn(f"{op}: no kernel for rows of {size} on this {device} device; PyTorch's runs instead", stacklevel=4)
+def warn_once(op, implementation, device, dtype, size):
+    hint = " (without a GPU, kernels run where TRITON_INTERPRET=1 is set)" if device == "cpu" else ""
+    warnings.warn(
+        f"{op}: {implementation} does not take {dtype} rows of {size} on this {device} device{hint}; PyTorch's runs instead",
+        stacklevel=4,
+    )
 
 
 def triton_for(op, x, *args):
@@ -88,7 +98,7 @@ def triton_for(op, x, *args):
         return None
     if loaded[op].takes(x, *args):
         return loaded[op]
-    warn_once(op, x.device.type, x.size(-1))
+    warn_once(op, "triton", x.device.type, str(x.dtype)[6:], x.size(-1) if x.dim() else 1)
     return None
 
 
@@ -99,7 +109,7 @@ def draw_seed(x, dropout_p):
 
 def embedding(idx, wte, wpe, dropout_p=0.0):
     """See `reference.embedding`."""
-    if triton := triton_for("embedding", wte):
+    if triton := triton_for("embedding", wte, wpe):
         return triton.embedding(idx, wte, wpe, dropout_p, draw_seed(wte, dropout_p))
     return reference.embedding(idx, wte, wpe, dropout_p)
 
@@ -111,7 +121,7 @@ def layer_norm(x, weight, bias=None, eps=EPS):
 
 def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0):
     """See `reference.add_layer_norm`."""
-    if triton := triton_for("layer_norm", x):
+    if triton := triton_for("layer_norm", x, branch):
         return triton.add_layer_norm(x, branch, weight, bias, eps, dropout_p, draw_seed(x, dropout_p))
     return reference.add_layer_norm(x, branch, weight, bias, eps, dropout_p)
 
@@ -121,9 +131,11 @@ def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None):
     if cache is None:
         if triton := triton_for("attention", qkv, n_head):
             return triton.flash_attention(qkv, n_head, dropout_p, draw_seed(qkv, dropout_p), doc_ids)
-        if chosen["attention"] == "cudnn" and doc_ids is None:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return reference.attention(qkv, n_head, dropout_p)
+        if chosen["attention"] == "cudnn":
+            if qkv.is_cuda and doc_ids is None:
+                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                    return reference.attention(qkv, n_head, dropout_p)
+            warn_once("attention", "cudnn", qkv.device.type, str(qkv.dtype)[6:], qkv.size(-1))
     return reference.attention(qkv, n_head, dropout_p, cache, doc_ids)
 
 

@@ -5,7 +5,6 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 
 class Op:
@@ -30,12 +29,25 @@ class Op:
         members = {
             "forward": staticmethod(forward),
             "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(once_differentiable(functools.partial(gradients, backward))),
+            "backward": staticmethod(once(name, functools.partial(gradients, backward))),
         }
         self.function = type(name, (torch.autograd.Function,), members)
 
     def __call__(self, *args):
         return self.custom(*args) if torch.compiler.is_compiling() else self.function.apply(*args)
+
+
+def once(name, gradients):
+    """A backward that refuses to be differentiated itself: its answer would be taken for a constant, in silence."""
+
+    def backward(ctx, *grads):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{name}: a kernel's gradient has no gradient; leave out create_graph=True, or take PyTorch's op"
+            )
+        return gradients(ctx, *grads)
+
+    return backward
 
 
 def on_device(launcher):
@@ -75,24 +87,21 @@ def compute_dtype(x):
 
 
 def rows(x):
-    """x [..., C] as a view [B, T, C], for kernels that take three strides.
-
-    Raises ValueError for more dimensions whose leading ones are no view of one: nothing is copied in silence.
-    """
-    if x.dim() <= 3:
-        return x[(None,) * (3 - x.dim())]
-    try:
-        return x.view(-1, *x.shape[-2:])
-    except RuntimeError:
-        raise ValueError(f"strides {x.stride()} of shape {tuple(x.shape)}: call .contiguous() first") from None
+    """x [..., C] as [B, T, C], for kernels that take three strides; a copy only of more dimensions that are no view of that."""
+    return x[(None,) * (3 - x.dim())] if x.dim() <= 3 else x.reshape(-1, *x.shape[-2:])
 
 
 def check_seed(dropout_p, seed):
     """Dropout needs its seed, an int64 tensor of one element on the device: a CUDA graph can then be given another."""
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p={dropout_p} is not in [0, 1)")
-    if dropout_p > 0 and seed is None:
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p={dropout_p} is not in [0, 1]")
+    if dropout_p > 0 and not (torch.is_tensor(seed) and seed.dtype == torch.int64 and seed.numel() == 1):
         raise ValueError("dropout_p > 0 needs a seed: an int64 tensor of one element")
+
+
+def kept_scale(dropout_p):
+    """What dropout multiplies the elements by that it keeps: 1 / (1 - dropout_p)."""
+    return 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
 
 
 def needs_grad(*tensors):
@@ -106,14 +115,17 @@ def like(x, dtype):
 
 
 def ours(grad):
-    """Mark a gradient that a backward has just made: the next one may write into it. A sum with another has no mark."""
+    """Mark a gradient that a backward has just made: the next one may write into it."""
     grad.is_fastgpts = True
     return grad
 
 
 def is_ours(grad):
-    """Whether nobody else can hold this gradient, and it is dense."""
-    return getattr(grad, "is_fastgpts", False) and grad.is_contiguous()
+    """Whether a backward of ours made this gradient and nobody else holds it: a sum hands one tensor to both of its terms.
+
+    A reference that Python code keeps, in a hook, is not counted.
+    """
+    return getattr(grad, "is_fastgpts", False) and grad.is_contiguous() and grad._use_count() == 1
 
 
 def mm(a, b, dtype):

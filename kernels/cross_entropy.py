@@ -55,22 +55,23 @@ def _rows(
         # A target outside the vocabulary gives nan, which the loss shows, and reads nothing.
         known = (target >= 0) & (target < V)
         at_target = tl.load(logits_ptr + target, known, other=float("nan")).to(tl.float32)
-        m = -float("inf")
+        m = -3e38  # finite: logits may be -inf, all of a block
         total = 0.0
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            x = tl.load(logits_ptr + cols, cols < room, other=-float("inf")).to(tl.float32) * LOG2E
+            x = tl.load(logits_ptr + cols, cols < room, other=-float("inf")).to(tl.float32)
             x = tl.where(cols < V, x, -float("inf"))
             m_new = tl.maximum(m, tl.max(x, 0))
-            total = total * tl.exp2(m - m_new) + tl.sum(tl.exp2(x - m_new), 0)
+            total = total * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((x - m_new) * LOG2E), 0)
             m = m_new
-        lse = m + tl.log2(total)  # in powers of two
-        tl.store(loss_ptr + row, lse / LOG2E - at_target)
+        # Differences from the maximum first, as PyTorch does: a small loss of large logits keeps its digits.
+        log2_total = tl.log2(total)
+        tl.store(loss_ptr + row, (m - at_target) + log2_total / LOG2E)
         if GRAD:
             for start in range(0, V, BLOCK):
                 cols = start + tl.arange(0, BLOCK)
                 x = tl.load(logits_ptr + cols, cols < room, other=0.0).to(tl.float32)
-                gradient = tl.exp2(x * LOG2E - lse) - tl.where(cols == target, 1.0, 0.0)
+                gradient = tl.exp2((x - m) * LOG2E - log2_total) - tl.where(cols == target, 1.0, 0.0)
                 tl.store(logits_ptr + cols, gradient.to(logits_ptr.dtype.element_ty), cols < room)
 
 
@@ -228,9 +229,15 @@ def linear_cross_entropy(h, weight, targets, ignore_index=-1):
     Targets of `ignore_index` count for nothing, and all ignored gives nan, as in PyTorch; so does a target outside the
     vocabulary, where PyTorch asserts. Without a gradient wanted, none is made. Raises ValueError for shapes that do not match.
     """
-    if h.shape[:-1] != targets.shape or h.size(-1) != weight.size(-1) or weight.dim() != 2:
+    if (
+        h.shape[:-1] != targets.shape
+        or targets.is_floating_point()
+        or h.size(-1) != weight.size(-1)
+        or weight.dim() != 2
+    ):
         raise ValueError(
-            f"linear_cross_entropy: h {tuple(h.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
+            f"linear_cross_entropy: h {tuple(h.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)} "
+            f"{targets.dtype}"
         )
     dtype = compute_dtype(h)
     grad = needs_grad(h, weight)

@@ -22,10 +22,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import DTYPES, Op, can_run, check_seed, is_ours, keep
+from fastgpt.kernels.common import DTYPES, Op, can_run, check_seed, is_ours, keep, kept_scale, once
 
 
 @triton.jit
@@ -158,7 +157,7 @@ def embedding_fwd(idx: Tensor, wte: Tensor, wpe: Tensor, p: float, seed: Tensor 
     x = torch.empty((B, T, C), dtype=wte.dtype, device=wte.device)
     if B * T:
         _forward[(B * T,)](
-            idx, wte, wpe, seed, x, T, V, C, *idx.stride(), *wte.stride(), *wpe.stride(), p, 1 / (1 - p),
+            idx, wte, wpe, seed, x, T, V, C, *idx.stride(), *wte.stride(), *wpe.stride(), p, kept_scale(p),
             BLOCK=min(config.block, triton.next_power_of_2(C)), DROPOUT=p > 0, num_warps=config.forward_warps,
         )  # fmt: skip
     return x
@@ -175,13 +174,15 @@ def embedding_bwd(dx: Tensor, idx: Tensor, dwte: Tensor, positions: int, p: floa
     blocks = triton.cdiv(C, block)
     if T:
         _backward_wpe[(T, blocks)](
-            dx, seed, dwpe, B, T, C, *dx.stride(), p, 1 / (1 - p),
+            dx, seed, dwpe, B, T, C, *dx.stride(), p, kept_scale(p),
             ROWS=min(rows, triton.next_power_of_2(max(B, 1))), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,
         )  # fmt: skip
     if B * T:
-        ids, places = torch.sort(idx.reshape(-1).to(torch.int32), stable=True)  # half of the passes of 64 bits
+        ids, places = torch.sort(
+            idx.reshape(-1).clamp(-1, V).to(torch.int32), stable=True
+        )  # half the passes of 64 bits
         _backward_wte[(B * T, blocks)](
-            dx, ids, places, seed, dwte, B * T, T, V, C, *dx.stride(), p, 1 / (1 - p),
+            dx, ids, places, seed, dwte, B * T, T, V, C, *dx.stride(), p, kept_scale(p),
             ROWS=min(rows, 64), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,
         )  # fmt: skip
     return dwpe
@@ -215,38 +216,40 @@ _embedding = Op(
 )
 
 
+def _tied_gradients(ctx, dx, dhead):
+    idx, seed = ctx.saved_tensors
+    if dx is None:
+        return None, dhead, None, None, None
+    compiling = torch.compiler.is_compiling()
+    if dhead is None:
+        dwte = dx.new_zeros((ctx.V, dx.size(-1)))
+    elif not compiling and is_ours(dhead):
+        dwte = dhead
+    else:  # somebody else may hold it. The compiler leaves the copy out where nobody does.
+        dwte = dhead.clone(memory_format=torch.contiguous_format)
+    dwpe = (_embedding.custom_backward if compiling else _embedding.backward)(dx, idx, dwte, ctx.positions, ctx.p, seed)
+    return None, dwte, dwpe, None, None
+
+
 class _Tied(torch.autograd.Function):
     """The op and the edge that brings the head's gradient back to it."""
 
     @staticmethod
-    def forward(ctx, idx, wte, wpe, p, seed):
-        _setup(ctx, (idx, wte, wpe, p, seed), None)
-        ctx.set_materialize_grads(False)
+    def forward(idx, wte, wpe, p, seed):
         op = _embedding.custom if torch.compiler.is_compiling() else _embedding.forward
         return op(idx, wte, wpe, p, seed), wte.view_as(wte)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dx, dhead):
-        idx, seed = ctx.saved_tensors
-        if dx is None:
-            return None, dhead, None, None, None
-        compiling = torch.compiler.is_compiling()
-        if dhead is None:
-            dwte = dx.new_zeros((ctx.V, dx.size(-1)))
-        elif compiling or is_ours(dhead):  # within a graph the compiler copies where somebody else reads it
-            dwte = dhead
-        else:  # it may be somebody else's too
-            dwte = dhead.clone(memory_format=torch.contiguous_format)
-        dwpe = (_embedding.custom_backward if compiling else _embedding.backward)(
-            dx, idx, dwte, ctx.positions, ctx.p, seed
-        )
-        return None, dwte, dwpe, None, None
+    def setup_context(ctx, inputs, output):
+        _setup(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+
+    backward = staticmethod(once("embedding", _tied_gradients))
 
 
-def takes(wte):
-    """Whether these kernels can take weights wte: on a GPU from sm_80 on, or in the interpreter."""
-    return can_run(wte)
+def takes(wte, wpe):
+    """Whether these kernels can take the weights: on a GPU from sm_80 on, or in the interpreter, and both of one dtype."""
+    return can_run(wte) and wte.dtype == wpe.dtype
 
 
 def embedding(idx, wte, wpe, dropout_p=0.0, seed=None):
@@ -255,9 +258,16 @@ def embedding(idx, wte, wpe, dropout_p=0.0, seed=None):
     x is in the weights' dtype. seed is an int64 tensor of one element, needed for dropout. An id outside the vocabulary
     gives nan. Raises ValueError for shapes that do not match.
     """
-    if idx.dim() != 2 or wte.shape[1:] != wpe.shape[1:] or wpe.size(0) < idx.size(1) or wte.dtype != wpe.dtype:
+    if (
+        idx.dim() != 2
+        or idx.is_floating_point()
+        or wte.dim() != 2
+        or wte.shape[1:] != wpe.shape[1:]
+        or wpe.size(0) < idx.size(1)
+        or wte.dtype != wpe.dtype
+    ):
         raise ValueError(
-            f"embedding: ids {tuple(idx.shape)}, wte {tuple(wte.shape)} {wte.dtype}, wpe {tuple(wpe.shape)} {wpe.dtype}"
+            f"embedding: ids {tuple(idx.shape)} {idx.dtype}, wte {tuple(wte.shape)} {wte.dtype}, wpe {tuple(wpe.shape)} {wpe.dtype}"
         )
     if wte.dtype not in DTYPES:
         raise ValueError(f"{wte.dtype}: the kernels take float32, float16 and bfloat16")

@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import Op, can_run, check_seed, compute_dtype, like, precision
+from fastgpt.kernels.common import Op, can_run, check_seed, compute_dtype, kept_scale, like, precision
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_SIZE = 128
@@ -406,7 +406,7 @@ def flash_attention_fwd(
     lse = torch.empty((B, n_head, T), dtype=torch.float32, device=qkv.device)
     if out.numel():
         _forward[(triton.cdiv(T, config.block_m) * B * n_head,)](
-            qkv, doc_ids, seed, out, lse, T, n_head, *qkv.stride(), *_strides(doc_ids), LOG2E / math.sqrt(D), p, 1 / (1 - p),
+            qkv, doc_ids, seed, out, lse, T, n_head, *qkv.stride(), *_strides(doc_ids), LOG2E / math.sqrt(D), p, kept_scale(p),
             D=D, BD=_padded(D), BM=config.block_m, BN=config.block_n, DOCS=doc_ids is not None, DROPOUT=p > 0,
             PRECISION=precision(qkv.dtype), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -439,7 +439,7 @@ def flash_attention_bwd(
         )
         _backward[(triton.cdiv(T, config.outer) * B * n_head,)](
             qkv, dout, doc_ids, seed, lse, delta, dqkv, T, n_head, *qkv.stride(), *dout.stride(), *_strides(doc_ids),
-            LOG2E / math.sqrt(D), 1 / math.sqrt(D), p, 1 / (1 - p),
+            LOG2E / math.sqrt(D), 1 / math.sqrt(D), p, kept_scale(p),
             D=D, BD=_padded(D), OUTER=config.outer, INNER=inner, DOCS=doc_ids is not None, DROPOUT=p > 0,
             PRECISION=precision(qkv.dtype), num_warps=config.backward_warps, num_stages=config.backward_stages,
         )  # fmt: skip
@@ -508,7 +508,7 @@ def flash_attention(qkv, n_head, dropout_p=0.0, seed=None, doc_ids=None):
     Scale 1/sqrt(C / n_head), heads of 128 at most. Dropout falls on the probabilities; seed is an int64 tensor of one element.
     doc_ids [B, T], integers, keep a token to those of its own id. Raises ValueError for a shape it does not take.
     """
-    if qkv.dim() != 3 or qkv.size(2) % (3 * n_head) or qkv.size(2) > 3 * n_head * MAX_HEAD_SIZE:
+    if n_head < 1 or qkv.dim() != 3 or qkv.size(2) % (3 * n_head) or qkv.size(2) > 3 * n_head * MAX_HEAD_SIZE:
         raise ValueError(f"flash_attention: qkv {tuple(qkv.shape)} for {n_head} heads of at most {MAX_HEAD_SIZE}")
     if doc_ids is not None and doc_ids.shape != qkv.shape[:2]:
         raise ValueError(f"flash_attention: doc_ids {tuple(doc_ids.shape)} for qkv {tuple(qkv.shape)}")

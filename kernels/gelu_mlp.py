@@ -223,16 +223,20 @@ def gelu_mlp_fwd(
     post = torch.empty((h2.size(0), F), dtype=h.dtype, device=h.device)
     pre = like(post, h.dtype) if keep_pre else None
     _launch_gemm(h2, fc, F, pre, post, None, b_fc, None, _config(h2, fc, post), backward=False)
-    y = mm(post, proj.t(), h.dtype) if b_proj is None else torch.addmm(b_proj.to(h.dtype), post, proj.t())
+    y = like(h, h.dtype)
+    if b_proj is None:
+        torch.mm(post, proj.t(), out=y.view(h2.shape))
+    else:
+        torch.addmm(b_proj.to(h.dtype), post, proj.t(), out=y.view(h2.shape))
     nothing = h.new_empty(0)
-    return y.view(h.shape), nothing if pre is None else pre, post if keep_post else nothing.clone()
+    return y, nothing if pre is None else pre, post if keep_post else nothing.clone()
 
 
 def gelu_mlp_bwd(
-    dy: Tensor, h: Tensor, pre: Tensor, post: Tensor, fc: Tensor, proj: Tensor, w_dtype: torch.dtype,
-    b_fc_dtype: torch.dtype | None, b_proj_dtype: torch.dtype | None,
+    dy: Tensor, h: Tensor, pre: Tensor, post: Tensor, fc: Tensor, proj: Tensor, w_fc_dtype: torch.dtype,
+    b_fc_dtype: torch.dtype | None, w_proj_dtype: torch.dtype, b_proj_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dh, dw_fc, db_fc, dw_proj, db_proj), the weights' in w_dtype, the biases' in theirs, or empty; post may be empty."""
+    """(dh, dw_fc, db_fc, dw_proj, db_proj) in the dtypes given, the biases' empty where they have none; post may be empty."""
     dy2, h2 = dy.reshape(-1, dy.size(-1)).to(h.dtype), h.reshape(-1, h.size(-1))
     M, F = pre.shape
     config = _config(dy2, proj, pre)
@@ -246,12 +250,12 @@ def gelu_mlp_bwd(
         _column_sums[(triton.cdiv(F, config.sum_columns),)](
             partial, db_fc, tiles, F, ROWS=config.sum_rows, COLUMNS=config.sum_columns
         )
-    dw_proj = mm(dy2.t(), post if recomputed is None else recomputed, w_dtype)
+    dw_proj = mm(dy2.t(), post if recomputed is None else recomputed, w_proj_dtype)
     if b_proj_dtype is None:
         db_proj = torch.empty(0, device=h.device)
     else:
         db_proj = dy2.sum(0, dtype=torch.float32).to(b_proj_dtype)
-    return mm(dpre, fc, h.dtype).view(h.shape), mm(dpre.t(), h2, w_dtype), db_fc, dw_proj, db_proj
+    return mm(dpre, fc, h.dtype).view(h.shape), mm(dpre.t(), h2, w_fc_dtype), db_fc, dw_proj, db_proj
 
 
 # ---- what torch needs to know ----
@@ -262,17 +266,17 @@ def _fake_forward(h, w_fc, b_fc, w_proj, b_proj, fc, proj, keep_pre, keep_post):
     return like(h, h.dtype), h.new_empty(shape if keep_pre else 0), h.new_empty(shape if keep_post else 0)
 
 
-def _fake_backward(dy, h, pre, post, fc, proj, w_dtype, b_fc_dtype, b_proj_dtype):
+def _fake_backward(dy, h, pre, post, fc, proj, w_fc_dtype, b_fc_dtype, w_proj_dtype, b_proj_dtype):
     db_fc = h.new_empty(0 if b_fc_dtype is None else fc.size(0), dtype=b_fc_dtype or torch.float32)
     db_proj = h.new_empty(0 if b_proj_dtype is None else proj.size(0), dtype=b_proj_dtype or torch.float32)
-    return like(h, h.dtype), like(fc, w_dtype), db_fc, like(proj, w_dtype), db_proj
+    return like(h, h.dtype), like(fc, w_fc_dtype), db_fc, like(proj, w_proj_dtype), db_proj
 
 
 def _setup(ctx, inputs, output):
-    h, w_fc, b_fc, _, b_proj, fc, proj, *_ = inputs
+    h, *weights, fc, proj, _, _ = inputs  # w_fc, b_fc, w_proj, b_proj
     _, pre, post = output
     ctx.save_for_backward(h, pre, post, fc, proj)
-    ctx.dtypes = w_fc.dtype, *(None if b is None else b.dtype for b in (b_fc, b_proj))
+    ctx.dtypes = [None if w is None else w.dtype for w in weights]
     ctx.mark_non_differentiable(pre, post)
     ctx.set_materialize_grads(False)  # else zeros are filled for these, as large as they are
 
@@ -281,7 +285,7 @@ def _gradients(launch, ctx, dy, *_):
     if dy is None:
         return (None,) * 9
     dh, dw_fc, db_fc, dw_proj, db_proj = launch(dy, *ctx.saved_tensors, *ctx.dtypes)
-    _, b_fc, b_proj = ctx.dtypes
+    _, b_fc, _, b_proj = ctx.dtypes
     return dh, dw_fc, None if b_fc is None else db_fc, dw_proj, None if b_proj is None else db_proj, *(None,) * 4
 
 
@@ -306,4 +310,5 @@ def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False):
     dtype = compute_dtype(h)
     grad = needs_grad(h, w_fc, b_fc, w_proj, b_proj)
     fc, proj = cast(w_fc, dtype), cast(w_proj, dtype)
+    b_fc = None if b_fc is None else b_fc.contiguous()  # the kernel reads it without a stride
     return _gelu_mlp(h.to(dtype), w_fc, b_fc, w_proj, b_proj, fc, proj, grad, grad and not recompute)[0]

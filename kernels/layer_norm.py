@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import Op, can_run, check_seed, compute_dtype, keep, like, rows
+from fastgpt.kernels.common import Op, can_run, check_seed, compute_dtype, keep, kept_scale, like, rows
 
 # Rows are shared by a fixed number of programs, so that the order of the sums does not depend on the GPU: about four a
 # SM on an H100, and 3 MB of partial sums at C = 768.
@@ -187,7 +187,7 @@ def _launch_forward(x, branch, weight, bias, eps, p, seed, dtype):
     x3, b3 = rows(x), rows(x if branch is None else branch)
     if M:
         _forward[(M,)](
-            x3, b3, weight, bias, seed, stream, h, stats, M, x3.size(1), *x3.stride(), *b3.stride(), eps, p, 1 / (1 - p),
+            x3, b3, weight, bias, seed, stream, h, stats, M, x3.size(1), *x3.stride(), *b3.stride(), eps, p, kept_scale(p),
             N=N, BLOCK=triton.next_power_of_2(N), HAS_BRANCH=branch is not None, HAS_BIAS=bias is not None,
             DROPOUT=p > 0, num_warps=config.forward_warps,
         )  # fmt: skip
@@ -210,7 +210,7 @@ def _launch_backward(dh, dstream, stream, stats, weight, has_bias, p, seed, bran
     if M:
         _backward[(programs,)](
             h3, d3, s3, stats, weight, seed, dx, dbranch, partial,
-            M, h3.size(1), *h3.stride(), *d3.stride(), *s3.stride(), p, 1 / (1 - p),
+            M, h3.size(1), *h3.stride(), *d3.stride(), *s3.stride(), p, kept_scale(p),
             N=N, BLOCK=triton.next_power_of_2(N), HAS_DSTREAM=dstream is not None, HAS_BRANCH=has_branch,
             DROPOUT=p > 0, num_warps=config.backward_warps,
         )  # fmt: skip
@@ -322,9 +322,19 @@ _add_layer_norm = Op(
 )  # fmt: skip
 
 
-def takes(x):
-    """Whether these kernels can take x: on a GPU from sm_80 on or in the interpreter, and rows that are not too wide."""
-    return can_run(x) and x.size(-1) <= configs.LAYER_NORM[-1].max_width
+def takes(x, branch=None):
+    """Whether these kernels can take x: on a GPU from sm_80 on or in the interpreter, rows that are not too wide, and a branch of
+    x's shape."""
+    fits = branch is None or branch.shape == x.shape
+    return can_run(x) and x.dim() > 0 and 0 < x.size(-1) <= configs.LAYER_NORM[-1].max_width and fits
+
+
+def _vectors(x, weight, bias):
+    """weight and bias as the kernels read them, dense. Raises ValueError where they are not of x's width."""
+    if x.dim() < 1 or any(t is not None and t.shape != x.shape[-1:] for t in (weight, bias)):
+        shapes = [None if t is None else tuple(t.shape) for t in (weight, bias)]
+        raise ValueError(f"layer_norm: weight and bias of {shapes[0]} and {shapes[1]} for x of {tuple(x.shape)}")
+    return weight.contiguous(), None if bias is None else bias.contiguous()
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
@@ -332,15 +342,17 @@ def layer_norm(x, weight, bias=None, eps=1e-5):
 
     The answer is in autocast's dtype where that is on, else in x's. Raises ValueError for a shape it does not take.
     """
-    return _layer_norm(x, weight, bias, eps, compute_dtype(x))[0]
+    return _layer_norm(x, *_vectors(x, weight, bias), eps, compute_dtype(x))[0]
 
 
 def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, dropout_p=0.0, seed=None):
-    """(x + dropout(branch), its LayerNorm), each [..., C]: the first in x's dtype, the second as `layer_norm`'s.
+    """(x + dropout(branch), its LayerNorm), each [..., C]: the first in the wider of their dtypes, the second as `layer_norm`'s.
 
     seed is an int64 tensor of one element, needed for dropout. Raises ValueError for shapes that do not match.
     """
     if x.shape != branch.shape:
         raise ValueError(f"add_layer_norm: a branch of {tuple(branch.shape)} for a stream of {tuple(x.shape)}")
     check_seed(dropout_p, seed)
-    return _add_layer_norm(x, branch, weight, bias, eps, dropout_p, seed, compute_dtype(x))[:2]
+    if x.dtype != torch.float32:  # the usual stream holds any branch
+        x = x.to(torch.promote_types(x.dtype, branch.dtype))
+    return _add_layer_norm(x, branch, *_vectors(x, weight, bias), eps, dropout_p, seed, compute_dtype(x))[:2]

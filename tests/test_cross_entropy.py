@@ -122,6 +122,24 @@ def test_large_magnitudes():
     check((2, 9), 16, 40, torch.float32, scale=1e4)
 
 
+@pytest.mark.parametrize("s", [10, 20, 1000])
+def test_a_small_loss_of_large_logits(s):
+    """To a unit in the last place of 1, which is what a row's sum of exponentials is near; and never below 0."""
+    weight, targets = randn(64, 32), torch.randint(64, (2, 16), device=DEVICE)
+    h = weight[targets] * s / 32
+    loss = linear_cross_entropy(h, weight, targets)
+    assert loss >= 0
+    assert (loss - reference(h.double(), weight.double(), targets)).abs() < 1.2e-7
+
+
+def test_a_block_of_logits_that_is_all_minus_infinity(configure):
+    configure(block=32)
+    weight = torch.zeros(50, 1, device=DEVICE)
+    weight[:32] = -float("inf")
+    loss = linear_cross_entropy(torch.ones(1, 1, device=DEVICE), weight, torch.tensor([40], device=DEVICE))
+    torch.testing.assert_close(loss, torch.tensor(18.0, device=DEVICE).log())
+
+
 @pytest.mark.parametrize("upstream", [1 / 40, 65536.0])
 def test_the_losss_own_gradient(upstream):
     """A micro-step's share, and fp16's loss scale: softmax - onehot must not have been rounded to nothing before."""

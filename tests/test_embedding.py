@@ -144,6 +144,39 @@ def test_anothers_gradient_is_not_written_into():
     )
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("how", ["leaf", "before", "two heads"])
+def test_a_gradient_that_others_hold_is_not_written_into(how, backend):
+    """What the loss's backward made goes on to others too: by a sum, whose backward hands out one and the same tensor."""
+    wte, wpe, a = randn(7, 8).requires_grad_(), randn(3, 8).requires_grad_(), randn(7, 8).requires_grad_()
+    idx = torch.tensor([[1, 2, 2]], device=DEVICE)
+
+    def loss(embed, cross_entropy):
+        other = a * 2 if how == "before" else a
+        x, head = embed(idx, wte, wpe)
+        if how == "two heads":
+            other = embed(idx, a, wpe)[1]
+        return cross_entropy(x.tanh(), head + other, idx)
+
+    def ours():
+        return loss(embedding, linear_cross_entropy)
+
+    torch._dynamo.reset()
+    f = ours if backend is None else torch.compile(ours, backend=backend)
+    right = loss(lambda i, w, p: (F.embedding(i, w) + p, w), lambda h, w, t: F.cross_entropy((h @ w.t())[0], t[0]))
+    for got, expected in zip(*(torch.autograd.grad(r, [wte, wpe, a]) for r in (f(), right)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_heads_own_gradient_when_it_is_asked_for():
+    wte, wpe = randn(7, 8).requires_grad_(), randn(3, 8)
+    idx = torch.tensor([[1, 2, 2]], device=DEVICE)
+    x, head = embedding(idx, wte, wpe)
+    dhead, dwte = torch.autograd.grad(linear_cross_entropy(x.tanh(), head, idx), [head, wte])
+    assert torch.equal(dhead[3:], dwte[3:])
+    assert not torch.equal(dhead[1:3], dwte[1:3])
+
+
 @pytest.mark.parametrize("used", ["x", "head"])
 def test_one_output_alone(used):
     wte, wpe = randn(7, 8).requires_grad_(), randn(3, 8).requires_grad_()

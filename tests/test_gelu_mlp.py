@@ -119,6 +119,18 @@ def test_rows_beyond_two_to_the_31_elements():
     )
 
 
+def test_each_gradient_has_its_weights_dtype_and_the_answer_is_no_view():
+    h, w_fc, w_proj = randn(2, 16), randn(64, 16).half().requires_grad_(), randn(16, 64).requires_grad_()
+    y = gelu_mlp(h, w_fc, torch.tensor(1.5, device=DEVICE).expand(64), w_proj, None)
+    torch.testing.assert_close(
+        y, reference(h, w_fc.float(), torch.tensor(1.5, device=DEVICE).expand(64), w_proj, None), rtol=1e-4, atol=1e-3
+    )
+    y += 1
+    y.sum().backward()
+    assert (w_fc.grad.dtype, w_proj.grad.dtype) == (torch.float16, torch.float32)
+    assert not torch.equal(w_proj.grad, w_proj.grad.half().float())
+
+
 def test_an_empty_batch():
     h, w_fc, w_proj = randn(0, 3, 16).requires_grad_(), randn(64, 16).requires_grad_(), randn(16, 64).requires_grad_()
     b_fc, b_proj = randn(64).requires_grad_(), randn(16).requires_grad_()

@@ -95,8 +95,12 @@ def test_four_dimensions_are_taken_where_they_are_three():
     weight = randn(16)
     torch.testing.assert_close(layer_norm(x, weight), F.layer_norm(x, (16,), weight))
     assert layer_norm(x[0, 0, 0], weight).shape == (16,)
-    with pytest.raises(ValueError, match="contiguous"):
-        layer_norm(x.transpose(0, 1), weight)
+    x = x.transpose(0, 1).requires_grad_()
+    y = layer_norm(x, weight)
+    torch.testing.assert_close(y, F.layer_norm(x, (16,), weight))
+    (g,) = torch.autograd.grad((y.transpose(1, 2).contiguous() ** 2).sum(), x)
+    (right,) = torch.autograd.grad((F.layer_norm(x, (16,), weight) ** 2).sum(), x)
+    torch.testing.assert_close(g, right, rtol=1e-4, atol=1e-5)
 
 
 def test_an_empty_batch():
@@ -194,8 +198,21 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="needs a seed"):
         add_layer_norm(x, x, weight, dropout_p=0.1)
     with pytest.raises(ValueError, match="not in"):
-        add_layer_norm(x, x, weight, dropout_p=1.0, seed=torch.tensor([1]))
-    y = x.requires_grad_()
-    (g,) = torch.autograd.grad(layer_norm(y, weight).square().sum(), y, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+        add_layer_norm(x, x, weight, dropout_p=1.5, seed=torch.tensor([1]))
+    with pytest.raises(ValueError, match="weight and bias of"):
+        layer_norm(x, randn(10), randn(9))
+
+
+def test_weights_of_any_stride():
+    x, bank = randn(2, 3, 20), randn(20, 2)
+    for weight, bias in ((bank[:, 0], bank[:, 1]), (bank[:1, 0].expand(20), None)):
+        torch.testing.assert_close(layer_norm(x, weight, bias), F.layer_norm(x, (20,), weight, bias))
+
+
+def test_all_dropped_and_a_wider_branch():
+    x, weight = randn(2, 3, 20), randn(20)
+    stream, _ = add_layer_norm(x, x, weight, dropout_p=1.0, seed=seed())
+    assert torch.equal(stream, x)
+    stream, h = add_layer_norm(x.half(), x, weight)
+    assert stream.dtype == h.dtype == torch.float32
+    torch.testing.assert_close(stream, x.half() + x)

@@ -68,7 +68,7 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
         ("ignored targets counted", "!= ignore_index).to(tl.int32)", "!= -2).to(tl.int32)", SHAPE),
         ("ignored rows with a gradient", "tl.store(logits_ptr + cols, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), cols < room)",
          "pass", SHAPE),
-        ("a sum without the new maximum", "total * tl.exp2(m - m_new)", "total", SHAPE),
+        ("a sum without the new maximum", "total * tl.exp2((m - m_new) * LOG2E)", "total", SHAPE),
         ("the loss's own gradient left out", "tl.load(dloss_ptr).to(tl.float32) * ", "", SHAPE),
         ("a chunk's weight gradient dropped", "part if dweight is None else dweight.add_(part)", "part", SHAPE),
     ],

@@ -97,7 +97,10 @@ def test_a_candidate_that_is_not_equal_or_cannot_run_is_rejected(monkeypatch):
     if not torch.cuda.is_available():
         found = decide("attention", {"torch": 2.0, "triton": 3.0, "cudnn": 1.0})
         assert found["chosen"] == "torch"
-        assert found["rejected"]["cudnn"]
+        assert "cudnn does not take" in found["rejected"]["cudnn"]
+    found = decide("attention", {"torch": 2.0, "triton": 1.0, "cudnn": 3.0}, Shape(1, 9, 136, 1, 23))
+    assert found["chosen"] == "torch"
+    assert "triton does not take float32 rows of 408" in found["rejected"]["triton"]
 
 
 def test_a_fault_in_the_dropout_is_found_too(monkeypatch):
