@@ -82,15 +82,14 @@ def problem(op, shape, dtype, device):
     if op == "embedding":
         idx = torch.randint(V, (B, T), device=device, generator=random)
         idx[:, ::3] = 0  # as in a text, one token comes often
-        mask = (
-            p
-            and module.embedding(idx * 0, torch.ones(1, C, device=device), torch.zeros(T, C, device=device), p, seed)[0]
-            != 0
-        )
+        mask = None
+        if p:
+            one, nothing = torch.ones(1, C, device=device), torch.zeros(T, C, device=device)
+            mask = module.embedding(idx * 0, one, nothing, p, seed)[0] != 0
 
         def reference_embedding(wte, wpe):
             x, head = reference.embedding(idx, wte, wpe)
-            return dropped(x, mask if p else None), head
+            return dropped(x, mask), head
 
         return Problem(
             dict(wte=randn(V, C), wpe=randn(T + 1, C)), ("x", "head"), (randn(B, T, C), randn(V, C)),

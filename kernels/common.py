@@ -78,10 +78,15 @@ def _device_can_run(kind, index):
     return kind == "cpu" and triton.knobs.runtime.interpret
 
 
-def compute_dtype(x):
-    """The dtype that an op answers in: autocast's where it is on for x's device, else x's own. Raises ValueError."""
+def check_dtype(x):
+    """Raise ValueError for a dtype that the kernels do not compute in."""
     if x.dtype not in DTYPES:
         raise ValueError(f"{x.dtype}: the kernels take float32, float16 and bfloat16")
+
+
+def compute_dtype(x):
+    """The dtype that an op answers in: autocast's where it is on for x's device, else x's own. Raises ValueError."""
+    check_dtype(x)
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

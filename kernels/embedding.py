@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import DTYPES, Op, can_run, check_seed, is_ours, keep, kept_scale, once
+from fastgpt.kernels.common import Op, can_run, check_dtype, check_seed, is_ours, keep, kept_scale, once
 
 
 @triton.jit
@@ -269,7 +269,6 @@ def embedding(idx, wte, wpe, dropout_p=0.0, seed=None):
         raise ValueError(
             f"embedding: ids {tuple(idx.shape)} {idx.dtype}, wte {tuple(wte.shape)} {wte.dtype}, wpe {tuple(wpe.shape)} {wpe.dtype}"
         )
-    if wte.dtype not in DTYPES:
-        raise ValueError(f"{wte.dtype}: the kernels take float32, float16 and bfloat16")
+    check_dtype(wte)
     check_seed(dropout_p, seed)
     return _Tied.apply(idx, wte, wpe, dropout_p, seed)

@@ -113,8 +113,6 @@ def recorded(architecture):
 
     JITFunction.run = record
     configs.architecture = lambda device: architecture
-    for module in (layer_norm, embedding, cross_entropy, gelu_mlp, flash_attention):
-        module.can_run = lambda x: True
     for case, launch in cases():
         what = case
         launch()
