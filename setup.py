@@ -17,9 +17,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["fastgpt", "fastgpt.kernels"],
+    packages=["fastgpt", "fastgpt.kernels", "fastgpt.benchmarks", "fastgpt.benchmarks.peers"],
     # `kernels` is a package of Hugging Face's on PyPI: ours goes under our own name.
-    package_dir={"fastgpt": "fastgpt", "fastgpt.kernels": "kernels"},
+    package_dir={"fastgpt": "fastgpt", "fastgpt.kernels": "kernels", "fastgpt.benchmarks": "benchmarks"},
     install_requires=[
         "torch>=2.10,<2.14",
         "triton>=3.6,<3.8; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'",

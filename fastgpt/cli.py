@@ -1,4 +1,4 @@
-"""The command `fastgpt`: train, sample, prepare. What a user can mend is one line on stderr and exit status 2."""
+"""The command `fastgpt`: train, sample, prepare, verify, bench. What a user can mend is one line on stderr and exit status 2."""
 
 import os
 import sys
@@ -11,6 +11,7 @@ USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
   sample    continue a prompt with a trained model
   prepare   turn a text file or folder into a dataset
   verify    hold every kernel to PyTorch on this machine; exit status 1 if one fails
+  bench     measure this machine: steps and kernels against their peers; also compare, count, roofline, report
 
 fastgpt COMMAND --help lists every flag with its default.
 """
@@ -23,40 +24,54 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # text that the terminal cannot show is no reason to stop
+    hint = "; --init_from=resume goes on from the last checkpoint saved" if command == "train" else ""
+    return reported(lambda: run(command, argv), hint)
+
+
+def reported(run, hint=""):
+    """run()'s exit status, or 0; what a user can mend, and an interruption with its hint, as a line on stderr."""
     try:
-        if command == "train":
-            from fastgpt.trainer import train
-
-            train(*parse_train(argv, "fastgpt train"))
-        elif command == "sample":
-            from fastgpt.sample import sample
-
-            sample(parse(SampleConfig, argv, "fastgpt sample")[0])
-        elif command == "prepare":
-            from fastgpt.prepare import prepare
-
-            cfg, _ = parse(PrepareConfig, argv, "fastgpt prepare")
-            for name in ("input", "out"):
-                if not getattr(cfg, name):
-                    raise UserError(f"--{name} is missing; write --{name}=PATH")
-            prepare(cfg.input, cfg.tokenizer, cfg.out)
-        elif command == "verify":
-            from fastgpt.verify import verify
-
-            return verify(parse(VerifyConfig, argv, "fastgpt verify")[0].json)
-        elif command in ("-h", "--help"):
-            print(USAGE, end="")
-        else:
-            raise UserError(f"there is no command {command!r}; fastgpt --help lists them")
+        return run() or 0
     except UserError as e:
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
         print(f"fastgpt: {rank}error: {e}".replace("\n", " "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; --init_from=resume goes on from the last checkpoint saved" if command == "train" else ""
         print(f"\nfastgpt: interrupted{hint}", file=sys.stderr)
         return 130
-    return 0
+
+
+def run(command, argv):
+    """Run one command; its exit status, or None for 0. Raises UserError."""
+    if command == "train":
+        from fastgpt.trainer import train
+
+        train(*parse_train(argv, "fastgpt train"))
+    elif command == "sample":
+        from fastgpt.sample import sample
+
+        sample(parse(SampleConfig, argv, "fastgpt sample")[0])
+    elif command == "prepare":
+        from fastgpt.prepare import prepare
+
+        cfg, _ = parse(PrepareConfig, argv, "fastgpt prepare")
+        for name in ("input", "out"):
+            if not getattr(cfg, name):
+                raise UserError(f"--{name} is missing; write --{name}=PATH")
+        prepare(cfg.input, cfg.tokenizer, cfg.out)
+    elif command == "verify":
+        from fastgpt.verify import verify
+
+        return verify(parse(VerifyConfig, argv, "fastgpt verify")[0].json)
+    elif command == "bench":
+        from fastgpt.benchmarks.command import bench
+
+        return bench(argv)
+    elif command in ("-h", "--help"):
+        print(USAGE, end="")
+    else:
+        raise UserError(f"there is no command {command!r}; fastgpt --help lists them")
+    return None
 
 
 def entry():

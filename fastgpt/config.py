@@ -222,13 +222,14 @@ def quickstart():
 def parse(schema, argv, prog, base=None):
     """Settings from command-line words, and the set of names that they and their files gave.
 
-    A word is a config file (nanoGPT's .py, or .toml), `--key=value`, or `--key value`; later ones win. What nothing
+    A word is a config file (nanoGPT's .py, or .toml), `--key=value`, `--key value`, or of a switch `--key` alone; later ones
+    win. What nothing
     gives comes from `base(given values, whether a file was read)`, else from the schema's defaults. Prints help and
     exits on -h. Raises UserError.
     """
     given, has_file = {}, False  # name -> (value, where it was said)
-    words = iter(argv)
-    for word in words:
+    words = enumerate(argv, 1)
+    for i, word in words:
         if word in ("-h", "--help"):
             print(help_text(schema, prog), end="")
             raise SystemExit(0)
@@ -241,8 +242,10 @@ def parse(schema, argv, prog, base=None):
             continue
         key, equals, text = word[2:].partition("=")
         check_key(schema, key, word)
-        if not equals:
-            text = next(words, None)
+        if not equals and is_switch(schema, key) and (i == len(argv) or argv[i].startswith("--")):
+            text = "True"
+        elif not equals:
+            text = next(words, (i, None))[1]
             if text is None or text.startswith("--"):
                 raise UserError(f"--{key}: a value is missing; write --{key}=VALUE")
         given[key] = (from_text(schema, key, text), f"--{key}")
@@ -281,6 +284,11 @@ def from_text(schema, name, text):
         return ast.literal_eval(text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return text
+
+
+def is_switch(schema, name):
+    """Whether a setting is true or false."""
+    return schema.model_fields[name].annotation is bool
 
 
 def check_key(schema, key, where):

@@ -20,6 +20,7 @@ class Op:
     """
 
     def __init__(self, name, forward, fake_forward, backward, fake_backward, setup_context, gradients, mutates=()):
+        self.name = name
         self.forward, self.backward = forward, backward = on_device(forward), on_device(backward)
         self.custom_backward = torch.library.custom_op(f"fastgpt::{name}_backward", backward, mutates_args=mutates)
         self.custom_backward.register_fake(fake_backward)

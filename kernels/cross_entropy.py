@@ -29,7 +29,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _rows(
+def _loss_rows(
     logits_ptr,  # [rows, V] in; where GRAD, softmax - onehot out
     targets_ptr,  # [rows] int64
     loss_ptr,  # [rows] fp32 out
@@ -76,7 +76,7 @@ def _rows(
 
 
 @triton.jit
-def _mean(
+def _loss_mean(
     losses_ptr,  # [M] fp32
     targets_ptr,  # [M] int64
     loss_ptr,  # [] fp32 out: the mean, nan of none
@@ -98,7 +98,7 @@ def _mean(
 
 
 @triton.jit
-def _scale(
+def _loss_scale(
     x_ptr,  # [n]
     dloss_ptr,  # [] the loss's gradient
     share_ptr,  # [] fp32, 1 / n
@@ -145,7 +145,7 @@ def linear_cross_entropy_fwd(
         x, y = h2[start : start + chunk], targets[start : start + chunk]
         logits = buffer[: x.size(0), :V]
         torch.mm(x, cast.t(), out=logits)
-        _rows[(x.size(0),)](
+        _loss_rows[(x.size(0),)](
             logits, y, losses[start:], V, room, room, y.stride(0), ignore_index,
             BLOCK=min(config.block, triton.next_power_of_2(V)), GRAD=grad, num_warps=config.warps,
         )  # fmt: skip
@@ -156,7 +156,7 @@ def linear_cross_entropy_fwd(
     if dweight is None:
         dweight = torch.zeros(weight.shape if grad else 0, dtype=torch.float32, device=device)
     loss, share = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
-    _mean[(1,)](
+    _loss_mean[(1,)](
         losses,
         targets,
         loss,
@@ -178,7 +178,7 @@ def linear_cross_entropy_bwd(
     block = configs.CROSS_ENTROPY.scale_block
     for x, out in zip((dh, dweight), outs, strict=True):
         if x.numel():
-            _scale[(triton.cdiv(x.numel(), block),)](x, dloss, share, out, x.numel(), BLOCK=block)
+            _loss_scale[(triton.cdiv(x.numel(), block),)](x, dloss, share, out, x.numel(), BLOCK=block)
     return outs
 
 

@@ -28,7 +28,7 @@ from fastgpt.kernels.common import Op, can_run, check_dtype, check_seed, is_ours
 
 
 @triton.jit
-def _forward(
+def _embed_forward(
     idx_ptr,  # [B, T] int64
     wte_ptr,  # [V, C]
     wpe_ptr,  # [>= T, C]
@@ -77,7 +77,7 @@ def _gradient(
 
 
 @triton.jit
-def _backward_wpe(
+def _embed_backward_wpe(
     dx_ptr,  # [B, T, C]
     seed_ptr,  # [1] int64, where DROPOUT
     dwpe_ptr,  # [T, C] out, contiguous
@@ -104,7 +104,7 @@ def _backward_wpe(
 
 
 @triton.jit
-def _backward_wte(
+def _embed_backward_wte(
     dx_ptr,  # [B, T, C]
     ids_ptr,  # [B T] int32, sorted
     places_ptr,  # [B T] int64, where each of them stood
@@ -156,7 +156,7 @@ def embedding_fwd(idx: Tensor, wte: Tensor, wpe: Tensor, p: float, seed: Tensor 
     config = configs.EMBEDDING
     x = torch.empty((B, T, C), dtype=wte.dtype, device=wte.device)
     if B * T:
-        _forward[(B * T,)](
+        _embed_forward[(B * T,)](
             idx, wte, wpe, seed, x, T, V, C, *idx.stride(), *wte.stride(), *wpe.stride(), p, kept_scale(p),
             BLOCK=min(config.block, triton.next_power_of_2(C)), DROPOUT=p > 0, num_warps=config.forward_warps,
         )  # fmt: skip
@@ -173,7 +173,7 @@ def embedding_bwd(dx: Tensor, idx: Tensor, dwte: Tensor, positions: int, p: floa
     rows = max(1, config.backward_tile // block)
     blocks = triton.cdiv(C, block)
     if T:
-        _backward_wpe[(T, blocks)](
+        _embed_backward_wpe[(T, blocks)](
             dx, seed, dwpe, B, T, C, *dx.stride(), p, kept_scale(p),
             ROWS=min(rows, triton.next_power_of_2(max(B, 1))), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,
         )  # fmt: skip
@@ -181,7 +181,7 @@ def embedding_bwd(dx: Tensor, idx: Tensor, dwte: Tensor, positions: int, p: floa
         ids, places = torch.sort(
             idx.reshape(-1).clamp(-1, V).to(torch.int32), stable=True
         )  # half the passes of 64 bits
-        _backward_wte[(B * T, blocks)](
+        _embed_backward_wte[(B * T, blocks)](
             dx, ids, places, seed, dwte, B * T, T, V, C, *dx.stride(), p, kept_scale(p),
             ROWS=min(rows, 64), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,
         )  # fmt: skip

@@ -112,7 +112,7 @@ def _forward_step(
 
 
 @triton.jit
-def _forward(
+def _attention_forward(
     qkv_ptr,  # [B, T, 3 H D]
     docs_ptr,  # [B, T], where DOCS
     seed_ptr,  # [1] int64, where DROPOUT
@@ -183,7 +183,7 @@ def _forward(
 
 
 @triton.jit
-def _delta(
+def _attention_delta(
     out_ptr,  # [B, T, H D] contiguous
     dout_ptr,  # [B, T, H D]
     delta_ptr,  # [B, H, T] fp32 out
@@ -272,7 +272,7 @@ def _dq_step(
 
 
 @triton.jit
-def _backward(
+def _attention_backward(
     qkv_ptr,  # [B, T, 3 H D]
     dout_ptr,  # [B, T, H D]
     docs_ptr,  # [B, T], where DOCS
@@ -383,7 +383,7 @@ def _backward(
 
 
 @triton.jit
-def _mask(seed_ptr, out_ptr, T, H, p, BLOCK: tl.constexpr):
+def _attention_mask(seed_ptr, out_ptr, T, H, p, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     bh = tl.program_id(1)
     for start in range(0, T, BLOCK):
@@ -405,7 +405,7 @@ def flash_attention_fwd(
     out = torch.empty((B, T, C), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((B, n_head, T), dtype=torch.float32, device=qkv.device)
     if out.numel():
-        _forward[(triton.cdiv(T, config.block_m) * B * n_head,)](
+        _attention_forward[(triton.cdiv(T, config.block_m) * B * n_head,)](
             qkv, doc_ids, seed, out, lse, T, n_head, *qkv.stride(), *_strides(doc_ids), LOG2E / math.sqrt(D), p, kept_scale(p),
             D=D, BD=_padded(D), BM=config.block_m, BN=config.block_n, DOCS=doc_ids is not None, DROPOUT=p > 0,
             PRECISION=precision(qkv.dtype), num_warps=config.warps, num_stages=config.stages,
@@ -434,10 +434,10 @@ def flash_attention_bwd(
         gated = p > 0 or doc_ids is not None
         inner = (gated and config.gated_inner) or config.inner
         rows = config.delta_rows
-        _delta[(triton.cdiv(T, rows) * B * n_head,)](
+        _attention_delta[(triton.cdiv(T, rows) * B * n_head,)](
             out, dout, delta, T, n_head, *dout.stride(), D=D, BD=_padded(D), BM=rows
         )
-        _backward[(triton.cdiv(T, config.outer) * B * n_head,)](
+        _attention_backward[(triton.cdiv(T, config.outer) * B * n_head,)](
             qkv, dout, doc_ids, seed, lse, delta, dqkv, T, n_head, *qkv.stride(), *dout.stride(), *_strides(doc_ids),
             LOG2E / math.sqrt(D), 1 / math.sqrt(D), p, kept_scale(p),
             D=D, BD=_padded(D), OUTER=config.outer, INNER=inner, DOCS=doc_ids is not None, DROPOUT=p > 0,
@@ -450,7 +450,7 @@ def dropout_mask(B, n_head, T, dropout_p, seed):
     """The mask of `flash_attention`'s dropout, bool [B, n_head, T, T], True where an element is kept; seed as there."""
     mask = torch.empty((B, n_head, T, T), dtype=torch.bool, device=seed.device)
     if mask.numel():
-        _mask[(T, B * n_head)](seed, mask, T, n_head, dropout_p, BLOCK=min(1024, triton.next_power_of_2(T)))
+        _attention_mask[(T, B * n_head)](seed, mask, T, n_head, dropout_p, BLOCK=min(1024, triton.next_power_of_2(T)))
     return mask
 
 

@@ -72,7 +72,7 @@ def gelu_derivative(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _gemm(
+def _mlp_gemm(
     a,  # [M, K] in: h, or dy; a pointer, or where TMA a descriptor, as all that follow up to `dpre`
     b,  # [N, K] in, w_fc; where BACKWARD [K, N], w_proj
     pre,  # [M, N] out, where KEEP_PRE; where BACKWARD in
@@ -155,7 +155,7 @@ def _gemm(
 
 
 @triton.jit
-def _column_sums(
+def _mlp_column_sums(
     partial_ptr,  # [P, N] fp32
     out_ptr,  # [N] out
     P,
@@ -202,7 +202,7 @@ def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
         TensorDescriptor.from_tensor(t, block) if config.tma and t is not None else t
         for t, block in zip((a, b, pre, post, dpre), blocks, strict=True)
     ]
-    _gemm[(programs,)](
+    _mlp_gemm[(programs,)](
         *operands, bias, partial, M, N, K, *a.stride(), stride_bn, stride_bk,
         BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TMA=config.tma, FLATTEN=config.flatten,
         PRECISION=precision(a.dtype), BACKWARD=backward, HAS_BIAS=(partial if backward else bias) is not None,
@@ -246,7 +246,7 @@ def gelu_mlp_bwd(
     _launch_gemm(dy2, proj, F, pre, recomputed, dpre, None, partial, config, backward=True)
     db_fc = torch.empty(0 if b_fc_dtype is None else F, dtype=b_fc_dtype, device=h.device)
     if partial is not None:
-        _column_sums[(triton.cdiv(F, config.sum_columns),)](
+        _mlp_column_sums[(triton.cdiv(F, config.sum_columns),)](
             partial, db_fc, tiles, F, ROWS=config.sum_rows, COLUMNS=config.sum_columns
         )
     dw_proj = mm(dy2.t(), post if recomputed is None else recomputed, w_proj_dtype)

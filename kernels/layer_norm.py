@@ -35,7 +35,7 @@ PROGRAMS = 512
 
 
 @triton.jit
-def _forward(
+def _norm_forward(
     x_ptr,  # [B, T, N] the stream
     branch_ptr,  # [B, T, N] what is added to it, where HAS_BRANCH
     weight_ptr,  # [N]
@@ -87,7 +87,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _norm_backward(
     dh_ptr,  # [B, T, N]
     dstream_ptr,  # [B, T, N] the gradient that comes by the stream, where HAS_DSTREAM
     stream_ptr,  # [B, T, N] what was normalised
@@ -149,7 +149,7 @@ def _backward(
 
 
 @triton.jit
-def _reduce(
+def _norm_reduce(
     partial_ptr,  # [2, P, N] fp32
     dweight_ptr,  # [N] out
     dbias_ptr,  # [N] out, where HAS_BIAS
@@ -182,12 +182,13 @@ def _launch_forward(x, branch, weight, bias, eps, p, seed, dtype):
     config = configs.layer_norm(N)
     M = x.numel() // N
     h = torch.empty(x.shape, dtype=dtype, device=x.device)
-    stream = x if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stream = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stats = torch.empty((2, M), dtype=torch.float32, device=x.device)
-    x3, b3 = rows(x), rows(x if branch is None else branch)
+    x3, b3 = rows(x), None if branch is None else rows(branch)
+    strides = *x3.stride(), *(x3 if b3 is None else b3).stride()
     if M:
-        _forward[(M,)](
-            x3, b3, weight, bias, seed, stream, h, stats, M, x3.size(1), *x3.stride(), *b3.stride(), eps, p, kept_scale(p),
+        _norm_forward[(M,)](
+            x3, b3, weight, bias, seed, stream, h, stats, M, x3.size(1), *strides, eps, p, kept_scale(p),
             N=N, BLOCK=triton.next_power_of_2(N), HAS_BRANCH=branch is not None, HAS_BIAS=bias is not None,
             DROPOUT=p > 0, num_warps=config.forward_warps,
         )  # fmt: skip
@@ -200,21 +201,21 @@ def _launch_backward(dh, dstream, stream, stats, weight, has_bias, p, seed, bran
     M = stream.numel() // N
     dx = torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
     has_branch = branch_dtype is not None
-    dbranch = torch.empty(stream.shape, dtype=branch_dtype, device=stream.device) if has_branch else dx
+    dbranch = torch.empty(stream.shape, dtype=branch_dtype, device=stream.device) if has_branch else None
     programs = min(M, PROGRAMS)
     partial = torch.empty((2, programs, N), dtype=torch.float32, device=stream.device)
     dweight = torch.empty_like(weight)
     dbias = torch.empty_like(weight) if has_bias else None
-    h3, s3 = rows(dh), rows(stream)
-    d3 = h3 if dstream is None else rows(dstream)
+    h3, s3, d3 = rows(dh), rows(stream), None if dstream is None else rows(dstream)
+    strides = *h3.stride(), *(h3 if d3 is None else d3).stride(), *s3.stride()
     if M:
-        _backward[(programs,)](
+        _norm_backward[(programs,)](
             h3, d3, s3, stats, weight, seed, dx, dbranch, partial,
-            M, h3.size(1), *h3.stride(), *d3.stride(), *s3.stride(), p, kept_scale(p),
+            M, h3.size(1), *strides, p, kept_scale(p),
             N=N, BLOCK=triton.next_power_of_2(N), HAS_DSTREAM=dstream is not None, HAS_BRANCH=has_branch,
             DROPOUT=p > 0, num_warps=config.backward_warps,
         )  # fmt: skip
-    _reduce[(triton.cdiv(N, config.reduce_columns),)](
+    _norm_reduce[(triton.cdiv(N, config.reduce_columns),)](
         partial, dweight, dbias, programs, N, ROWS=config.reduce_rows, COLUMNS=config.reduce_columns, HAS_BIAS=has_bias
     )
     return dx, dbranch, dweight, dbias
