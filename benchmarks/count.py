@@ -30,7 +30,6 @@ from types import SimpleNamespace
 os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are first imported: launches are recorded here, not run
 
 import torch
-from pydantic import Field
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -39,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import ops
 from fastgpt.benchmarks.peers.plain import PlainGPT
-from fastgpt.config import GPTConfig, Preset, Settings, UserError, parse, preset
+from fastgpt.config import CountConfig, GPTConfig, UserError, parse, preset
 from fastgpt.model import GPT
 
 ARMS = ("eager", "compiled", "fastgpt", "fastgpt-eager")
@@ -437,19 +436,6 @@ def launchers():
 # ---- the command ----
 
 
-class CountConfig(Settings):
-    """Every flag of counting a micro-step's launches and bytes."""
-
-    preset: Preset = Field("gpt2", description="whose shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, ...")
-    batch_size: int = Field(32, gt=0, description="sequences of the micro-step")
-    block_size: int = Field(1024, gt=0, description="tokens of a sequence")
-    vocab_size: int = Field(50304, gt=0, description="vocabulary")
-    bias: bool = Field(False, description="biases in Linears and LayerNorms")
-    arms: str = Field(",".join(ARMS), description="which to count, separated by commas")
-    json: bool = Field(False, description="print JSON instead of the tables")
-    kernels: bool = Field(False, description="a row for each kernel instead of for each op")
-
-
 def summary(launches, by_name=False):
     """The sums of Launches, and a row an op (or a kernel) and direction, most bytes first."""
     rows = {}
@@ -480,7 +466,7 @@ def count(cfg):
     found = {"config": {**vars(config), "preset": cfg.preset, "batch_size": cfg.batch_size}, "torch": torch.__version__}
     for arm in arms:
         counted = count_eager if arm.endswith("eager") else count_compiled
-        found[arm] = summary(counted(arm, config, cfg.batch_size, recorders), cfg.kernels)
+        found[arm] = summary(counted(arm, config, cfg.batch_size, recorders), cfg.by_kernel)
     return found
 
 

@@ -157,6 +157,55 @@ with warnings.catch_warnings():
 
         json: str = Field("", description="file to write the report to, as JSON")
 
+    class CountConfig(Settings):
+        """Every flag of counting a micro-step's launches and bytes."""
+
+        preset: Preset = Field("gpt2", description="whose shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, ...")
+        batch_size: int = Field(32, gt=0, le=2**20, description="sequences of the micro-step")
+        block_size: int = Field(1024, gt=0, le=2**24, description="tokens of a sequence")
+        vocab_size: int = Field(50304, gt=0, le=2**24, description="vocabulary")
+        bias: bool = Field(False, description="biases in Linears and LayerNorms")
+        arms: str = Field("eager,compiled,fastgpt,fastgpt-eager", description="which to count")
+        by_kernel: bool = Field(False, description="a row for each kernel instead of for each op")
+        json: bool = Field(False, description="print JSON instead of the tables")
+
+
+class RooflineConfig(Settings):
+    """Every flag of the roofline of a training step."""
+
+    preset: Preset = Field("gpt2", description="whose shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, ...")
+    batch_size: int = Field(32, gt=0, le=2**20, description="sequences of the micro-step")
+    block_size: int = Field(1024, gt=0, le=2**24, description="tokens of a sequence")
+    vocab_size: int = Field(50304, gt=0, le=2**24, description="vocabulary")
+    bias: bool = Field(False, description="biases in Linears and LayerNorms")
+    gpu: str = Field("H200", description="a GPU by name, whose data sheet counts")
+    flops: float | None = Field(None, gt=0, description="FLOP/s in bf16, such as a benchmark's ceiling; None: the data sheet's")
+    bandwidth: float | None = Field(None, gt=0, description="bytes/s of memory; None: the data sheet's")
+
+
+class BenchConfig(Settings):
+    """Every flag of a benchmark run."""
+
+    budget: int = Field(480, gt=0, description="seconds for everything, most important first")
+    only: str = Field("", description="step, ops, or one op: layer_norm, attention, gelu_mlp, cross_entropy, embedding, optimizer")
+    quick: bool = Field(False, description="fewer cases and rounds; without a GPU at toy size either way")
+    out: str = Field("benchmarks/results", description="folder of the results, one folder in it for each GPU")
+    profile: bool = Field(False, description="a trace of each arm's step, and GPU time by op beside the roofline")
+
+
+class CompareConfig(Settings):
+    """Every flag of comparing two result files, given by path or else the newest two of the newest GPU."""
+
+    threshold: float = Field(0.05, ge=0, description="how much slower is too slow: 0.05 is five percent")
+    out: str = Field("benchmarks/results", description="folder of the results")
+
+
+class ReportConfig(Settings):
+    """Every flag of writing a report of a result file, given by path or else the newest."""
+
+    readme: bool = Field(False, description="write the README's table of the newest result instead")
+    out: str = Field("benchmarks/results", description="folder of the results")
+
 
 # fmt: on
 

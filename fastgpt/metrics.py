@@ -41,6 +41,35 @@ PEAK_FLOPS = {
     "T4": 65e12,
 }
 
+# Bytes per second of their memory, from the same sheets.
+PEAK_BANDWIDTH = {
+    "B300": 8e12,
+    "B200": 8e12,
+    "GH200": 4.9e12,
+    "H200 NVL": 4.8e12,
+    "H200": 4.8e12,
+    "H100 PCIe": 2.0e12,
+    "H100 NVL": 3.9e12,
+    "H100": 3.35e12,
+    "A100": 2.039e12,  # of 80 GB; 1.555e12 of 40 GB
+    "A800": 2.039e12,
+    "L40S": 864e9,
+    "L40": 864e9,
+    "L4": 300e9,
+    "RTX 6000 Ada": 960e9,
+    "A6000": 768e9,
+    "A40": 696e9,
+    "A30": 933e9,
+    "A10G": 600e9,
+    "A10": 600e9,
+    "RTX 5090": 1.792e12,
+    "RTX 4090": 1.008e12,
+    "RTX 4080": 716.8e9,
+    "RTX 3090": 936e9,
+    "V100": 900e9,
+    "T4": 320e9,
+}
+
 
 def peak_flops(device, dtype):
     """Peak FLOP/s of a device in a dtype ("bfloat16", "float16" or "float32", which runs as TF32), or None where unknown."""

@@ -40,7 +40,8 @@ class Shape:
 class Problem:
     """An op at a shape: inputs by name, gradients of its outputs, and three functions of the inputs that give a tuple.
 
-    `kernel` is the Triton op, `reference` PyTorch's with the kernel's dropout mask, `chosen` what ops would run.
+    `kernel` is the Triton op, `reference` PyTorch's with the kernel's dropout mask, `chosen` what ops would run; `targets` are the
+    loss's.
     """
 
     inputs: dict
@@ -49,6 +50,7 @@ class Problem:
     kernel: Callable
     reference: Callable
     chosen: Callable
+    targets: torch.Tensor | None = None
 
 
 def widened(x, dtype):
@@ -155,7 +157,7 @@ def problem(op, shape, dtype, device):
         ("loss",), (torch.tensor(3.0, device=device),),
         autocast(lambda h, weight: (module.linear_cross_entropy(h, weight, targets),)),
         autocast(reference_loss),
-        autocast(lambda h, weight: (ops.linear_cross_entropy(h, weight, targets),)),
+        autocast(lambda h, weight: (ops.linear_cross_entropy(h, weight, targets),)), targets,
     )  # fmt: skip
 
 

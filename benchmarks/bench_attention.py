@@ -1,0 +1,84 @@
+"""Causal attention on packed queries, keys and values, against every backend of scaled_dot_product_attention and what is importable."""
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastgpt.benchmarks.harness import CUDA, NotHere, Op, importable
+from fastgpt.verify import Shape
+
+SHAPES = [
+    Shape(16, 1024, 768, 12, 1), Shape(8, 2048, 768, 12, 1), Shape(4, 4096, 768, 12, 1),  # GPT-2 124M's heads
+    Shape(16, 1024, 1024, 16, 1), Shape(16, 1024, 1600, 25, 1),  # 350M's and 1.5B's
+]  # fmt: skip
+
+
+attention = Op("attention", SHAPES, Shape(2, 64, 64, 1, 1), baseline="sdpa", inductor=False)
+
+
+def backend(kind):
+    """A provider of one of PyTorch's backends."""
+
+    def make(it):
+        if not CUDA:
+            raise NotHere(f"PyTorch's {kind.name} needs a GPU")
+
+        def f(qkv):
+            with sdpa_kernel(kind):
+                return it.reference(qkv)
+
+        return f
+
+    return make
+
+
+attention.provider("sdpa-cudnn")(backend(SDPBackend.CUDNN_ATTENTION))
+attention.provider("sdpa-flash")(backend(SDPBackend.FLASH_ATTENTION))
+attention.provider("sdpa-efficient")(backend(SDPBackend.EFFICIENT_ATTENTION))
+
+
+@attention.provider("flex")
+def flex(it):
+    if not CUDA:
+        raise NotHere("FlexAttention has no backward on a CPU")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    T = it.inputs["qkv"].size(1)
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def f(qkv):
+        q, k, v = (t.transpose(1, 2) for t in heads(qkv))
+        return (packed(compiled(q, k, v, block_mask=mask).transpose(1, 2)),)
+
+    return f
+
+
+@attention.provider("flash-attn-3")
+def flash_attn_3(it):
+    attend = importable("flash_attn_interface").flash_attn_func
+    return lambda qkv: (packed(first(attend(*heads(qkv), causal=True))),)
+
+
+@attention.provider("flash-attn-4")
+def flash_attn_4(it):
+    attend = importable("flash_attn.cute").flash_attn_func
+    return lambda qkv: (packed(first(attend(*heads(qkv), causal=True))),)
+
+
+def heads(qkv):
+    """q, k and v [B, T, H, 64] of qkv [B, T, 3 C]: all of GPT-2's heads are of 64."""
+    B, T, C3 = qkv.shape
+    return [t.view(B, T, -1, 64) for t in qkv.split(C3 // 3, dim=2)]
+
+
+def packed(y):
+    """[B, T, C] of y [B, T, H, 64]."""
+    return y.flatten(2)
+
+
+def first(answer):
+    """The output alone, of a function that may give the lse too."""
+    return answer[0] if isinstance(answer, tuple) else answer
+
+
+test_attention = attention.benchmark()
