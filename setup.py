@@ -9,6 +9,13 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "fastgpt/__init__.py").read_text()).group(1)
 
 test = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "transformers"]
+bench = [
+    "pytest",
+    "pytest-benchmark",
+    "transformers",
+    "liger-kernel; sys_platform == 'linux'",
+    "quack-kernels; sys_platform == 'linux'",
+]
 setup(
     name="fastgpt",
     version=version,
@@ -30,6 +37,6 @@ setup(
         "tqdm",
         "matplotlib",
     ],
-    extras_require={"test": test, "hf": ["transformers"], "wandb": ["wandb"]},
+    extras_require={"test": test, "bench": bench, "hf": ["transformers"], "wandb": ["wandb"]},
     entry_points={"console_scripts": ["fastgpt = fastgpt.cli:entry"]},
 )

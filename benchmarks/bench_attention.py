@@ -3,7 +3,7 @@
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgpt.benchmarks.harness import CUDA, NotHere, Op, importable
+from fastgpt.benchmarks.harness import Op, importable, needs_gpu
 from fastgpt.verify import Shape
 
 SHAPES = [
@@ -19,8 +19,7 @@ def backend(kind):
     """A provider of one of PyTorch's backends."""
 
     def make(it):
-        if not CUDA:
-            raise NotHere(f"PyTorch's {kind.name} needs a GPU")
+        needs_gpu(f"PyTorch's {kind.name}")
 
         def f(qkv):
             with sdpa_kernel(kind):
@@ -38,8 +37,7 @@ attention.provider("sdpa-efficient")(backend(SDPBackend.EFFICIENT_ATTENTION))
 
 @attention.provider("flex")
 def flex(it):
-    if not CUDA:
-        raise NotHere("FlexAttention has no backward on a CPU")
+    needs_gpu("FlexAttention's backward")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     T = it.inputs["qkv"].size(1)

@@ -3,7 +3,7 @@
 import torch
 
 from fastgpt import ops
-from fastgpt.benchmarks.harness import CUDA, NotHere, Op
+from fastgpt.benchmarks.harness import Op, needs_gpu
 from fastgpt.verify import Shape
 
 SHAPES = [Shape(32, 1024, 768, 1, 1, bias=False), Shape(16, 1024, 1600, 1, 1, bias=False)]
@@ -13,15 +13,13 @@ gelu_mlp = Op("gelu_mlp", SHAPES, Shape(4, 64, 64, 1, 1, bias=False))
 
 @gelu_mlp.provider("inductor-max-autotune")
 def max_autotune(it):
-    if not CUDA:
-        raise NotHere("max-autotune chooses among a GPU's GEMMs")
+    needs_gpu("max-autotune")
     return torch.compile(it.reference, dynamic=False, mode="max-autotune-no-cudagraphs")
 
 
 @gelu_mlp.provider("fastgpt-recompute")
 def recompute(it):
-    if not CUDA:
-        raise NotHere("the kernels need a GPU")
+    needs_gpu("the Triton kernel")
 
     def f(*inputs):
         with torch.autocast("cuda", it.grads[0].dtype):

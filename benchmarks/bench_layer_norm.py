@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from fastgpt import ops, reference, verify
-from fastgpt.benchmarks.harness import Op, importable
+from fastgpt.benchmarks.harness import Op, importable, needs_gpu
 from fastgpt.verify import Shape
 
 SHAPES = [Shape(32, 1024, 768, 1, 1, bias=False), Shape(16, 1024, 1600, 1, 1, bias=False)]
@@ -55,6 +55,7 @@ def for_both(name):
 
 @for_both("liger")
 def liger(it, add):
+    needs_gpu("Liger-Kernel")
     norm = importable("liger_kernel.transformers.functional").liger_layer_norm
     return with_add(lambda x, w, b: norm(x, w, torch.zeros_like(w) if b is None else b, reference.EPS), it, add)
 

@@ -1,17 +1,15 @@
 """What a benchmark run is: its options, its order, its budget, and what the result file says of the machine."""
 
-import platform
-import shutil
 import signal
-import statistics
-import subprocess
 import time
 
 import pytest
 import torch
 
-from fastgpt.benchmarks import harness
+from fastgpt.benchmarks import harness, machine
 from fastgpt.verify import versions
+
+QUICK = 10  # the importance up to which --quick measures: the first step and each op's first shape
 
 
 def pytest_addoption(parser):
@@ -25,15 +23,19 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "importance(n): when a benchmark is due; 0 comes first")
     config.fastgpt_start = time.monotonic()
     config.fastgpt_left_out = {}
-    config.fastgpt_watch = Watch()
+    config.fastgpt_watch = machine.Watch()
 
 
 def pytest_unconfigure(config):
     config.fastgpt_watch.stop()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     items.sort(key=importance)  # stable
+    if config.getoption("--quick"):
+        late = [i for i in items if importance(i) > QUICK]
+        config.hook.pytest_deselected(items=late)
+        items[:] = [i for i in items if i not in late]
 
 
 def importance(item):
@@ -66,6 +68,11 @@ def pytest_runtest_call(item):
         signal.signal(signal.SIGALRM, before)
 
 
+def name_of(item):
+    """What a case is called: its parameters."""
+    return item.callspec.id if hasattr(item, "callspec") else item.name
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
@@ -73,62 +80,14 @@ def pytest_runtest_makereport(item, call):
         why = report.longrepr[2] if report.outcome == "skipped" else str(call.excinfo.value).strip()
         lines = why.removeprefix("Skipped: ").splitlines() or [type(call.excinfo.value).__name__]
         kind = "" if report.outcome == "skipped" else f"FAILED: {type(call.excinfo.value).__name__}: "
-        item.config.fastgpt_left_out[item.name] = kind + lines[0]
-
-
-# ---- what the result file says of the machine ----
-
-
-class Watch:
-    """The clock of the SMs and the power of the GPU, twice a second while the run lasts, where nvidia-smi tells."""
-
-    def __init__(self):
-        self.process = None
-        if torch.cuda.is_available() and shutil.which("nvidia-smi"):
-            query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "500", "-i", "0"]
-            self.process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-    def stop(self):
-        """{"sm_mhz": [least, median, greatest], "power_w": ...}, or None. Ends the watch."""
-        if self.process is None:
-            return None
-        self.process.terminate()
-        text, self.process = self.process.communicate()[0], None
-        rows = [line.split(",") for line in text.splitlines()]
-        columns = {"sm_mhz": [], "power_w": []}
-        for row in rows:
-            for name, word in zip(columns, row, strict=False):
-                try:
-                    columns[name].append(float(word))
-                except ValueError:  # [N/A]
-                    continue
-        return {k: [min(v), statistics.median(v), max(v)] for k, v in columns.items() if v} or None
-
-
-def gpu_name():
-    """The GPU's name, or the CPU's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = open("/proc/cpuinfo").read().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def driver():
-    """The version of NVIDIA's driver, or None."""
-    if not (torch.cuda.is_available() and shutil.which("nvidia-smi")):
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()[:1] or None
+        item.config.fastgpt_left_out[name_of(item)] = kind + lines[0]
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     step = [b["extra_info"] for b in output_json["benchmarks"] if b["extra_info"].get("kind") == "step"]
     kernels = [x["attention_kernel"] for x in step if x["provider"] == "compiled" and x.get("attention_kernel")]
     output_json["fastgpt"] = {
-        "device": harness.DEVICE, "gpu": gpu_name(), "driver": (driver() or [None])[0],
+        "device": harness.DEVICE, "gpu": machine.gpu_name(), "driver": machine.driver(),
         "versions": {**versions(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
         "ceilings": harness.ceilings(), "clocks": config.fastgpt_watch.stop(),
         "attention_kernel": kernels[0] if kernels else None,
@@ -136,3 +95,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         "quick": bool(config.getoption("--quick")),
         "left_out": [{"name": name, "why": why} for name, why in config.fastgpt_left_out.items()],
     }  # fmt: skip
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    commit_info.update(machine.commit())  # of the source, wherever this runs

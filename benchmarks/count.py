@@ -27,8 +27,6 @@ import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are first imported: launches are recorded here, not run
-
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
@@ -199,6 +197,7 @@ def always(value):
 
 def pretend_gpu(recorder):
     """Have torch, Inductor and the kernels' launchers see an H200, and Triton's launches go to recorder(). For good."""
+    os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are first imported
     from torch._dynamo.device_interface import CudaInterface
     from torch.utils import _triton
     from triton.runtime.jit import JITFunction

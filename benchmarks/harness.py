@@ -13,7 +13,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+import traceback
 from dataclasses import asdict, dataclass, field, replace
 
 import pytest
@@ -32,12 +32,40 @@ class NotHere(Exception):
     """An implementation that this machine cannot run; the reason is the message."""
 
 
+def needs_gpu(what):
+    """Raises NotHere without a GPU."""
+    if not CUDA:
+        raise NotHere(f"{what} needs a GPU")
+
+
+@dataclass
+class Failed:
+    """Why an implementation has no time. Text alone: an exception would keep the tensors of its frames."""
+
+    reason: str
+    trace: str
+    not_here: bool
+
+    @classmethod
+    def by(cls, error):
+        reason = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, NotHere | ArithmeticError):
+            reason = f"{type(error).__name__}: {reason}"
+        return cls(reason, "".join(traceback.format_exception(error)), isinstance(error, NotHere))
+
+    def report(self, provider):
+        """End the test: fastgpt's own must run and be equal; a peer that is not, or is not here, is skipped with its reason."""
+        if provider.startswith("fastgpt") and not self.not_here:
+            pytest.fail(f"{self.reason}\n{self.trace}", pytrace=False)
+        pytest.skip(self.reason)
+
+
 def importable(module):
     """A module of an optional package. Raises NotHere."""
     try:
         return __import__(module, fromlist=["*"])
     except ImportError as e:
-        raise NotHere(f"{module.split('.')[0]} is not importable ({e}); pip install 'fastgpt[bench]'") from None
+        raise NotHere(f"{module} is not importable ({e})") from None
 
 
 # ---- clocks ----
@@ -185,7 +213,9 @@ class Op:
     one. The first provider is `baseline`, PyTorch's reference; fastgpt's is another, and Inductor's too where `inductor`.
     """
 
-    def __init__(self, name, shapes, toy, problem=None, baseline="eager", inductor=True):
+    def __init__(
+        self, name, shapes, toy, problem=None, baseline="eager", inductor=True, directions=("forward", "train")
+    ):
         self.name, self.baseline = name, baseline
         self.problem = problem or functools.partial(verify.problem, name)
         self.providers = {baseline: lambda it: it.reference}
@@ -194,8 +224,8 @@ class Op:
         # Without a GPU the op is what fastgpt runs there.
         self.providers["fastgpt"] = lambda it: it.kernel if CUDA else it.chosen
         shapes = shapes if CUDA else [toy]
-        self.cases = [Case(s, d, DTYPE, s is shapes[0]) for s in shapes for d in ("forward", "train")]
-        self.measured = {}
+        self.cases = [Case(s, d, DTYPE, s is shapes[0]) for s in shapes for d in directions]
+        self.measured, self.checked = {}, set()
 
     def provider(self, name):
         """Register what the decorated function makes under a name."""
@@ -228,14 +258,31 @@ class Op:
                 if name not in only and name != self.baseline:
                     continue
                 try:
-                    check(self, case, name)
+                    self.check(case, name)
                     calls[name] = self.calls(case, name)
-                except NotHere as e:
-                    found[name] = e
                 except Exception as e:  # whatever stops one is said, and the others go on
-                    found[name] = e
+                    found[name] = Failed.by(e)
             self.measured[key] = found | time_together(calls, rounds, seconds)
         return self.measured[key]
+
+    def check(self, case, provider):
+        """Hold a provider to PyTorch by the three-way rule, on a part of the case's tokens. Raises ArithmeticError, NotHere."""
+        s = case.shape
+        shape = replace(s, B=max(1, min(s.B, PARITY_TOKENS // s.T)), T=min(s.T, PARITY_TOKENS))
+        if (shape, provider) in self.checked:
+            return
+        it = self.problem(shape, case.dtype, DEVICE)
+        f = self.providers[provider](it)
+        if provider != self.baseline:
+            for c in verify.compare(f, it.reference, it.inputs, it.outputs, it.grads):
+                if not c.holds:
+                    raise ArithmeticError(f"not equal: {c.what} has {c.ratio:.1f} times PyTorch's error")
+        self.checked.add((shape, provider))
+
+    def parts(self, case):
+        """The roofline's Parts of a case."""
+        parts = roofline.op_parts(self.name, case.shape, case.dtype.itemsize)
+        return [p for p in parts if case.direction == "train" or p.direction == "forward"]
 
     def calls(self, case, provider):
         """Functions without arguments, each on inputs of its own, as many as keep an input from still being in L2."""
@@ -248,7 +295,7 @@ class Op:
             it = self.problem(case.shape, case.dtype, DEVICE) if i else first
             f = f if i else make(it)
             for grad in it.grads:
-                grad.is_fastgpts = True  # in training the head's gradient comes from a backward of ours, which the embedding adds to in place
+                grad.is_fastgpts = True  # as the head's is in training, which the embedding adds to in place
             args = [x.detach().requires_grad_() if verify.is_floating(x) else x for x in it.inputs.values()]
             calls.append(functools.partial(once, f, args, it.grads, case.direction == "train"))
         return calls
@@ -263,39 +310,17 @@ def once(f, args, grads, backward):
         torch.autograd.grad([o for o, _ in wanted], leaves, [g for _, g in wanted])
 
 
-@functools.cache
-def check(op, case, provider):
-    """Hold a provider to PyTorch by the three-way rule, on a part of the case's tokens. Raises ArithmeticError, NotHere."""
-    s = case.shape
-    shape = replace(s, B=max(1, min(s.B, PARITY_TOKENS // s.T)), T=min(s.T, PARITY_TOKENS))
-    it = op.problem(shape, case.dtype, DEVICE)
-    f = op.providers[provider](it)
-    if provider != op.baseline:
-        for c in verify.compare(f, it.reference, it.inputs, it.outputs, it.grads):
-            if not c.holds:
-                raise ArithmeticError(f"not equal: {c.what} has {c.ratio:.1f} times PyTorch's error")
-
-
 def bench_op(benchmark, request, op, case, provider):
-    """Measure a case with all of its selected providers, and hand one's rounds to pytest-benchmark.
-
-    fastgpt's own must be equal; a peer that is not, or is not here, is skipped with its reason.
-    """
+    """Measure a case with all of its selected providers, and hand one's rounds to pytest-benchmark."""
     quick = request.config.getoption("--quick") or not CUDA
     only = {i.callspec.params["provider"] for i in request.session.items if same_case(i, op, case)}
     rounds, seconds = (1, 0.0) if benchmark.disabled else (5, 0.005) if quick else (9, 0.02)
     found = op.measure(case, only, rounds, seconds)
     timing, base = found[provider], found.get(op.baseline)
-    if isinstance(timing, NotHere):
-        pytest.skip(str(timing))
-    if isinstance(timing, Exception):
-        reason = (str(timing).splitlines() or [""])[0] or type(timing).__name__
-        if provider.startswith("fastgpt"):
-            raise timing
-        pytest.skip(f"{type(timing).__name__}: {reason}")
-    parts = [p for p in roofline.op_parts(op.name, case.shape, case.dtype.itemsize) if case.direction == "train" or p.direction == "forward"]
+    if isinstance(timing, Failed):
+        timing.report(provider)
     replay(benchmark, timing, kind="op", op=op.name, provider=provider, baseline=provider == op.baseline)
-    describe(benchmark, case, timing, parts)
+    describe(benchmark, case, timing, op.parts(case))
     if isinstance(base, Timing):
         median, least, greatest = timing.ratios_of(base)
         benchmark.extra_info.update(
@@ -323,13 +348,18 @@ def replay(benchmark, timing, **info):
     )  # fmt: skip
 
 
+def sizes(shape):
+    """The sizes of a Shape that mean something to the op: the others are 1."""
+    return {k: v for k, v in asdict(shape).items() if k in ("B", "T") or (type(v) is int and v > 1)}
+
+
 def describe(benchmark, case, timing, parts):
     """What a time means: rates, and how near to this machine's ceilings and to the floor of the op's parts."""
     top = ceilings()
     flops, bytes_ = (sum(p.times * getattr(p, what) for p in parts) for what in ("flops", "bytes"))
     floor = sum(p.seconds(top["flops"], top["bandwidth"]) for p in parts)
     benchmark.extra_info.update(
-        direction=case.direction, dtype=str(case.dtype)[6:], shape=asdict(case.shape),
+        direction=case.direction, dtype=str(case.dtype)[6:], shape=sizes(case.shape),
         tflops=flops / timing.median / 1e12, gb_per_s=bytes_ / timing.median / 1e9, floor_ms=floor * 1e3,
         of_floor=floor / timing.median, of_flops_ceiling=flops / timing.median / top["flops"],
         of_bandwidth_ceiling=bytes_ / timing.median / top["bandwidth"],

@@ -19,25 +19,30 @@ BEGIN, END = "<!-- performance: fastgpt bench report --readme -->", "<!-- /perfo
 
 # A column: title, what it says, the key in a benchmark, the format.
 STEP_COLUMNS = [
+    ("batch", "sequences of a micro-step.", "batch_size", ","),
     ("ms", "median time of an iteration: all micro-steps and the update.", "ms", ",.2f"),
     ("tokens/s", "tokens of an iteration over its time.", "tokens_per_s", ",.0f"),
     ("MFU", "the model's FLOP/s as a share of the peak in the GPU's data sheet.", "mfu", ".1%"),
     ("MFU of ceiling", "the same as a share of the FLOP/s that this run measured.", "mfu_of_ceiling", ".1%"),
     ("peak GB", "the most memory allocated at a time.", "peak_memory_gb", ".2f"),
     ("launches", "kernels launched in a micro-step.", "launches_per_micro_step", ","),
-    ("against compiled", "compiled nanoGPT's time over the row's, median and range over rounds: above 1 is faster.", "ratio", ""),
-]
+    ("against compiled", "compiled nanoGPT's time over the row's, median (range of rounds): above 1 is faster.", "ratio", ""),
+]  # fmt: skip
 OP_COLUMNS = [
     ("ms", "median time of a call; `train` is forward and backward.", "ms", ",.4f"),
-    ("TFLOP/s", "arithmetic of the op over its time.", "tflops", ",.1f"),
+    ("TFLOP/s", "arithmetic of the op over its time.", "tflops", ",.2f"),
     ("GB/s", "the fewest bytes that the op can move over its time.", "gb_per_s", ",.0f"),
     ("of floor", "the least time for its FLOPs and bytes at the ceilings, as a share of its time.", "of_floor", ".0%"),
     ("host us", "the host's time for a call: where it is longer than the call, the GPU waits.", "host_us", ",.1f"),
-    ("against baseline", "the baseline's time over the row's, median and range over rounds: above 1 is faster.", "ratio", ""),
-]
-BATCH = "Batch: sequences of a micro-step x micro-steps x tokens of a sequence."
-# Sizes that are part of an op's label only for the ops whose time they change.
-MATTERS = {"n_head": ("attention", "optimizer"), "vocab_size": ("embedding", "linear_cross_entropy", "optimizer")}
+    ("against baseline", "the baseline's time over the row's, median (range of rounds): above 1 is faster.", "ratio", ""),
+]  # fmt: skip
+BATCH = "B: sequences of a micro-step x micro-steps of an iteration; best: each provider's fastest B. T: tokens of a sequence."
+# Parts of a shape that are in an op's label only for some ops; what is false or 0 never is.
+MATTERS = {
+    "n_head": ["attention", "optimizer"],
+    "vocab_size": ["embedding", "linear_cross_entropy", "optimizer"],
+    "bias": [],
+}
 
 # ---- reading ----
 
@@ -46,18 +51,15 @@ def load(path):
     """A result file as a dict. Raises UserError for a file that is missing, damaged, or no result of `fastgpt bench`."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); `fastgpt bench` writes result files") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: damaged: it is not JSON") from None
-    try:
         when(result)
         infos, stats = ([b[key] for b in result["benchmarks"]] for key in ("extra_info", "stats"))
         words = [result["fastgpt"]["device"], result["fastgpt"]["gpu"], *(b["fullname"] for b in result["benchmarks"])]
         words += [info[key] for info in infos for key in ("kind", "provider")]
         right = all(isinstance(w, str) for w in words)
         right &= all(0 < s[key] < math.inf for s in stats for key in ("median", "q1", "q3"))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); `fastgpt bench` writes result files") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         right = False
     if not right:
         raise UserError(f"{path}: damaged, or no result of `fastgpt bench`")
@@ -90,8 +92,7 @@ def newest(root, n=1):
 def grouped(result, kind):
     """{case: its benchmarks, the fastest first} of the kind "step" or "op", in the file's order.
 
-    A case is (model, batch, dtype), or (op, shape, direction, dtype); a benchmark is its extra_info with `ms`, and with `ratio`
-    in words.
+    A case is (model, B and T, dtype) or (op, shape, direction, dtype); a benchmark its extra_info, `ms`, and `ratio` in words.
     """
     groups = {}
     for b in result["benchmarks"]:
@@ -100,15 +101,21 @@ def grouped(result, kind):
             continue
         if kind == "step":
             info["ratio"] = ratio(info, "ratio_to_compiled", info["provider"] == "compiled")
-            batch = " x ".join(cell(info.get(key)) for key in ("batch_size", "accumulation", "block_size"))
-            case = cell(info.get("model")), batch, cell(info.get("dtype"))
+            model, batch = (
+                cell(info.get("model")),
+                f"B={cell(info.get('batch_size'))} x {cell(info.get('accumulation'))}",
+            )
+            # Providers of one group belong together, also where each has a batch size of its own.
+            batch = (b.get("group") or "").removeprefix(f"step {model} ") or batch
+            case = model, f"{batch}, T={cell(info.get('block_size'))}", cell(info.get("dtype"))
         else:
             info["ratio"] = ratio(info, "ratio_to_baseline", info.get("baseline"))
             op, sizes = cell(info.get("op")), info.get("shape") or {}
-            shape = " ".join(f"{k}={v}" for k, v in sizes.items() if op in MATTERS.get(k, (op,)))
+            shape = " ".join(f"{k}={v}" for k, v in sizes.items() if v and op in MATTERS.get(k, [op]))
             case = op, shape or "-", cell(info.get("direction")), cell(info.get("dtype"))
         groups.setdefault(case, []).append(info)
-    return {case: sorted(benchmarks, key=lambda b: b["ms"]) for case, benchmarks in groups.items()}
+    speed = lambda b: (-(b.get("tokens_per_s") or 0), b["ms"])  # noqa: E731
+    return {case: sorted(benchmarks, key=speed) for case, benchmarks in groups.items()}
 
 
 # ---- words ----
@@ -129,15 +136,38 @@ def ratio(info, key, is_baseline):
     return f"{median}x" if "-" in (low, high) else f"{median}x ({low}–{high})"
 
 
-def table(columns, groups, first):
-    """A Markdown table of the benchmarks of groups: `first` {title: place in the case}, the provider, then columns."""
-    lines = [[*first, "provider", *(c[0] for c in columns)], ["---"] * (len(first) + 1) + ["---:"] * len(columns)]
+def table(titles, rows, left):
+    """A Markdown table: the first `left` columns are words, the others numbers."""
+    lines = [titles, ["---"] * left + ["---:"] * (len(titles) - left), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def case_table(columns, groups, first):
+    """The table of grouped benchmarks: `first` {title: place in the case}, the provider, then columns."""
+    rows = []
     for case, benchmarks in groups.items():
         for b in benchmarks:
-            provider = cell(b["provider"], "") if b is not benchmarks[0] else f"**{cell(b['provider'])}**"
+            provider = f"**{cell(b['provider'])}**" if b is benchmarks[0] else cell(b["provider"])
             cells = [cell(b.get(key), spec) for _, _, key, spec in columns]
-            lines.append([*(case[place] for place in first.values()), provider, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            rows.append([*(case[place] for place in first.values()), provider, *cells])
+    return table([*first, "provider", *(title for title, _, _, _ in columns)], rows, len(first) + 1)
+
+
+def step_title(case):
+    return "{} {}, {}".format(*case)
+
+
+def short(name):
+    """The parameters of a test's name, or all of a name without."""
+    return name.partition("[")[2].removesuffix("]") or name
+
+
+def listed(pairs):
+    """A Markdown list of (what, which) pairs: each `what` once, with all of its `which`."""
+    groups = {}
+    for what, which in pairs:
+        groups.setdefault(what, []).append(which)
+    return "\n".join(f"- {what}: {', '.join(which)}" for what, which in groups.items())
 
 
 def explained(columns):
@@ -145,9 +175,8 @@ def explained(columns):
 
 
 def commit(result):
-    """(short id, whether the tree had changes that it does not hold)."""
     info = result.get("commit_info") or {}
-    return (info.get("id") or "unknown")[:7], bool(info.get("dirty"))
+    return (info.get("id") or "unknown")[:7] + "-dirty" * bool(info.get("dirty"))
 
 
 def versions(result):
@@ -166,17 +195,18 @@ def about(result):
     run = result["fastgpt"]
     ceilings, clocks = run.get("ceilings") or {}, run.get("clocks") or {}
     flops, bandwidth = (ceilings.get(key) and ceilings[key] / 1e12 for key in ("flops", "bandwidth"))
-    spans = [f"{name} {median:,.0f} ({low:,.0f}–{high:,.0f})" for name, (low, median, high) in clocks.items()]
-    timed = Counter(f"{b['extra_info']['kind']}s by {cell(b['extra_info'].get('timed_by'))}" for b in result["benchmarks"])
+    spans = [f"{name} {span[1]:,.0f} ({span[0]:,.0f}–{span[2]:,.0f})" for name, span in clocks.items() if span]
+    infos = [b["extra_info"] for b in result["benchmarks"]]
+    timed = Counter(f"{info['kind']}s by {cell(info.get('timed_by'))}" for info in infos)
     budget = f", of a budget of {run['budget_s']:.0f} s" if run.get("budget_s") else ""
-    id, dirty = commit(result)
+    dirty = " (changes in the tree are not committed)" * commit(result).endswith("-dirty")
     lines = [
         f"{'GPU' if run['device'] == 'cuda' else 'CPU'}: {cell(run['gpu'])}, driver {cell(run.get('driver'))}",
         f"versions: {versions(result)}",
         f"run: {when(result):%Y-%m-%d %H:%M} UTC, {cell(run.get('seconds'), '.0f')} s{budget}",
-        f"commit: {id}{', dirty: with changes that are not committed' if dirty else ''}",
+        f"commit: {commit(result)}{dirty}",
         f"clocks and power, median and range: {', '.join(spans) or '-'}",
-        f"ceilings measured in this run: {cell(flops, ',.0f')} TFLOP/s in {cell(ceilings.get('dtype'))}, {cell(bandwidth, '.2f')} TB/s",
+        f"ceilings measured in this run: {cell(flops, ',.2f')} TFLOP/s in {cell(ceilings.get('dtype'))}, {cell(bandwidth, '.2f')} TB/s",
         f"attention kernel that ran: {cell(run.get('attention_kernel'))}",
         f"timed: {', '.join(f'{n} {how}' for how, n in timed.items()) or '-'}",
     ]
@@ -186,26 +216,28 @@ def about(result):
 def write(path):
     """Write the report of the result X.json beside it: X.md, whose path is returned, and up to three plots. Raises UserError."""
     path, result = Path(path), load(path)
-    images = {}
-    for name, plot in (("steps", steps_plot(result)), ("history", history_plot(result, path.parent)), ("ops", ops_plot(result))):
-        if plot:
-            plot.savefig(path.with_name(f"{path.stem}-{name}.png"))
-        images[name] = [f"![{name}]({path.stem}-{name}.png)"] if plot else []
     steps, ops = grouped(result, "step"), grouped(result, "op")
     parts = [f"# fastgpt bench on {cell(result['fastgpt']['gpu'])}", *loud(result), about(result)]
     parts += ["In each case the fastest provider comes first, in bold."]
     parts += ["## Steps", BATCH, explained(STEP_COLUMNS)] if steps else []
     for case, benchmarks in steps.items():
-        parts += ["### {}, batch {}, {}".format(*case), table(STEP_COLUMNS, {case: benchmarks}, {})]
-        kernels = [f"{b['provider']} `{b['attention_kernel']}`" for b in benchmarks if b.get("attention_kernel")]
-        parts += [f"Attention ran in: {', '.join(kernels)}."] if kernels else []
-    parts += [*images["steps"], *images["history"]]
+        parts += [f"### {step_title(case)}", case_table(STEP_COLUMNS, {case: benchmarks}, {})]
+        kernels = listed((f"`{b['attention_kernel']}`", b["provider"]) for b in benchmarks if b.get("attention_kernel"))
+        parts += ["Attention ran in:", kernels] if kernels else []
+    bars = {step_title(case): {"": benchmarks} for case, benchmarks in steps.items()}
+    text = "{provider}  {tokens_per_s:,.0f}  {ratio}"
+    parts += bar_plot(path, "steps", "tokens/s of a training step", result, bars, "tokens_per_s", text)
+    parts += history_plot(path, result)
     parts += ["## Ops", explained(OP_COLUMNS)] if ops else []
+    bars = {}
     for op in dict.fromkeys(case[0] for case in ops):
         own = {case: benchmarks for case, benchmarks in ops.items() if case[0] == op}
-        parts += [f"### {op}", table(OP_COLUMNS, own, {"shape": 1, "direction": 2, "dtype": 3})]
-    left_out = [f"- `{x['name']}`: {cell(x.get('why'))}" for x in result["fastgpt"].get("left_out") or []]
-    parts += [*images["ops"], "## Left out", "\n".join(left_out) or "Nothing."]
+        parts += [f"### {op}", case_table(OP_COLUMNS, own, {"shape": 1, "direction": 2, "dtype": 3})]
+        bars[op] = {f"{shape}\n{direction}, {dtype}": bs for (_, shape, direction, dtype), bs in own.items()}
+    title, text = "share of the floor at the measured ceilings", "{provider}  {of_floor:.0%}  {ms:,.4f} ms  {ratio}"
+    parts += bar_plot(path, "ops", title, result, bars, "of_floor", text, line=1)
+    left_out = listed((cell(x.get("why")), short(x["name"])) for x in result["fastgpt"].get("left_out") or [])
+    parts += ["## Left out", left_out or "Nothing."]
     page = path.with_suffix(".md")
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
@@ -216,8 +248,11 @@ def write(path):
 
 def colours(result):
     """{provider: colour}, the same in every plot of a result."""
+    from matplotlib import colormaps
+
     fixed = {"fastgpt": "tab:blue", "compiled": "tab:orange", "strongest": "tab:green", "eager": "tab:gray"}
-    palette = ["tab:purple", "tab:red", "tab:cyan", "tab:olive", "tab:pink", "tab:brown"]
+    free = (8, 6, 18, 16, 12, 10, 9, 7, 19, 17, 13, 11, 1, 3, 5)  # of tab20, what is not fixed
+    palette = [colormaps["tab20"](k) for k in free]
     others = sorted({b["extra_info"]["provider"] for b in result["benchmarks"]} - fixed.keys())
     return fixed | {provider: palette[i % len(palette)] for i, provider in enumerate(others)}
 
@@ -238,67 +273,58 @@ def panels(heights, title):
     return figure, dict(zip(heights, axes, strict=True))
 
 
-def bar_plot(result, groups, key, text, title, least=0):
-    """Bars of {panel: {label: benchmarks}} as long as a key says, with text behind; a line at `least`. None without data."""
-    known = {p: {label: [b for b in bs if b.get(key)] for label, bs in g.items()} for p, g in groups.items()}
+def save(figure, path, name):
+    """Write a plot beside the result X.json as X-name.png: Markdown that shows it, as a list of one."""
+    figure.savefig(path.with_name(f"{path.stem}-{name}.png"))
+    return [f"![{name}]({path.stem}-{name}.png)"]
+
+
+def bar_plot(path, name, title, result, groups, key, text, line=0):
+    """Bars of {panel: {label: benchmarks}} as long as a key says, text behind each, a mark at `line`; see `save`. [] without data."""
+    known = {p: {label: [b for b in bs if (b.get(key) or 0) > 0] for label, bs in g.items()} for p, g in groups.items()}
     known = {p: {label: bs for label, bs in g.items() if bs} for p, g in known.items() if any(g.values())}
     if not known:
-        return None
+        return []
     heights = {p: 0.55 + 0.19 * sum(len(bs) + 0.8 for bs in g.values()) for p, g in known.items()}
     figure, axes = panels(heights, f"{title}, {result['fastgpt']['gpu']}")
     for panel, a in axes.items():
-        y, middles = 0, []
+        y, middles, longest = 0, [], line
         for bs in known[panel].values():
             middles.append(y + (len(bs) - 1) / 2)
             for b in bs:
                 a.barh(y, b[key], 0.9, color=colours(result)[b["provider"]])
-                a.annotate(text.format(**b), (b[key], y), (4, 0), textcoords="offset points", va="center", fontsize=8)
-                y += 1
+                words = a.annotate(text.format(**b), (b[key], y), (4, 0), textcoords="offset points", fontsize=8)
+                words.set(va="center", bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
+                y, longest = y + 1, max(longest, b[key])
             y += 0.8
         a.set_yticks(middles, known[panel])
+        a.tick_params(axis="y", length=0)
         a.grid(visible=False, axis="y")
-        a.set(xlim=(0, 1.5 * max(least, *(b[key] for bs in known[panel].values() for b in bs))), ylim=(y - 1.2, -0.7))
-        a.xaxis.set_major_formatter("{x:.0%}" if least else "{x:,.0f}")
-        if least:
-            a.axvline(least, color="black", lw=0.8, ls=":")
-    return figure
+        a.set(xlim=(0, 1.65 * longest), ylim=(y - 1.2, -0.7))
+        a.xaxis.set_major_formatter("{x:.0%}" if line else "{x:,.0f}")
+        a.axvline(line, color="black", lw=0.8, ls=":")
+    return save(figure, path, name)
 
 
-def ops_plot(result):
-    """Share of the floor of each op's cases and providers, or None."""
-    groups = {}
-    for (op, shape, direction, dtype), benchmarks in grouped(result, "op").items():
-        groups.setdefault(op, {})[f"{shape}\n{direction}, {dtype}"] = benchmarks
-    text = "{provider}  {of_floor:.0%}  {ms:,.4f} ms  {ratio}"
-    return bar_plot(result, groups, "of_floor", text, "ops against their floor at the measured ceilings (100%)", least=1)
-
-
-def steps_plot(result):
-    """Tokens/s of each step case's providers with the ratio to compiled, or None."""
-    groups = {"{}, batch {}, {}".format(*case): {"": benchmarks} for case, benchmarks in grouped(result, "step").items()}
-    return bar_plot(result, groups, "tokens_per_s", "{provider}  {tokens_per_s:,.0f}  {ratio}", "tokens/s of a training step")
-
-
-def history_plot(result, folder):
-    """Tokens/s of fastgpt and of compiled over a folder's runs on this GPU, up to this one; None where it is the first."""
-    alike = lambda r: all(r["fastgpt"].get(k) == result["fastgpt"].get(k) for k in ("gpu", "device", "quick"))  # noqa: E731
-    runs = [r for _, r in readable(folder) if alike(r) and when(r) <= when(result)]
+def history_plot(path, result):
+    """Tokens/s of fastgpt and of compiled over the folder's runs on this GPU, up to this one; see `save`. [] where it is the first."""
+    like = lambda r: all(r["fastgpt"].get(k) == result["fastgpt"].get(k) for k in ("gpu", "device", "quick"))  # noqa: E731
+    runs = [r for _, r in readable(path.parent) if like(r) and when(r) <= when(result)]
     steps, cases = [grouped(r, "step") for r in runs], grouped(result, "step")
     if len(runs) < 2 or not cases:
-        return None
-    figure, axes = panels({"{}, batch {}, {}".format(*case): 2.0 for case in cases}, f"tokens/s over commits, {result['fastgpt']['gpu']}")
+        return []
+    title = f"tokens/s over commits, {result['fastgpt']['gpu']}"
+    figure, axes = panels(dict.fromkeys(map(step_title, cases), 2.0), title)
     for case, a in zip(cases, axes.values(), strict=True):
         for provider in ("fastgpt", "compiled"):
             rates = [{b["provider"]: b.get("tokens_per_s") for b in step.get(case, [])}.get(provider) for step in steps]
-            line = [math.nan if rate is None else rate for rate in rates]
-            a.plot(line, "o-", ms=4, color=colours(result)[provider], label=provider)
-        names = [id + " dirty" * dirty for id, dirty in map(commit, runs)]
-        a.set_xticks(range(len(runs)), names, rotation=30 if len(runs) > 8 else 0)
+            a.plot(rates, "o-", ms=4, color=colours(result)[provider], label=provider)
+        a.set_xticks(range(len(runs)), map(commit, runs), rotation=30 if len(runs) > 8 else 0)
         a.set_xlim(-0.5, len(runs) - 0.5)
         a.margins(y=0.2)
         a.yaxis.set_major_formatter("{x:,.0f}")
-        a.legend(fontsize=8)
-    return figure
+        a.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return save(figure, path, "history")
 
 
 # ---- the README ----
@@ -312,24 +338,23 @@ def readme_table(path, folder=ROOT):
             "`fastgpt bench report --readme` writes the numbers here."
         )
     path, result = Path(path), load(path)
-    stem, (id, dirty) = Path(os.path.relpath(path, folder)).with_suffix("").as_posix(), commit(result)
-    titles = "model", "batch", "fastgpt tokens/s", "compiled nanoGPT tokens/s", "ratio", "MFU", "strongest tokens/s"
-    lines = [titles, ["---"] * 2 + ["---:"] * 5]
-    for (model, batch, dtype), benchmarks in grouped(result, "step").items():
+    stem, steps, rows = Path(os.path.relpath(path, folder)).with_suffix("").as_posix(), grouped(result, "step"), []
+    for (model, batch, dtype), benchmarks in steps.items():
         by = {b["provider"]: b for b in benchmarks}
-        ours, compiled, strongest = (by.get(provider, {}) for provider in ("fastgpt", "compiled", "strongest"))
-        rates = [cell(b.get("tokens_per_s"), ",.0f") for b in (ours, compiled, strongest)]
-        lines.append([model, f"{batch}, {dtype}", *rates[:2], cell(ours.get("ratio")), cell(ours.get("mfu"), ".1%"), rates[2]])
+        rates = [cell(by.get(p, {}).get("tokens_per_s"), ",.0f") for p in ("fastgpt", "compiled", "strongest")]
+        ours = by.get("fastgpt", {})
+        rows.append([model, f"{batch}, {dtype}", *rates, cell(ours.get("ratio")), cell(ours.get("mfu"), ".1%")])
+    titles = ["model", "batch", "fastgpt tokens/s", "compiled nanoGPT tokens/s", "strongest tokens/s", "ratio", "MFU"]
     parts = [
         *loud(result),
-        f"{cell(result['fastgpt']['gpu'])}, {when(result):%Y-%m-%d}, commit {id}{' with changes that are not committed' * dirty}; "
-        f"{versions(result)}. Measured by `fastgpt bench`; [every provider, op and column]({stem}.md).",
-        "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        f"{BATCH} Ratio: compiled nanoGPT's time over fastgpt's, median and range over rounds: above 1 is faster. MFU: fastgpt's, of "
-        "the data sheet's peak. Strongest: plain PyTorch with every setting that makes it faster.",
-        *([f"![tokens/s of a training step]({stem}-steps.png)"] if steps_plot(result) else []),
+        f"{cell(result['fastgpt']['gpu'])}, {when(result):%Y-%m-%d}, commit {commit(result)}; {versions(result)}. "
+        f"Measured by `fastgpt bench`; [every provider, op and column]({stem}.md).",
+        table(titles, rows, left=2),
+        f"{BATCH} Strongest: plain PyTorch with every setting that makes it faster. Ratio: compiled nanoGPT's time over fastgpt's, "
+        "median (range of rounds): above 1 is faster. MFU: fastgpt's, of the data sheet's peak.",
     ]
-    return "\n\n".join(parts)
+    drawn = any(b.get("tokens_per_s") for benchmarks in steps.values() for b in benchmarks)
+    return "\n\n".join(parts + [f"![tokens/s of a training step]({stem}-steps.png)"] * drawn)
 
 
 def readme_parts(path):

@@ -87,7 +87,12 @@ def linear_cross_entropy(M, C, V, itemsize):
     """The head's three GEMMs, and one pass over the logits: read for the loss, their gradient written in their place."""
     logits = M * V * itemsize
     head = linear("head", M, V, C, itemsize)
-    return [head[0], Part("cross_entropy", "forward", 0, logits), Part("cross_entropy", "backward", 0, logits), *head[1:]]
+    return [
+        head[0],
+        Part("cross_entropy", "forward", 0, logits),
+        Part("cross_entropy", "backward", 0, logits),
+        *head[1:],
+    ]
 
 
 def embedding(M, T, C):
@@ -160,10 +165,12 @@ def roofline(cfg):
     flops, bandwidth = rates(cfg)
     parts = step_parts(config, cfg.batch_size)
     print(
-        f"{cfg.preset}: {n_params(config) / 1e6:.1f}M parameters, {cfg.batch_size} x {cfg.block_size} tokens, one micro-step and the update, "
-        f"on {cfg.gpu} ({flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s)\n"
+        f"{cfg.preset}: {n_params(config) / 1e6:.1f}M parameters, {cfg.batch_size} x {cfg.block_size} tokens, one micro-step and "
+        f"the update, on {cfg.gpu} ({flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s)\n"
     )
-    print(f"{'part':24}{'direction':11}{'times':>6}{'GFLOP':>10}{'GB':>8}{'FLOPs ms':>10}{'bytes ms':>10}{'floor ms':>10}")
+    print(
+        f"{'part':24}{'direction':11}{'times':>6}{'GFLOP':>10}{'GB':>8}{'FLOPs ms':>10}{'bytes ms':>10}{'floor ms':>10}"
+    )
     for p in parts:
         by_flops, by_bytes = p.times * p.flops / flops * 1e3, p.times * p.bytes / bandwidth * 1e3
         print(
@@ -176,7 +183,8 @@ def roofline(cfg):
     tokens = cfg.batch_size * cfg.block_size
     floors = sum(p.seconds(flops, bandwidth) for p in parts)
     best = max(all_flops / flops, all_bytes / bandwidth)
-    print(f"\n{all_flops / 1e12:.2f} TFLOP, {all_bytes / 1e9:.1f} GB; {(plain + fused) / 1e9:.1f} GB of it outside GEMMs and attention, the update apart")
+    outside = f"{(plain + fused) / 1e9:.1f} GB of it outside GEMMs and attention, the update apart"
+    print(f"\n{all_flops / 1e12:.2f} TFLOP, {all_bytes / 1e9:.1f} GB; {outside}")
     print(f"sum of the floors:     {floors * 1e3:9.2f} ms, {tokens / floors:12,.0f} tok/s")
     print(f"all overlapped:        {best * 1e3:9.2f} ms, {tokens / best:12,.0f} tok/s")
 

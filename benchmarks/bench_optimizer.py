@@ -1,0 +1,98 @@
+"""The update: the global norm, clipping and AdamW over all of a GPT's parameters, against PyTorch's ways to do it."""
+
+import functools
+from dataclasses import replace
+
+import torch
+
+from fastgpt import optim, verify
+from fastgpt.benchmarks import roofline
+from fastgpt.benchmarks.harness import DEVICE, Op, needs_gpu
+from fastgpt.config import GPTConfig, preset
+from fastgpt.model import GPT
+from fastgpt.verify import Shape
+
+LR, BETAS, DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0
+
+
+def model_of(shape):
+    """The GPT of a width, on no device: GPT-2's of 768 and 1600, and a toy."""
+    layers = {768: 12, 1600: 48}.get(shape.n_embd, 2)
+    with torch.device("meta"):
+        return GPT(GPTConfig(shape.T, shape.vocab_size, layers, shape.n_head, shape.n_embd, bias=False))
+
+
+class Update(Op):
+    """The Op, whose providers take parameters that have gradients and give a function that updates them in place."""
+
+    def __init__(self, *shapes, toy):
+        super().__init__("optimizer", shapes, toy, baseline="fused", inductor=False, directions=("update",))
+        self.providers = {}
+        self.cases = [replace(c, dtype=torch.float32) for c in self.cases]
+
+    def parameters(self, shape):
+        """New parameters with gradients, the same each time."""
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(p.shape, device=DEVICE)) for p in model_of(shape).parameters()]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        return parameters
+
+    def calls(self, case, provider):
+        return [self.providers[provider](self.parameters(case.shape))]
+
+    def parts(self, case):
+        return roofline.optimizer(sum(p.numel() for p in model_of(case.shape).parameters()))
+
+    def check(self, case, provider):
+        toy = Shape(1, 64, 64, 2, 256)
+        found = self.parameters(toy)
+        same, exact = self.parameters(toy), [p.detach().double() for p in found]
+        gradients = [p.grad.double() for p in found]
+        clip = min(1.0, CLIP / (sum((g**2).sum() for g in gradients).sqrt().item() + 1e-6))
+        self.providers[provider](found)()
+        torch_update(same, fused=False)()
+        for p, g in zip(exact, gradients, strict=True):  # the first step of AdamW: m / sqrt(v) is the gradient's sign
+            g = g * clip
+            p.mul_(1 - LR * DECAY * (p.dim() >= 2)).sub_(LR * g / (g.abs() + 1e-8))
+        for i, tensors in enumerate(zip(found, same, exact, strict=True)):
+            c = verify.compared("update", f"parameter {i}", *(t.detach() for t in tensors))
+            if not c.holds:
+                raise ArithmeticError(f"not equal: {c.what} has {c.ratio:.1f} times PyTorch's error")
+
+
+def torch_update(parameters, **how):
+    """clip_grad_norm_ and torch.optim.AdamW."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": DECAY},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return clipped(torch.optim.AdamW(groups, lr=LR, betas=BETAS, **how), parameters)
+
+
+def clipped(optimizer, parameters):
+    def update():
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+
+    return update
+
+
+update = Update(Shape(1, 1024, 768, 12, 50304), toy=Shape(1, 64, preset("tiny")["n_embd"], 2, 256))
+update.provider("fused")(functools.partial(torch_update, fused=True))
+update.provider("foreach")(functools.partial(torch_update, foreach=True))
+
+
+@update.provider("inductor")
+def inductor(parameters):
+    needs_gpu("a compiled optimizer")
+    return torch.compile(torch_update(parameters, capturable=True))
+
+
+@update.provider("fastgpt")
+def fastgpt(parameters):
+    """As the trainer does."""
+    return clipped(optim.adamw(torch.nn.ParameterList(parameters), DECAY, LR, BETAS, DEVICE), parameters)
+
+
+test_optimizer = update.benchmark()

@@ -1,0 +1,239 @@
+"""The benchmark suite: what it times is equal, a slowdown shows, a budget ends it, and its peers are what they are named for."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+
+from fastgpt.benchmarks import bench_train, compare, harness, machine, roofline
+from fastgpt.benchmarks.peers.huggingface import HuggingFaceGPT
+from fastgpt.benchmarks.peers.plain import PlainGPT
+from fastgpt.config import GPTConfig
+from fastgpt.model import GPT
+
+FOLDER = Path(harness.__file__).parent
+ENV = {k: v for k, v in os.environ.items() if "XDIST" not in k}  # beside which pytest-benchmark would not measure
+CASE = bench_train.Case("tiny", 4, 2, 0)
+
+
+def suite(name, json_file, *flags, plant=""):
+    """Run one file of the suite as `pytest benchmarks` would, after some planted lines: (exit status, output)."""
+    code = f"import sys, pytest\n{plant}\nsys.exit(pytest.main(sys.argv[1:]))"
+    words = [str(FOLDER / f"{name}.py"), f"--benchmark-json={json_file}", "-q", "-rs", "-p", "no:cacheprovider", *flags]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=ENV)
+    return done.returncode, done.stdout + done.stderr
+
+
+# ---- planted faults ----
+
+
+def test_a_planted_sleep_or_copy_is_slower_in_compare(tmp_path, capsys):
+    a, slow, copied = (tmp_path / f"{name}.json" for name in ("a", "slow", "copied"))
+    only = "-k", "eager or fastgpt"
+    assert suite("bench_embedding", a, *only)[0] == 0
+    plant = "import time; from fastgpt import ops; f = ops.embedding; ops.embedding = lambda *a: {} or f(*a)"
+    assert suite("bench_embedding", slow, *only, plant=plant.format("time.sleep(2e-4)"))[0] == 0
+    copies = "import torch; x = torch.ones(2**20)\nfrom fastgpt import ops; f = ops.embedding; ops.embedding = lambda *a: (x.clone(), f(*a))[1]"
+    assert suite("bench_embedding", copied, *only, plant=copies)[0] == 0
+    for b in (slow, copied):
+        capsys.readouterr()
+        assert compare.compare(a, b, 0.5) == 1
+        said = capsys.readouterr().out.splitlines()
+        assert any("fastgpt" in line and "  slower" in line for line in said)
+        assert not any("eager" in line and "  slower" in line for line in said)
+
+
+def test_a_planted_wrong_result_has_no_time(tmp_path):
+    plant = """
+from torch.nn import functional as F
+from fastgpt import ops
+ops.gelu_mlp = lambda h, w, b, v, c: F.linear(F.gelu(F.linear(h, w, b), approximate="tanh"), v, c)"""
+    status, said = suite("bench_gelu_mlp", tmp_path / "a.json", "-k", "eager or fastgpt", plant=plant)
+    assert status == 1
+    assert "not equal: y has" in said
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert {b["extra_info"]["provider"] for b in result["benchmarks"] if b["extra_info"]} == {"eager"}
+    assert any("FAILED" in x["why"] and "not equal" in x["why"] for x in result["fastgpt"]["left_out"])
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """Measure planted arms beside plain PyTorch's, in this process."""
+
+    def measure(**planted):
+        for name, make in planted.items():
+            monkeypatch.setitem(bench_train.ARMS, name, make)
+        return bench_train.Group(CASE, ["eager", "fastgpt-eager", *planted], rounds=3, seconds=0.01, steps=20)
+
+    return measure
+
+
+def test_an_arm_that_computes_or_begins_otherwise_is_not_timed(group):
+    def eps(setup):
+        arm = bench_train.eager(setup)
+        for block in arm.module.transformer.h:
+            norm = block.ln_1
+            norm.forward = lambda x, n=norm: torch.nn.functional.layer_norm(x, n.weight.shape, n.weight, n.bias, 1e-6)
+        return arm
+
+    def half_the_batch(setup):
+        arm = bench_train.eager(setup)
+        return bench_train.Arm(arm.module, lambda x, y: arm.module(x[:2], y[:2]), setup.optimizer)
+
+    def other_weights(setup):
+        arm = bench_train.eager(setup)
+        arm.weights = lambda: {n: w + 1e-7 for n, w in arm.module.state_dict().items()}
+        return arm
+
+    found = group(eps=eps, half=half_the_batch, other=other_weights)
+    assert set(found.timings) == {"eager", "fastgpt-eager"}
+    assert set(found.failed) == {"eps", "half", "other"}
+    assert all(f.reason.startswith("not equal: losses are") for name, f in found.failed.items() if name != "other")
+    assert found.failed["other"].reason == "not equal: the initial transformer.wte.weight"
+
+
+def test_a_sleep_in_an_arm_shows_in_its_ratio_and_a_crash_stops_no_other(group):
+    def slow(setup):
+        arm = bench_train.eager(setup)
+        return bench_train.Arm(arm.module, lambda x, y: (time.sleep(0.02), arm.module(x, y))[1], setup.optimizer)
+
+    def broken(setup):
+        raise torch.OutOfMemoryError("of memory there is none")
+
+    found = group(slow=slow, broken=broken)
+    median, least, greatest = found.timings["slow"].ratios_of(found.timings["eager"])
+    assert least <= median <= greatest < 0.9
+    assert found.timings["slow"].median > 2 * 0.02  # two micro-steps
+    assert found.failed["broken"].reason == "OutOfMemoryError: of memory there is none"
+    assert "eager" in found.timings
+
+
+# ---- the run ----
+
+
+def test_the_step_as_the_command_measures_it(tmp_path):
+    out = tmp_path / "results"
+    words = [sys.executable, "-m", "benchmarks", "--quick", "--only", "step", "--profile", "--out", str(out)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=FOLDER.parent, env=ENV)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (f for f in out.rglob("*.json"))
+    assert file.parent.parent == out
+    result = json.loads(file.read_text())
+    arms = {b["extra_info"]["provider"]: b["extra_info"] for b in result["benchmarks"]}
+    assert {"eager", "compiled", "strongest", "fastgpt", "fastgpt-eager"} <= set(arms)
+    for b in result["benchmarks"]:
+        info = b["extra_info"]
+        assert info["tokens_per_s"] == pytest.approx(8 * 2 * 64 / b["stats"]["median"])
+        assert (info["model"], info["batch_size"], info["device"], info["mfu"]) == ("tiny", 8, harness.DEVICE, None)
+        assert info["ratio_to_compiled_min"] <= info["ratio_to_compiled"] <= info["ratio_to_compiled_max"]
+        assert info["provider"] in done.stdout
+    assert arms["compiled"]["ratio_to_compiled"] == 1
+    assert "flash_attention" in result["fastgpt"]["attention_kernel"]
+    assert result["fastgpt"]["versions"]["torch"] == torch.__version__
+    assert result["commit_info"]["id"] == machine.commit()["id"]
+    assert file.with_suffix(".md").is_file()
+    assert len(list(out.rglob("*-profile/*.json.gz"))) == len(arms)
+    assert "| gemm |" in next(out.rglob("*-profile/*fastgpt.md")).read_text()
+
+
+def test_a_spent_budget_skips_and_says_what(tmp_path):
+    status, said = suite("bench_embedding", tmp_path / "a.json", "--budget=0.001")
+    assert status == 0
+    assert "the budget of 0 s is spent" in said
+    stuck = """
+import time; from fastgpt import ops
+def embedding(*args):
+  while True:
+    try: time.sleep(60)
+    except Exception: print("went on")
+ops.embedding = embedding"""
+    start = time.monotonic()
+    status, said = suite("bench_embedding", tmp_path / "b.json", "--budget=4", "-k", "fastgpt", plant=stuck)
+    assert time.monotonic() - start < 30
+    assert status == 0
+    assert "the budget of 4 s is spent" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--only=gelu"], "--only=gelu: it is one of step, ops, layer_norm"),
+        (["fast"], "there is no command 'fast'; they are compare, report, count and roofline"),
+        (["a.json"], "`fastgpt bench compare` and `fastgpt bench report` take files"),
+        (["compare", "a.json"], "give two result files, or none"),
+        (["compare", "--out=nowhere"], "there are no two results of one GPU"),
+        (["report", "--out=nowhere"], "no result of a GPU under nowhere"),
+        (["report", "nowhere.json"], "nowhere.json: cannot be read"),
+        (["roofline", "--gpu=abacus"], "--gpu=abacus: not in the table"),
+        (["--out=/proc/nowhere"], "--out=/proc/nowhere: cannot be written"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(fastgpt, workdir, words, says):
+    status, _, err = fastgpt("bench", *words)
+    assert status == 2
+    assert says in err
+    assert err.count("\n") == 1
+
+
+# ---- the roofline ----
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_roofline_counts_the_models_parameters_and_flops(bias):
+    config = GPTConfig(64, 256, 3, 2, 32, bias=bias)
+    model = GPT(config)
+    assert roofline.n_params(config) == model.get_num_params(non_embedding=False)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "wpe" not in n)
+    flops = sum(p.times * p.flops for p in roofline.step_parts(config, 4) if p.op != "attention")
+    assert flops == 6 * 4 * 64 * matrices
+
+
+def test_the_roofline_of_gpt2_at_a_known_machine(fastgpt):
+    """The floor that was worked out by hand for 788 TFLOP/s and 4.3 TB/s, and the bytes that the count is held against."""
+    status, out, _ = fastgpt("bench", "roofline", "--flops=788e12", "--bandwidth=4.3e12")
+    assert status == 0
+    assert "29.2 GB of it outside GEMMs and attention" in out
+    assert "40.24 ms" in out
+    assert "33.58 ms" in out
+
+
+# ---- the peers ----
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_peers_are_the_same_model(bias):
+    config = GPTConfig(16, 40, 2, 2, 32, bias=bias)
+    torch.manual_seed(0)
+    model = GPT(config)
+    weights, idx = model.state_dict(), torch.randint(40, (2, 16))
+    plain = PlainGPT(config)
+    plain.load_state_dict(weights)  # every name and shape
+    logits, loss = plain(idx, idx)
+    assert torch.equal(logits, model(idx, idx)[0])
+    assert torch.equal(loss, model(idx, idx)[1])
+    assert PlainGPT(config, loss_only=True)(idx, idx)[0] is None
+    theirs = HuggingFaceGPT(config)
+    with torch.no_grad():
+        theirs.load(weights)
+    torch.testing.assert_close(theirs(idx, idx)[0], logits)
+    found = theirs.weights()
+    assert all(torch.equal(found[n], w) for n, w in weights.items())
+    trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert trained == model.get_num_params(non_embedding=False)
+
+
+def test_tokens_are_as_unequal_as_a_texts_and_slices_keep_their_order():
+    tokens = bench_train.Tokens(GPTConfig(64, 256, 1, 1, 8), 8)
+    x, y = tokens.get()
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    counts = torch.bincount(torch.cat([b[0] for b in tokens.batches]).flatten(), minlength=256)
+    assert counts[0] > 5 * counts[50:60].float().mean()
+    sliced = tokens.sliced(4)
+    assert torch.equal(torch.cat([sliced.batches[i][0] for i in range(4)]), x)

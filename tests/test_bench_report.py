@@ -1,0 +1,242 @@
+"""The benchmarks' report, comparison and README block, on result files made up here."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from fastgpt.benchmarks import report
+from fastgpt.benchmarks.compare import compare, newest_two
+from fastgpt.config import UserError
+
+ROOT = Path(__file__).parents[1]
+SPEED = {"fastgpt": 1.27, "compiled": 1.0, "eager": 0.55, "strongest": 1.13, "quack": 0.9, "liger": 0.8}
+SHAPE = dict(B=32, T=1024, n_embd=768, n_head=12, vocab_size=50304, bias=True, dropout=0.0, documents=False)
+
+
+def benchmark(name, seconds, spread=0.01, **info):
+    """One of pytest-benchmark's, its middle half `spread` of the median wide."""
+    q1, q3 = seconds * (1 - spread / 2), seconds * (1 + spread / 2)
+    stats = dict(median=seconds, q1=q1, q3=q3, iqr=q3 - q1, min=q1, max=q3)
+    common = dict(device="cuda", timed_by="cuda graph", host_us=None, peak_memory_gb=12.345, unknown_key=1)
+    group = name.rpartition(" ")[0]
+    return dict(name=name, fullname=f"bench.py::test[{name}]", group=group, stats=stats, extra_info=common | info)
+
+
+def step(provider, batch_size=32, seconds=0.1, **info):
+    x = SPEED[provider]
+    return benchmark(
+        f"step gpt2 B={batch_size} x 4 {provider}", seconds / x, kind="step", provider=provider, model="gpt2",
+        batch_size=batch_size, accumulation=4, block_size=1024, dtype="bfloat16", timed_by="wall clock",
+        tokens_per_s=batch_size * 4 * 1024 / seconds * x, mfu=0.4321 * x, mfu_of_ceiling=None, launches_per_micro_step=321,
+        ratio_to_compiled=x, ratio_to_compiled_min=x - 0.02, ratio_to_compiled_max=x + 0.03, **info,
+    )  # fmt: skip
+
+
+def op(name, direction, provider, seconds=0.4e-3, shape=SHAPE, **info):
+    x = SPEED[provider]
+    return benchmark(
+        f"{name} 32x1024x768 {direction} {provider}", seconds / x, kind="op", provider=provider, op=name, direction=direction,
+        shape=shape, dtype="bfloat16", tflops=456.7, gb_per_s=2345.0, of_floor=0.6 * x, baseline=provider == "compiled",
+        ratio_to_baseline=x, ratio_to_baseline_min=x - 0.01, ratio_to_baseline_max=x + 0.01, **dict(host_us=34.5) | info,
+    )  # fmt: skip
+
+
+def everything(**slower):
+    """Steps and ops of several providers; `slower` {provider: factor} is planted in the steps."""
+    arms, peers = ("compiled", "eager", "strongest", "fastgpt"), ("compiled", "fastgpt", "quack")
+    kernels = dict(fastgpt="cudnn_sdpa", strongest="cudnn_sdpa")
+    steps = [step(p, b, slower.get(p, 1) * 0.1, attention_kernel=kernels.get(p)) for b, p in product((12, 32), arms)]
+    return steps + [op(*c) for c in product(("attention", "gelu_mlp"), ("forward", "train"), peers)]
+
+
+def write_result(folder, benchmarks, day=1, commit="abcdef1234567", **run):
+    """A result file like those of `fastgpt bench`: its path."""
+    about = dict(
+        device="cuda", gpu="NVIDIA H200", driver="575.51", versions=dict(python="3.12.1", torch="2.13.0", cudnn=None),
+        ceilings=dict(flops=7.9e14, bandwidth=4.3e12, dtype="bfloat16"),
+        clocks=dict(sm_mhz=[1755, 1950, 1980], power_w=[310.5, 655.1, 699.0]), attention_kernel="cudnn_sdpa_sm90",
+        budget_s=480, seconds=431.2,
+        left_out=[dict(name=f"test[attention {d} liger]", why="not\n<installed>") for d in ("forward", "train")],
+        quick=False,
+    )  # fmt: skip
+    result = dict(datetime=f"2026-07-{day:02}T12:00:00+00:00", commit_info=dict(id=commit, dirty=True), version="5.3.1")
+    path = Path(folder) / f"2026-07-{day:02}T1200-{commit[:7]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result | dict(machine_info={}, benchmarks=benchmarks, fastgpt=about | run)))
+    return path
+
+
+def test_report_holds_the_numbers_of_the_file(tmp_path):
+    write_result(tmp_path, everything(fastgpt=1.1), day=1, commit="1111111")
+    path = write_result(tmp_path, everything(), day=2)
+    page = report.write(path)
+    text = page.read_text()
+    assert page == path.with_suffix(".md")
+    for words in (
+        "NVIDIA H200, driver 575.51", "python 3.12.1, torch 2.13.0, cudnn -", "2026-07-02 12:00 UTC", "abcdef1-dirty",
+        "431 s, of a budget of 480 s", "sm_mhz 1,950 (1,755–1,980)", "power_w 655 (310–699)", "790.00 TFLOP/s in bfloat16, 4.30 TB/s",
+        "cudnn_sdpa_sm90", "12 ops by cuda graph", "8 steps by wall clock", "### gpt2 B=32 x 4, T=1024, bfloat16",
+        "| **fastgpt** | 32 | 78.74 | 1,664,614 | 54.9% | - | 12.35 | 321 | 1.27x (1.25–1.30) |",
+        "| compiled | 32 | 100.00 | 1,310,720 | 43.2% | - | 12.35 | 321 | baseline |",
+        "| B=32 T=1024 n_embd=768 n_head=12 | train | bfloat16 | **fastgpt** | 0.3150 | 456.70 | 2,345 | 76% | 34.5 | 1.27x (1.26–1.28) |",
+        "- not &lt;installed>: attention forward liger, attention train liger", "- `cudnn_sdpa`: fastgpt, strongest\n",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "CPU" not in text
+    for name in ("steps", "ops", "history"):
+        assert f"]({path.stem}-{name}.png)" in text
+        pixels = imread(path.with_name(f"{path.stem}-{name}.png"))
+        assert 200 < len(pixels) < 5000
+        assert 800 < len(pixels[0]) < 2000
+        assert np.ptp(pixels[..., 0]) > 0.5, "something is drawn"
+
+
+def test_where_each_provider_has_its_best_batch_tokens_count_and_not_ms(tmp_path, capsys):
+    def best(*arguments):
+        return step(*arguments) | dict(group="step gpt2 B=best", fullname=f"bench.py::test[best {arguments[0]}]")
+
+    a = write_result(tmp_path, [best("compiled", 32, 0.1), best("fastgpt", 64, 0.2), step("fastgpt", 32)], 1)
+    text = report.write(a).read_text()
+    first, second = text.partition("### gpt2 B=best, T=1024, bfloat16")[2].split("### gpt2 B=32 x 4, T=1024, bfloat16")
+    assert first.index("| **fastgpt** | 64 | 157.48 |") < first.index("| compiled | 32 | 100.00 |")
+    assert "| compiled |" not in second
+
+    b = write_result(tmp_path, [best("compiled", 32, 0.1), best("fastgpt", 16, 0.05)], 2)
+    compare(a, b, 0.05)
+    assert "0 slower, 0 faster, 2 same, 1 missing" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_a_dash_and_a_cpu_is_said_loudly(tmp_path):
+    bare = [
+        benchmark("a", 0.1, kind="step", provider="fastgpt"),
+        benchmark("b", 0.1, kind="op", provider="fastgpt", shape=None),
+    ]
+    path = write_result(
+        tmp_path, bare, device="cpu", gpu="EPYC", clocks=None, ceilings=None, versions=None, left_out=[], quick=True
+    )
+    text = report.write(path).read_text()
+    assert "say nothing of a GPU" in text
+    assert "A quick run" in text
+    assert "| **fastgpt** | - | 100.00 | - | - | - | 12.35 | - | - |" in text
+    assert not list(tmp_path.glob("*.png")), "there is nothing to draw"
+    assert report.write(write_result(tmp_path, [], day=2)).is_file()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"benchmarks": []}',
+        '{"datetime": "2026-07-01", "fastgpt": {"device": "cuda"}, "benchmarks": []}',
+    ],
+)
+def test_a_foreign_or_damaged_file_is_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"^.*a\.json: damaged.*$"):
+        report.load(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        report.load(tmp_path / "none.json")
+
+
+def test_newest_never_mixes_gpus_and_passes_over_cpus_and_damaged_files(tmp_path):
+    old, h200, newer = (write_result(tmp_path / "h200", everything(), day) for day in (1, 2, 4))
+    write_result(tmp_path / "h100", everything(), 3, gpu="NVIDIA H100")
+    write_result(tmp_path / "cpu", everything(), 5, device="cpu", gpu="EPYC")
+    (tmp_path / "h200" / "2026-08-01T0000-0000000.json").write_text("{")
+    assert report.newest(tmp_path) == [newer]
+    assert report.newest(tmp_path, 5) == [newer, h200, old]
+    assert newest_two(tmp_path) == (h200, newer)
+    write_result(tmp_path / "h100", everything(), 6, gpu="NVIDIA H100")
+    assert [p.parent.name for p in report.newest(tmp_path, 9)] == ["h100", "h100"]
+    assert report.newest(tmp_path / "nowhere") == []
+    with pytest.raises(UserError, match="no two results"):
+        newest_two(tmp_path / "cpu")
+
+
+def test_a_planted_slowdown_is_named_and_a_gain_is_not_punished(tmp_path, capsys):
+    a, b = write_result(tmp_path, everything(), 1), write_result(tmp_path, everything(fastgpt=1.3), 2)
+    assert compare(a, b, 0.05) == 1
+    out = capsys.readouterr().out
+    assert (
+        "2 slower, 0 faster, 18 same, 0 missing, at a threshold of 5.0%: step gpt2 B=12 x 4 fastgpt, step gpt2 B=32 x 4 fastgpt"
+        in out
+    )
+    row = next(line.split() for line in out.splitlines() if line.startswith("step gpt2 B=32 x 4 fastgpt"))
+    assert row[6:] == ["78.7402", "102.3622", "1.300", "0.7%", "slower", "1.270x", "1.270x"]
+    assert compare(b, a, 0.05) == 0
+    assert "0 slower, 2 faster" in capsys.readouterr().out
+    assert compare(a, a, 0.0) == 0
+    assert compare(a, b, 0.31) == 0
+
+
+def test_noise_is_no_slowdown(tmp_path, capsys):
+    a = write_result(tmp_path, [benchmark("x", 0.100, 0.3, kind="op", provider="fastgpt")], 1)
+    b = write_result(tmp_path, [benchmark("x", 0.120, 0.3, kind="op", provider="fastgpt")], 2)
+    assert compare(a, b, 0.05) == 0
+    assert "1 same" in capsys.readouterr().out
+
+
+def test_a_missing_case_fails_with_its_reason_and_a_new_one_does_not(tmp_path, capsys):
+    a = write_result(tmp_path, everything(), 1)
+    gone = [dict(name="test[step gpt2 B=12 x 4 eager]", why="out of memory")]
+    b = write_result(tmp_path, everything()[:1] + everything()[2:], 2, left_out=gone)
+    assert compare(a, b, 0.05) == 1
+    assert "missing from B: step gpt2 B=12 x 4 eager: out of memory" in capsys.readouterr().out
+    assert compare(b, a, 0.05) == 0
+    assert "only in B: step gpt2 B=12 x 4 eager" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (dict(gpu="NVIDIA H100"), "NVIDIA H200 and NVIDIA H100"),
+        (dict(device="cpu"), "cuda and cpu"),
+        (dict(quick=True), "False and True"),
+        (dict(benchmarks=[step("eager", 99)]), "no case in common"),
+    ],
+)
+def test_what_does_not_compare_is_refused(tmp_path, other, words):
+    a = write_result(tmp_path, everything(), 1)
+    b = write_result(tmp_path, **dict(benchmarks=everything(), day=2) | other)
+    with pytest.raises(UserError, match=words):
+        compare(a, b, 0.05)
+
+
+def test_the_readme_block_is_written_in_place_and_again_the_same(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("# x\n")
+    with pytest.raises(UserError, match="no markers"):
+        report.update_readme(readme, tmp_path)
+    readme.write_text(f"# before\n{report.BEGIN}\n{report.END}\nafter\n")
+    report.update_readme(readme, tmp_path)
+    assert "Not measured on a GPU yet." in readme.read_text()
+
+    write_result(tmp_path / "results" / "cpu", everything(), 2, device="cpu", gpu="EPYC")
+    report.update_readme(readme, tmp_path)
+    assert "Not measured on a GPU yet." in readme.read_text()
+
+    path = write_result(tmp_path / "results" / "h200", everything(), 1)
+    report.update_readme(readme, tmp_path)
+    text = readme.read_text()
+    assert text.startswith(f"# before\n{report.BEGIN}\n")
+    assert text.endswith(f"\n{report.END}\nafter\n")
+    row = "| gpt2 | B=32 x 4, T=1024, bfloat16 | 1,664,614 | 1,310,720 | 1,481,114 | 1.27x (1.25–1.30) | 54.9% |"
+    for words in (row, "NVIDIA H200, 2026-07-01, commit abcdef1-dirty", f"](results/h200/{path.stem}-steps.png)"):
+        assert words in text, words
+    for name in (f"{path.stem}.md", f"{path.stem}-steps.png"):
+        assert (path.parent / name).is_file(), "what the block links to"
+    report.update_readme(readme, tmp_path)
+    assert readme.read_text() == text
+
+
+def test_the_readme_of_the_repository_says_what_the_newest_result_says():
+    newest = next(iter(report.newest(ROOT / "benchmarks" / "results")), None)
+    assert report.readme_parts(ROOT / "README.md")[1].strip() == report.readme_table(newest)
