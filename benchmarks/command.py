@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from fastgpt.benchmarks import compare, machine, report, roofline
+from fastgpt.benchmarks import compare, harness, machine, report, roofline
 from fastgpt.config import BenchConfig, CompareConfig, ReportConfig, RooflineConfig, UserError, parse
 
 USAGE = """usage: fastgpt bench [--key=value ...]                    measure this machine, and write a report
@@ -114,7 +114,8 @@ def run(cfg):
 
 def result_path(out):
     """out/GPU/DATE-COMMIT.json of a run that begins now, its folder made. Raises UserError where it cannot be."""
-    folder = out / (re.sub(r"[^a-z0-9]+", "-", machine.gpu_name().lower()).strip("-") or "unknown")
+    name = ("" if harness.CUDA else "cpu ") + machine.gpu_name().lower()
+    folder = out / re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".part").touch()

@@ -44,7 +44,7 @@ def test_a_planted_sleep_or_copy_is_slower_in_compare(tmp_path, capsys):
     assert suite("bench_embedding", copied, *only, plant=copies)[0] == 0
     for b in (slow, copied):
         capsys.readouterr()
-        assert compare.compare(a, b, 0.5) == 1
+        assert compare.compare(a, b, 1.5) == 1
         said = capsys.readouterr().out.splitlines()
         assert any("fastgpt" in line and "  slower" in line for line in said)
         assert not any("eager" in line and "  slower" in line for line in said)
