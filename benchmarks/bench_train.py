@@ -40,6 +40,7 @@ from fastgpt.config import GPTConfig, preset
 from fastgpt.model import GPT
 from fastgpt.optim import adamw
 from fastgpt.step import train_step
+from fastgpt.trainer import shadow_dtype
 from fastgpt.verify import Shape
 
 STEPS = 20  # whose losses must agree
@@ -269,9 +270,14 @@ def ours(setup, spec, compile_):
     inner = torch.compile(module, dynamic=False) if compile_ else module
     shape = Shape(setup.case.batch_size or 32, c.block_size, c.n_embd, c.n_head, c.vocab_size, c.bias, c.dropout)
     picks = choose(spec, shape, DTYPE, DEVICE, compile_)
-    return Arm(
-        module, lambda idx, targets: inner(idx, targets, return_logits=False), setup.optimizer, lambda: ops.use(picks)
-    )
+    if dtype := shadow_dtype(picks, DTYPE):
+        module.keep_shadows(dtype)
+
+    def before():  # other arms change the weights too: shadows are made anew each time, where the trainer's optimizer does it
+        ops.use(picks)
+        module.refresh_shadows()
+
+    return Arm(module, lambda idx, targets: inner(idx, targets, return_logits=False), setup.optimizer, before)
 
 
 @arm("liger")

@@ -46,6 +46,7 @@ ARMS = ("eager", "compiled", "fastgpt", "fastgpt-eager")
 TRAFFIC = {
     "embed_forward": "idx wte:idx wpe:idx seed -> x",
     "embed_backward_wpe": "dx seed -> dwpe",
+    "embed_keys": "idx -> keys",
     "embed_backward_wte": "dx ids places seed dwte:ids -> dwte:ids",
     "norm_forward": "x branch weight bias seed -> stream h stats",
     "norm_backward": "dh dstream stream stats weight seed -> dx dbranch partial",
@@ -250,7 +251,9 @@ def build(arm, config):
     """(module, call) of an arm: call(module, idx, targets) gives the outputs that its training step's forward has."""
     if arm.startswith("fastgpt"):
         ops.use("triton")
-        return GPT(config), lambda model, idx, targets: model(idx, targets, return_logits=False)[1:]
+        model = GPT(config)
+        model.keep_shadows(torch.bfloat16)
+        return model, lambda model, idx, targets: model(idx, targets, return_logits=False)[1:]
     return PlainGPT(config), lambda model, idx, targets: model(idx, targets)
 
 

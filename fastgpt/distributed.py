@@ -79,7 +79,9 @@ def wrap(model, world):
     """The model in DDP where there are several processes."""
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[world.device] if world.device.startswith("cuda") else None)
+    devices = [world.device] if world.device.startswith("cuda") else None
+    # The only buffers are shadows of the weights, which are the same everywhere.
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
 @contextmanager

@@ -17,6 +17,22 @@ from fastgpt import ops, optim
 from fastgpt.config import GPTConfig
 
 
+def project(linear, x):
+    """An nn.Linear on x [...,K], by ops."""
+    return ops.linear(x, linear.weight, linear.bias, shadow(linear))
+
+
+def shadow(linear):
+    """The weight of an nn.Linear in the compute dtype, or None where none is kept or it is not up to date.
+
+    A compiled graph cannot ask for the latter: whoever keeps shadows refreshes them before it runs.
+    """
+    kept = getattr(linear, "shadow", None)
+    if kept is None or torch.compiler.is_compiling():
+        return kept
+    return kept if linear.shadow_version == linear.weight._version else None
+
+
 class LayerNorm(nn.Module):
     """LayerNorm with an optional bias, over the last dimension; eps 1e-5."""
 
@@ -47,8 +63,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None, dropout=True):
         """Attend within x [B,T,C]. `dropout=False` leaves the output's dropout to the add that follows."""
-        y = ops.attention(self.c_attn(x), self.n_head, self.dropout if self.training else 0.0, cache)
-        y = self.c_proj(y)
+        qkv = project(self.c_attn, x)
+        y = project(self.c_proj, ops.attention(qkv, self.n_head, self.dropout if self.training else 0.0, cache))
         return self.resid_dropout(y) if dropout else y
 
 
@@ -64,7 +80,8 @@ class MLP(nn.Module):
 
     def forward(self, x, dropout=True):
         """`dropout=False` leaves the output's dropout to the add that follows."""
-        y = ops.gelu_mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
+        fc, proj = self.c_fc, self.c_proj
+        y = ops.gelu_mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, (shadow(fc), shadow(proj)))
         return self.dropout(y) if dropout else y
 
 
@@ -141,6 +158,28 @@ class GPT(nn.Module):
             nn.init.normal_(block.attn.c_proj.weight, std=residual_std)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
+    @torch.no_grad()
+    def keep_shadows(self, dtype):
+        """Keep the weight of every Linear in a dtype too, so that no step casts it; state_dict knows nothing of it.
+
+        Call `refresh_shadows` after each change of the weights: an optimizer's `register_step_post_hook` does.
+        """
+        for linear in self._linears():
+            linear.register_buffer("shadow", linear.weight.detach().to(dtype), persistent=False)
+        self.refresh_shadows()
+
+    @torch.no_grad()
+    def refresh_shadows(self):
+        """Make the shadows equal to the weights again."""
+        kept = [linear for linear in self._linears() if getattr(linear, "shadow", None) is not None]
+        if kept:
+            torch._foreach_copy_([linear.shadow for linear in kept], [linear.weight for linear in kept])
+        for linear in kept:
+            linear.shadow_version = linear.weight._version
+
+    def _linears(self):
+        return [m for m in self.modules() if isinstance(m, nn.Linear)]
+
     def get_num_params(self, non_embedding=True):
         """Number of parameters; less the position embeddings by default. The token embeddings count: they are the head."""
         n_params = sum(p.numel() for p in self.parameters())
@@ -160,7 +199,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(h[:, [-1], :]), None
         if not return_logits:
-            return None, ops.linear_cross_entropy(h, head, targets)
+            return None, ops.linear_cross_entropy(h, head, targets, shadow=shadow(self.lm_head))
         logits = self.lm_head(h)
         return logits, ops.cross_entropy(logits, targets)
 

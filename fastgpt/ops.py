@@ -25,6 +25,7 @@ __all__ = [
     "embedding",
     "gelu_mlp",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "use",
 ]
@@ -32,6 +33,7 @@ __all__ = [
 KERNELS = {  # the ops, and where their kernels are
     "embedding": "fastgpt.kernels.embedding",
     "layer_norm": "fastgpt.kernels.layer_norm",
+    "linear": "fastgpt.kernels.linear",
     "attention": "fastgpt.kernels.flash_attention",
     "gelu_mlp": "fastgpt.kernels.gelu_mlp",
     "linear_cross_entropy": "fastgpt.kernels.cross_entropy",
@@ -139,11 +141,22 @@ def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None):
     return reference.attention(qkv, n_head, dropout_p, cache, doc_ids)
 
 
-def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj):
-    """See `reference.gelu_mlp`."""
-    return (triton_for("gelu_mlp", h) or reference).gelu_mlp(h, w_fc, b_fc, w_proj, b_proj)
+def linear(x, weight, bias=None, shadow=None):
+    """See `reference.linear`. shadow is the weight in the compute dtype, where one is kept: kernels then need not cast it."""
+    if triton := triton_for("linear", x):
+        return triton.linear(x, weight, bias, shadow)
+    return reference.linear(x, weight, bias)
 
 
-def linear_cross_entropy(h, weight, targets, ignore_index=-1):
-    """See `reference.linear_cross_entropy`."""
-    return (triton_for("linear_cross_entropy", h) or reference).linear_cross_entropy(h, weight, targets, ignore_index)
+def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, shadows=(None, None)):
+    """See `reference.gelu_mlp`. shadows are w_fc and w_proj in the compute dtype, where they are kept."""
+    if triton := triton_for("gelu_mlp", h):
+        return triton.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, shadows=shadows)
+    return reference.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj)
+
+
+def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None):
+    """See `reference.linear_cross_entropy`. shadow is the weight in the compute dtype, where one is kept."""
+    if triton := triton_for("linear_cross_entropy", h):
+        return triton.linear_cross_entropy(h, weight, targets, ignore_index, shadow)
+    return reference.linear_cross_entropy(h, weight, targets, ignore_index)

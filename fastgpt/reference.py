@@ -37,6 +37,11 @@ def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0):
     return x, layer_norm(x, weight, bias, eps)
 
 
+def linear(x, weight, bias=None):
+    """x [...,K] times weight [N,K] transposed, plus bias [N] or None: [...,N]."""
+    return F.linear(x, weight, bias)
+
+
 def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None):
     """Causal self-attention of packed queries, keys and values: [B,T,3C] in (q, then k, then v), [B,T,C] out.
 

@@ -85,6 +85,9 @@ class Run:
         if saved:
             self.restore_optimizer(saved, given)
             offsets = self.restore_random_state(saved.get("fastgpt"))
+        if self.shadows:
+            self.model.keep_shadows(self.shadows)
+            self.optimizer.register_step_post_hook(lambda *_: self.model.refresh_shadows())
         if cfg.compile:
             print("compiling the model... (takes a ~minute)")
         self.compiled = torch.compile(self.model) if cfg.compile else self.model
@@ -106,7 +109,9 @@ class Run:
         shape = Shape(cfg.batch_size, cfg.block_size, c.n_embd, c.n_head, c.vocab_size, c.bias, c.dropout)
         dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32
         with distributed.main_first(self.world):
-            ops.use(choose(cfg.kernels, shape, dtype, self.world.device, cfg.compile))
+            picks = choose(cfg.kernels, shape, dtype, self.world.device, cfg.compile)
+        ops.use(picks)
+        self.shadows = shadow_dtype(picks, dtype)
 
     def build_model(self, saved, vocab_size):
         """The model of init_from: new, from a checkpoint, or GPT-2's, cropped to a smaller block_size."""
@@ -307,6 +312,12 @@ class Run:
         if self.saved:
             device = "" if self.cuda else f" --device={self.world.device}"
             print(f"more text:  fastgpt sample --out_dir={cfg.out_dir}{device}")
+
+
+def shadow_dtype(picks, dtype):
+    """The dtype to keep shadow weights in, for the ops chosen and what they compute in; None where nothing would read them."""
+    reads = any(picks[op] == "triton" for op in ("linear", "gelu_mlp", "linear_cross_entropy"))
+    return dtype if reads and dtype != torch.float32 else None
 
 
 def check_writable(out_dir):

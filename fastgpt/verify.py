@@ -135,6 +135,14 @@ def problem(op, shape, dtype, device):
             autocast(lambda qkv: (module.flash_attention(qkv, H, p, seed, docs),)), autocast(reference_attention),
             autocast(lambda qkv: (ops.attention(qkv, H, p, doc_ids=docs),)),
         )  # fmt: skip
+    if op == "linear":
+        return Problem(
+            dict(h=randn(B, T, C, dtype=dtype), weight=randn(3 * C, C, scale=C**-0.5), bias=bias(3 * C)),
+            ("y",), (randn(B, T, 3 * C, dtype=dtype),),
+            autocast(lambda *inputs: (module.linear(*inputs),)),
+            autocast(lambda *inputs: (reference.linear(*inputs),)),
+            autocast(lambda *inputs: (ops.linear(*inputs),)),
+        )  # fmt: skip
     if op == "gelu_mlp":
         return Problem(
             dict(

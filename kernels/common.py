@@ -144,9 +144,27 @@ def mm(a, b, dtype):
         return torch.mm(a.float(), b.float()).to(dtype)  # torch 2.13 has out_dtype on CUDA alone
 
 
-def cast(weight, dtype):
-    """A weight in the compute dtype, for an op that takes both: its gradient goes to the weight itself, in full precision."""
-    return weight if weight is None else weight.detach().to(dtype)
+def project(x, weight, bias, out):
+    """out [M, N] = x [M, K] weight [N, K]^T + bias [N] or None, by cuBLAS."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
+
+
+def row_sums(dy, dtype):
+    """A bias's gradient: the sum over rows of dy [M, N], added in fp32, in dtype; empty where that is None, without a bias."""
+    return dy.new_empty(0) if dtype is None else dy.sum(0, dtype=torch.float32).to(dtype)
+
+
+def cast(weight, dtype, shadow=None):
+    """A weight in the compute dtype, for an op that takes both: its gradient goes to the weight itself, in full precision.
+
+    shadow is such a one that the caller keeps: no copy is then made.
+    """
+    if shadow is not None and shadow.dtype == dtype:
+        return shadow
+    return weight.detach().to(dtype)
 
 
 def precision(dtype=torch.float32):

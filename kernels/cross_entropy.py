@@ -221,8 +221,10 @@ _linear_cross_entropy = Op(
 takes = can_run  # any h, wherever Triton runs
 
 
-def linear_cross_entropy(h, weight, targets, ignore_index=-1):
+def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None):
     """Mean cross entropy of logits h weight^T against targets: a scalar, fp32. h [..., C]; weight [V, C]; targets [...] int64.
+
+    shadow is the weight in the compute dtype, where the caller keeps one.
 
     Targets of `ignore_index` count for nothing, and all ignored gives nan, as in PyTorch; so does a target outside the
     vocabulary, where PyTorch asserts. Without a gradient wanted, none is made. Raises ValueError for shapes that do not match.
@@ -239,4 +241,4 @@ def linear_cross_entropy(h, weight, targets, ignore_index=-1):
         )
     dtype = compute_dtype(h)
     grad = needs_grad(h, weight)
-    return _linear_cross_entropy(h.to(dtype), weight, cast(weight, dtype), targets, ignore_index, grad)[0]
+    return _linear_cross_entropy(h.to(dtype), weight, cast(weight, dtype, shadow), targets, ignore_index, grad)[0]

@@ -104,6 +104,23 @@ def _embed_backward_wpe(
 
 
 @triton.jit
+def _embed_keys(
+    idx_ptr,  # [B, T] int64
+    keys_ptr,  # [B T] int32 out
+    M,  # B * T
+    T,
+    V,
+    stride_b,
+    stride_t,
+    BLOCK: tl.constexpr,
+):
+    """The ids to sort, in half the bits, since a sort's passes are of bits; all above the vocabulary are V, all below it -1."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(idx_ptr + (i // T).to(tl.int64) * stride_b + (i % T) * stride_t, i < M, other=0)
+    tl.store(keys_ptr + i, tl.minimum(tl.maximum(ids, -1), V).to(tl.int32), i < M)
+
+
+@triton.jit
 def _embed_backward_wte(
     dx_ptr,  # [B, T, C]
     ids_ptr,  # [B T] int32, sorted
@@ -168,7 +185,8 @@ def embedding_bwd(dx: Tensor, idx: Tensor, dwte: Tensor, positions: int, p: floa
     (B, T), (V, C) = idx.shape, dwte.shape
     config = configs.EMBEDDING
     dwpe = torch.empty((positions, C), dtype=dwte.dtype, device=dwte.device)
-    dwpe[T:].zero_()
+    if positions > T:
+        dwpe[T:].zero_()
     block = min(config.block, triton.next_power_of_2(C))
     rows = max(1, config.backward_tile // block)
     blocks = triton.cdiv(C, block)
@@ -178,9 +196,9 @@ def embedding_bwd(dx: Tensor, idx: Tensor, dwte: Tensor, positions: int, p: floa
             ROWS=min(rows, triton.next_power_of_2(max(B, 1))), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,
         )  # fmt: skip
     if B * T:
-        ids, places = torch.sort(
-            idx.reshape(-1).clamp(-1, V).to(torch.int32), stable=True
-        )  # half the passes of 64 bits
+        keys = torch.empty(B * T, dtype=torch.int32, device=dx.device)
+        _embed_keys[(triton.cdiv(B * T, config.block),)](idx, keys, B * T, T, V, *idx.stride(), BLOCK=config.block)
+        ids, places = torch.sort(keys, stable=True)
         _embed_backward_wte[(B * T, blocks)](
             dx, ids, places, seed, dwte, B * T, T, V, C, *dx.stride(), p, kept_scale(p),
             ROWS=min(rows, 64), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,

@@ -30,7 +30,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import Op, can_run, cast, compute_dtype, like, mm, needs_grad, precision
+from fastgpt.kernels.common import Op, can_run, cast, compute_dtype, like, mm, needs_grad, precision, project, row_sums
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 HALF_LOG2E = tl.constexpr(0.7213475204444817)
@@ -224,10 +224,7 @@ def gelu_mlp_fwd(
     pre = like(post, h.dtype) if keep_pre else None
     _launch_gemm(h2, fc, F, pre, post, None, b_fc, None, _config(h2, fc, post), backward=False)
     y = like(h, h.dtype)
-    if b_proj is None:
-        torch.mm(post, proj.t(), out=y.view(h2.shape))
-    else:
-        torch.addmm(b_proj.to(h.dtype), post, proj.t(), out=y.view(h2.shape))
+    project(post, proj, b_proj, y.view(h2.shape))
     return y, h.new_empty(0) if pre is None else pre, post if keep_post else h.new_empty(0)
 
 
@@ -250,11 +247,8 @@ def gelu_mlp_bwd(
             partial, db_fc, tiles, F, ROWS=config.sum_rows, COLUMNS=config.sum_columns
         )
     dw_proj = mm(dy2.t(), post if recomputed is None else recomputed, w_proj_dtype)
-    if b_proj_dtype is None:
-        db_proj = torch.empty(0, device=h.device)
-    else:
-        db_proj = dy2.sum(0, dtype=torch.float32).to(b_proj_dtype)
-    return mm(dpre, fc, h.dtype).view(h.shape), mm(dpre.t(), h2, w_fc_dtype), db_fc, dw_proj, db_proj
+    dh = mm(dpre, fc, h.dtype).view(h.shape)
+    return dh, mm(dpre.t(), h2, w_fc_dtype), db_fc, dw_proj, row_sums(dy2, b_proj_dtype)
 
 
 # ---- what torch needs to know ----
@@ -294,11 +288,12 @@ _gelu_mlp = Op("gelu_mlp", gelu_mlp_fwd, _fake_forward, gelu_mlp_bwd, _fake_back
 takes = can_run  # any h, wherever Triton runs
 
 
-def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False):
+def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, shadows=(None, None)):
     """GELU(h w_fc^T + b_fc) w_proj^T + b_proj, [..., C], in autocast's dtype where that is on, else in h's.
 
-    h [..., C]; w_fc [F, C], w_proj [C, F]; b_fc [F] and b_proj [C], or None. `recompute` saves half of the memory between
-    forward and backward, and gives the same bits. Raises ValueError for shapes that do not match.
+    h [..., C]; w_fc [F, C], w_proj [C, F]; b_fc [F] and b_proj [C], or None. `recompute` saves half of the memory between forward
+    and backward, and gives the same bits. shadows: w_fc and w_proj in the compute dtype, where the caller keeps them. Raises
+    ValueError for shapes that do not match.
     """
     C, F = h.size(-1), w_fc.size(0)
     biases = [(b, n) for b, n in ((b_fc, F), (b_proj, C)) if b is not None]
@@ -306,6 +301,6 @@ def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False):
         raise ValueError(f"gelu_mlp: h {tuple(h.shape)}, w_fc {tuple(w_fc.shape)}, w_proj {tuple(w_proj.shape)}")
     dtype = compute_dtype(h)
     grad = needs_grad(h, w_fc, b_fc, w_proj, b_proj)
-    fc, proj = cast(w_fc, dtype), cast(w_proj, dtype)
+    fc, proj = (cast(w, dtype, shadow) for w, shadow in zip((w_fc, w_proj), shadows, strict=True))
     b_fc = None if b_fc is None else b_fc.contiguous()  # the kernel reads it without a stride
     return _gelu_mlp(h.to(dtype), w_fc, b_fc, w_proj, b_proj, fc, proj, grad, grad and not recompute)[0]

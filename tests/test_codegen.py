@@ -31,7 +31,7 @@ def rows():
 def test_every_kernel_compiles_for_every_architecture(rows):
     kernels = {
         "layer_norm": {"norm_forward", "norm_backward", "norm_reduce"},
-        "embedding": {"embed_forward", "embed_backward_wpe", "embed_backward_wte"},
+        "embedding": {"embed_forward", "embed_keys", "embed_backward_wpe", "embed_backward_wte"},
         "cross_entropy": {"loss_rows", "loss_mean", "loss_scale"},
         "gelu_mlp": {"mlp_gemm forward", "mlp_gemm backward", "mlp_column_sums"},
         "flash_attention": {"attention_forward", "attention_delta", "attention_backward"},
@@ -51,7 +51,12 @@ def test_nothing_spills_and_all_fits(rows):
 def test_products_run_on_the_tensor_cores_and_copies_on_tma(rows):
     instruction = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
     dots = [r for r in rows if r["dot"] and "fp32" not in r["op"]]
-    assert {r["kernel"] for r in dots} == {"mlp_gemm forward", "mlp_gemm backward", "attention_forward", "attention_backward"}
+    assert {r["kernel"] for r in dots} == {
+        "mlp_gemm forward",
+        "mlp_gemm backward",
+        "attention_forward",
+        "attention_backward",
+    }
     for r in dots:
         assert instruction[r["architecture"]] in r["instructions"], r
     for r in rows:

@@ -13,6 +13,7 @@ from fastgpt.kernels.embedding import _embedding, embedding
 from fastgpt.kernels.flash_attention import _flash_attention, flash_attention
 from fastgpt.kernels.gelu_mlp import _gelu_mlp, gelu_mlp
 from fastgpt.kernels.layer_norm import _add_layer_norm, _layer_norm, add_layer_norm, layer_norm
+from fastgpt.kernels.linear import _linear
 
 
 def leaf(*shape, dtype=torch.float32):
@@ -42,6 +43,8 @@ ARGS = {
         _gelu_mlp,
         lambda: (leaf(2, 3, 20, dtype=HALF), (w := W_FC()), None, (v := W_PROJ()), None, w.detach().half(), v.detach().half(), True, False),
     ),
+    "linear": (_linear, lambda: (leaf(2, 3, 20), (w := leaf(12, 20)), leaf(12), w.detach())),
+    "linear, half, no bias": (_linear, lambda: (leaf(2, 3, 20, dtype=HALF), (w := leaf(12, 20)), None, w.detach().half())),
     "linear_cross_entropy": (
         _linear_cross_entropy, lambda: (leaf(2, 3, 20), (w := HEAD()), w.detach(), ids(11, 2, 3), -1, True),
     ),

@@ -20,7 +20,7 @@ from fastgpt.model import GPT, GPTConfig
 triton = pytest.importorskip("triton")
 from kernel_case import DEVICE  # noqa: E402
 
-from fastgpt.kernels import cross_entropy, embedding, flash_attention, gelu_mlp, layer_norm  # noqa: E402
+from fastgpt.kernels import cross_entropy, embedding, flash_attention, gelu_mlp, layer_norm, linear  # noqa: E402
 
 # The interpreter takes milliseconds a row.
 FEW_ROWS = ["--batch_size=1", "--block_size=8", "--gradient_accumulation_steps=1", "--eval_iters=1"]
@@ -75,17 +75,93 @@ def assert_near(a, b, rtol=1e-4, atol=1e-6):
 def test_every_op_of_the_model_runs_the_kernels(tiny, monkeypatch):
     calls = Counter()
     modules = {layer_norm: ["layer_norm", "add_layer_norm"], embedding: ["embedding"], gelu_mlp: ["gelu_mlp"]}
-    modules |= {flash_attention: ["flash_attention"], cross_entropy: ["linear_cross_entropy"]}
+    modules |= {flash_attention: ["flash_attention"], cross_entropy: ["linear_cross_entropy"], linear: ["linear"]}
     reference = gradients(*tiny)
     ops.use("triton")
     for module, names in modules.items():
         for name in names:
             f = getattr(module, name)
-            monkeypatch.setattr(module, name, lambda *a, n=name, f=f: calls.update([n]) or f(*a))
+            monkeypatch.setattr(module, name, lambda *a, n=name, f=f, **k: calls.update([n]) or f(*a, **k))
     assert_near(gradients(*tiny), reference)
     assert calls == dict(
-        embedding=1, layer_norm=1, add_layer_norm=4, flash_attention=2, gelu_mlp=2, linear_cross_entropy=1
+        embedding=1, layer_norm=1, add_layer_norm=4, linear=4, flash_attention=2, gelu_mlp=2, linear_cross_entropy=1
     )
+
+
+# ---- shadow weights ----
+
+
+def in_half(model, idx, targets, call=None):
+    with torch.autocast(DEVICE, torch.float16):
+        return gradients(model, idx, targets, call)
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a), [n for n in a if not torch.equal(a[n], b[n])]
+
+
+def test_shadows_are_what_autocast_would_cast(tiny):
+    model, *_ = tiny
+    ops.use("triton")
+    cast = in_half(*tiny)
+    names = set(model.state_dict())
+    model.keep_shadows(torch.float16)
+    assert set(model.state_dict()) == names
+    assert_same_bits(in_half(*tiny), cast)
+    model.load_state_dict(model.state_dict())
+    # They are read, not cast anew: spoiled they show, until they are refreshed.
+    model.refresh_shadows()
+    model.transformer.h[0].attn.c_proj.shadow.zero_()
+    model.lm_head.shadow.zero_()
+    assert in_half(*tiny)["loss"] != cast["loss"]
+    model.refresh_shadows()
+    assert_same_bits(in_half(*tiny), cast)
+    assert_same_bits(gradients(*tiny), gradients(*tiny))  # fp32 does not take them
+
+
+def test_shadows_that_are_behind_their_weights_are_not_taken(tiny):
+    model, *_ = tiny
+    ops.use("triton")
+    model.keep_shadows(torch.float16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    stale = in_half(*tiny)
+    model.refresh_shadows()
+    assert_same_bits(in_half(*tiny), stale)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_with_shadows_is_training_without(tiny, compiled):
+    model, idx, targets = tiny
+    ops.use("triton")
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    runs = []
+    for shadows in (False, True):
+        model.load_state_dict(start)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        if shadows:
+            model.keep_shadows(torch.float16)
+            optimizer.register_step_post_hook(lambda *_: model.refresh_shadows())
+        torch._dynamo.reset()
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else None
+        for _ in range(3):
+            found = in_half(model, idx, targets, call)
+            optimizer.step()
+        runs.append(found)
+    assert_same_bits(*runs)
+
+
+def test_the_trainer_keeps_shadows_where_kernels_compute_in_16_bits(dataset, fastgpt, monkeypatch):
+    """On the CPU it computes in fp32, and keeps none; what it would keep is asked of the function that decides."""
+    from fastgpt.trainer import shadow_dtype
+
+    picks = dict.fromkeys(ops.KERNELS, "torch")
+    assert shadow_dtype(picks, torch.bfloat16) is None
+    assert shadow_dtype(picks | {"linear": "triton"}, torch.bfloat16) == torch.bfloat16
+    assert shadow_dtype(picks | {"layer_norm": "triton"}, torch.bfloat16) is None
+    assert shadow_dtype(picks | {"linear": "triton"}, torch.float32) is None
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -307,5 +383,10 @@ def test_wrong_choices_are_named(spec, said, dataset, fastgpt):
 
 def test_a_list_leaves_the_rest_to_auto():
     assert ops.parse("attention=cudnn, layer_norm=torch") == dict(
-        embedding="auto", layer_norm="torch", attention="cudnn", gelu_mlp="auto", linear_cross_entropy="auto"
+        embedding="auto",
+        layer_norm="torch",
+        linear="auto",
+        attention="cudnn",
+        gelu_mlp="auto",
+        linear_cross_entropy="auto",
     )

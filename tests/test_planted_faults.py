@@ -63,6 +63,12 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
         ("a swapped stride", "b.stride()[:: -1 if backward else 1]", "b.stride()[:: 1 if backward else -1]", SHAPE),
         ("a step of K dropped", "for k0 in range(0, K, BK)", "for k0 in range(0, K - 1, BK)", Shape(1, 9, 33, 1, 65)),
     ],
+    "linear": [
+        ("a bias left out", "project(x.reshape(-1, x.size(-1)), low, bias,", "project(x.reshape(-1, x.size(-1)), low, None,", SHAPE),
+        ("an input's gradient by half of the weight", "torch.mm(dy2, low)", "torch.mm(dy2, low / 2)", SHAPE),
+        ("a row dropped from the weight's gradient", "mm(dy2.t(), x2, w_dtype)", "mm(dy2[1:].t(), x2[1:], w_dtype)", SHAPE),
+        ("a bias's gradient of one row", "row_sums(dy2, b_dtype)", "row_sums(dy2[:1], b_dtype)", SHAPE),
+    ],
     "linear_cross_entropy": [
         ("no target in the gradient", "- tl.where(cols == target, 1.0, 0.0)", "", SHAPE),
         ("ignored targets counted", "!= ignore_index).to(tl.int32)", "!= -2).to(tl.int32)", SHAPE),

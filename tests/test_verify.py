@@ -88,7 +88,7 @@ def test_the_faster_one_is_chosen(op):
 
 def test_a_candidate_that_is_not_equal_or_cannot_run_is_rejected(monkeypatch):
     sound = ops.kernels("gelu_mlp")
-    wrong = types.SimpleNamespace(takes=sound.takes, gelu_mlp=lambda *a: sound.gelu_mlp(*a) * 1.001)
+    wrong = types.SimpleNamespace(takes=sound.takes, gelu_mlp=lambda *a, **k: sound.gelu_mlp(*a, **k) * 1.001)
     monkeypatch.setattr(ops, "kernels", lambda op, others=ops.kernels: wrong if op == "gelu_mlp" else others(op))
     monkeypatch.setitem(ops.loaded, "gelu_mlp", wrong)
     found = decide("gelu_mlp", {"torch": 2.0, "triton": 1.0})
