@@ -1,4 +1,7 @@
-"""Token and position embeddings with the tied head's gradient, against eager and Inductor."""
+"""Token and position embeddings with the tied head's gradient, against eager and Inductor.
+
+That gradient is the benchmark's here, so fastgpt copies it before it adds to it; in training it adds in place.
+"""
 
 from fastgpt.benchmarks.harness import Op
 from fastgpt.verify import Shape

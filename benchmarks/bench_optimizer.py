@@ -27,7 +27,7 @@ class Update(Op):
 
     def __init__(self, *shapes, toy):
         super().__init__("optimizer", shapes, toy, baseline="fused", inductor=False, directions=("update",))
-        self.providers = {}
+        self.providers, self.graph = {}, False  # PyTorch's count their steps on the host
         self.cases = [replace(c, dtype=torch.float32) for c in self.cases]
 
     def parameters(self, shape):
@@ -86,7 +86,7 @@ update.provider("foreach")(functools.partial(torch_update, foreach=True))
 @update.provider("inductor")
 def inductor(parameters):
     needs_gpu("a compiled optimizer")
-    return torch.compile(torch_update(parameters, capturable=True))
+    return torch.compile(torch_update(parameters))
 
 
 @update.provider("fastgpt")

@@ -18,13 +18,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt import metrics, ops
-from fastgpt.benchmarks import profile
+from fastgpt.benchmarks import harness, profile
 from fastgpt.benchmarks.harness import (
     CUDA,
     DEVICE,
     DTYPE,
     Failed,
-    NotHere,
     Timing,
     ceilings,
     clock,
@@ -68,14 +67,20 @@ class Case:
         return GPTConfig(**shape, vocab_size=50304 if CUDA else 256, bias=False)
 
 
+MEMORY = torch.cuda.get_device_properties(0).total_memory if CUDA else 0
 CASES = (
     [
-        Case("gpt2", 32, 1, 0), Case("gpt2", 12, 40, 20), Case("gpt2-medium", 32, 1, 30), Case("gpt2-xl", 16, 1, 50),
-        Case("gpt2", 0, 1, 60),
+        Case("gpt2", 32, 1, 0),
+        Case("gpt2", 12, 40, 20),
+        Case("gpt2-medium", 32, 1, 50),
+        Case("gpt2-xl", 16 if MEMORY > 100e9 else 8, 1, 60),
+        Case("gpt2", 0, 1, 70),
     ]
     if CUDA
     else [Case("tiny", 8, 2, 0)]
-)  # fmt: skip
+)
+# Arms are measured in waves, each beside the baseline: what the budget cuts off is then the least that is missed.
+WAVES = (("eager", "compiled", "fastgpt"), ("strongest",), ("fastgpt-eager", "fastgpt-triton", "liger", "huggingface"))
 
 
 class Tokens:
@@ -166,10 +171,10 @@ class Arm:
         self.optimizer.zero_grad(set_to_none=True)
 
     def resident(self):
-        """Bytes of its weights and moments."""
-        own = [p for p in self.parameters() if p.requires_grad]
-        moments = [t for p in own for t in self.optimizer.state[p].values()]
-        return sum(t.numel() * t.element_size() for t in [*self.parameters(), *moments])
+        """Bytes of its weights, their shadows, and moments."""
+        moments = [t for p in self.parameters() if p.requires_grad for t in self.optimizer.state[p].values()]
+        kept = [*self.parameters(), *self.module.buffers(), *moments]
+        return sum(t.numel() * t.element_size() for t in kept)
 
 
 def optimizer_of(parameters):
@@ -205,20 +210,11 @@ def compiled(setup):
 @arm("strongest")
 def strongest(setup):
     """The best that plain PyTorch has: loss alone, the fastest attention backend, tuned GEMMs."""
-    module = setup.adopt(lambda: PlainGPT(setup.config, loss_only=True))
+    c = setup.config
+    backend = fastest_attention(c.n_head, c.n_embd, c.block_size, setup.case.batch_size or 32) if CUDA else None
+    module = setup.adopt(lambda: PlainGPT(c, loss_only=True, backend=backend))
     mode = "max-autotune-no-cudagraphs" if CUDA else None
-    inner, backend = torch.compile(module, dynamic=False, mode=mode), None
-
-    def call(idx, targets):
-        nonlocal backend
-        if not CUDA:
-            return inner(idx, targets)
-        c = setup.config
-        backend = backend or fastest_attention(c.n_head, c.n_embd, c.block_size, idx.size(0))
-        with sdpa_kernel(backend):
-            return inner(idx, targets)
-
-    return Arm(module, call, setup.optimizer)
+    return Arm(module, torch.compile(module, dynamic=False, mode=mode), setup.optimizer)
 
 
 @functools.cache
@@ -291,7 +287,8 @@ def liger(setup):
 @arm("huggingface")
 def huggingface(setup):
     """Hugging Face's GPT-2, compiled."""
-    module = HuggingFaceGPT(setup.config).to(DEVICE)
+    with torch.device(DEVICE):
+        module = HuggingFaceGPT(setup.config)
     return Arm(module, torch.compile(module, dynamic=False), optimizer_of(list(module.parameters())))
 
 
@@ -337,9 +334,10 @@ def plain_and_exact(setup, tokens, steps):
     plain = losses(eager(setup), setup.initial, tokens, steps, slices)
     if CUDA:
         before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
-        exact = losses(eager(setup), setup.initial, tokens, steps, slices, nullcontext())
-        torch.backends.cuda.matmul.allow_tf32 = before
-        return plain, exact
+        try:
+            return plain, losses(eager(setup), setup.initial, tokens, steps, slices, nullcontext())
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
     module = PlainGPT(setup.config).double()
     double = {n: t.double() for n, t in setup.initial.items()}
     arm = Arm(module, module, optimizer_of(list(module.parameters())))
@@ -358,54 +356,95 @@ def agree(found, plain, exact):
 
 
 class Group:
-    """All arms of a case, measured together, once."""
+    """The arms of a case: built once, held equal, and measured wave by wave."""
 
-    def __init__(self, case, names, rounds, seconds, steps, trace_to=None):
-        self.case, self.failed, self.timings, self.facts = case, {}, {}, {}
+    def __init__(self, case, rounds, seconds, steps, trace_to=None):
+        self.case, self.rounds, self.seconds, self.steps, self.trace_to = case, rounds, seconds, steps, trace_to
+        self.arms, self.batch_sizes, self.data = {}, {}, {}
+        self.timings, self.bases, self.facts, self.failed = {}, {}, {}, {}
         gc.collect()
         torch._dynamo.reset()
-        self.setup = setup = Setup(case)
-        self.batch_sizes = {}
-        tokens, arms = Tokens(setup.config, case.batch_size or 8), {}
-        plain, exact = plain_and_exact(setup, tokens, steps)
-        for name in names:
-            try:
-                arms[name] = made = ARMS[name](setup)
-                agree(losses(made, setup.initial, tokens, steps), plain, exact)
-                self.batch_sizes[name] = case.batch_size or best_batch_size(made, setup.config)
-            except Exception as e:  # whatever stops one is said, and the others go on
-                self.failed[name] = Failed.by(e)
-                arms.pop(name, None)
-        data = {b: Tokens(setup.config, b) for b in set(self.batch_sizes.values())}
-        turns = {
-            name: functools.partial(iterate, a, data[self.batch_sizes[name]], case.accumulation)
-            for name, a in arms.items()
-        }
-        repeats = {}
-        for name, turn in turns.items():
-            repeats[name] = max(1, round(seconds / self.warm(name, arms[name], turn)))
-        for _ in range(rounds):
-            for name, turn in turns.items():
-                self.timings[name].seconds.append(wall(turn, repeats[name]))
-        for name, a in arms.items():
-            batches = data[self.batch_sizes[name]]
-            self.facts[name] = profile.facts(functools.partial(micro_step, a, batches))
-            if trace_to:
-                step = functools.partial(iterate, a, batches, 1)
-                profile.write(step, setup.config, self.batch_sizes[name], f"{trace_to}/{case} {name}".replace(" ", "-"))
+        self.setup = Setup(case)
+        self.tokens = Tokens(self.setup.config, case.batch_size or 8)
+        self.curves = plain_and_exact(self.setup, self.tokens, steps)
 
-    def warm(self, name, arm, turn):
-        """Seconds of an iteration, after the first; the peak of the memory on the way."""
+    def measure(self, wave):
+        """Measure a wave's arms beside the baseline: timings, the baseline's timings of the same rounds, and facts; or why not."""
+        names = list(dict.fromkeys([*wave, "compiled"]))
+        for stage in (
+            self.build,
+            self.hold,
+            self.warm,
+        ):  # all are built before one is compiled: choosing kernels resets compilers
+            for name in names:
+                if name not in self.failed:
+                    self.attempt(name, stage)
+        rounds = {name: Timing() for name in names if name not in self.failed}
+        with harness.watched():
+            for _ in range(self.rounds):
+                for name in [n for n in rounds if n not in self.failed]:
+                    self.attempt(name, lambda name: rounds[name].seconds.append(self.sample(name)))
+        for name in [n for n in wave if n not in self.failed]:
+            self.timings[name].seconds = rounds[name].seconds
+            self.bases[name] = rounds["compiled"] if "compiled" not in self.failed else None
+            self.attempt(name, self.look)
+
+    def attempt(self, name, stage):
+        """A stage of one arm; what stops it is kept, and the others go on."""
+        try:
+            stage(name)
+            return
+        except Exception as e:
+            self.failed[name] = Failed.by(e)
+        self.arms.pop(name, None)
+        self.setup.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+
+    def build(self, name):
+        if name not in self.arms:
+            self.arms[name] = ARMS[name](self.setup)
+
+    def hold(self, name):
+        """Hold an arm equal, and find its batch size."""
+        if name not in self.batch_sizes:
+            agree(losses(self.arms[name], self.setup.initial, self.tokens, self.steps), *self.curves)
+            size = self.case.batch_size or best_batch_size(self.arms[name], self.setup.config)
+            self.batch_sizes[name] = size
+            self.data.setdefault(size, Tokens(self.setup.config, size))
+
+    def turn(self, name):
+        """One iteration of an arm, as a function."""
+        return functools.partial(iterate, self.arms[name], self.data[self.batch_sizes[name]], self.case.accumulation)
+
+    def warm(self, name):
+        """Run an arm until nothing compiles; note the seconds of an iteration, and the peak of the memory."""
+        turn, timing = self.turn(name), Timing()
         wall(turn, 2)
-        timing = self.timings[name] = Timing()
         if CUDA:
             timing.how = "wall clock around synchronised iterations"
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        seconds = wall(turn, 1)
+        timing.once = wall(turn, 1)
         if CUDA:
-            timing.peak = torch.cuda.max_memory_allocated() - before + arm.resident()
-        return seconds
+            timing.peak = torch.cuda.max_memory_allocated() - before + self.arms[name].resident()
+        self.timings.setdefault(name, timing)
+
+    def sample(self, name):
+        """Mean seconds of an arm's iterations, as many as the sample is to last. One goes before: the allocator, left as another
+        arm needed it, is not to be timed."""
+        iterate(self.arms[name], self.data[self.batch_sizes[name]], 1)
+        return wall(self.turn(name), max(1, round(self.seconds / self.timings[name].once)))
+
+    def look(self, name):
+        """What an arm launches; its profile where one is wanted."""
+        batches = self.data[self.batch_sizes[name]]
+        self.facts[name] = profile.facts(functools.partial(micro_step, self.arms[name], batches))
+        if self.trace_to:
+            step = functools.partial(iterate, self.arms[name], batches, 1)
+            path = f"{self.trace_to}/{self.case} {name}".replace(" ", "-")
+            profile.write(step, self.setup.config, self.batch_sizes[name], path)
 
 
 def wall(turn, repeats):
@@ -426,32 +465,39 @@ def best_batch_size(arm, config):
             turn = functools.partial(iterate, arm, Tokens(config, batch_size, 2), 1)
             wall(turn, 3)
             now = batch_size / wall(turn, 5)
-        except torch.OutOfMemoryError:
+        except Exception:  # memory runs out under many names: the allocator's, the compiler's, cuBLAS's
+            if best is None:
+                raise
             arm.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
             break
         if now < speed * 1.01:
             break
         best, speed = batch_size, now
-    if best is None:
-        raise NotHere("not even 16 sequences fit into the memory")
+    gc.collect()
+    torch.cuda.empty_cache()
     return best
 
 
-measured = {}
+groups = {}
 
 
-def group_of(config, items, case):
-    """The Group of a case, for the arms that were selected and the baseline."""
-    names = [n for n in ARMS if n == "compiled" or any(selects(i, case, n) for i in items)]
-    if case not in measured:
-        measured.clear()
+def group_of(config, items, case, provider):
+    """The Group of a case with the provider's wave measured, of which the selected arms take part."""
+    if case not in groups:
+        groups.clear()  # one model at a time
         quick = config.getoption("--quick") or not CUDA
-        rounds, seconds, steps = (7, 0.05, 5) if quick else (7, 1.0, STEPS)
-        if not CUDA:
-            steps = STEPS
-        measured[case] = Group(case, names, rounds, seconds, steps, config.getoption("--profile-to"))
-    return measured[case]
+        rounds, seconds = (7, 0.05) if not CUDA else (5, 0.3) if quick else (7, 1.0)
+        try:
+            groups[case] = Group(case, rounds, seconds, STEPS, config.getoption("--profile-to"))
+        except Exception as e:  # not for each arm anew
+            groups[case] = Failed.by(e)
+    group = groups[case]
+    if isinstance(group, Failed):
+        group.report(provider)
+    if provider not in group.failed and provider not in group.bases:
+        wave = next(w for w in WAVES if provider in w)
+        group.measure([n for n in wave if n == provider or any(selects(i, case, n) for i in items)])
+    return group
 
 
 def selects(item, case, name):
@@ -464,18 +510,17 @@ def selects(item, case, name):
     [
         pytest.param(
             case, name, id=f"step {case} {name}",
-            marks=[pytest.mark.benchmark(group=f"step {case}", timer=clock), pytest.mark.importance(case.importance)],
+            marks=[pytest.mark.benchmark(group=f"step {case}", timer=clock), pytest.mark.importance(case.importance + wave)],
         )
-        for case in CASES for name in ARMS
+        for case in CASES for wave, names in enumerate(WAVES) for name in names
     ],
 )  # fmt: skip
 def test_step(benchmark, request, case, provider):
-    group = group_of(request.config, request.session.items, case)
+    group = group_of(request.config, request.session.items, case, provider)
     if provider in group.failed:
         group.failed[provider].report(provider)
     timing, batch_size = group.timings[provider], group.batch_sizes[provider]
-    sequences = batch_size * case.accumulation
-    tokens_per_s = sequences * group.setup.config.block_size / timing.median
+    tokens_per_s = batch_size * case.accumulation * group.setup.config.block_size / timing.median
     flops = tokens_per_s * group.setup.flops_per_token()
     peak = metrics.peak_flops(DEVICE, str(DTYPE)[6:])
     replay(benchmark, timing, kind="step", provider=provider, baseline=provider == "compiled")
@@ -485,10 +530,9 @@ def test_step(benchmark, request, case, provider):
         mfu=None if peak is None else flops / peak, mfu_of_ceiling=flops / ceilings()["flops"],
         **group.facts[provider],
     )  # fmt: skip
-    if "compiled" in group.timings:
-        base = group.timings["compiled"]
+    if base := group.bases[provider]:
         # Of tokens a second, since arms may run at batch sizes of their own.
-        scale = sequences / (group.batch_sizes["compiled"] * case.accumulation)
+        scale = batch_size / group.batch_sizes["compiled"]
         median, least, greatest = (r * scale for r in timing.ratios_of(base))
         benchmark.extra_info.update(
             ratio_to_compiled=median, ratio_to_compiled_min=least, ratio_to_compiled_max=greatest

@@ -49,18 +49,32 @@ def remaining(config):
     return None if budget is None else budget - (time.monotonic() - config.fastgpt_start)
 
 
+def pytest_collection_finish(session):
+    if session.items and not session.config.option.collectonly:
+        harness.ceilings()  # on an empty machine
+
+
+def pytest_runtest_setup(item):
+    left = remaining(item.config)
+    if left is not None and left <= 0:
+        pytest.skip(spent(item.config))
+
+
+def spent(config):
+    return f"the budget of {config.getoption('--budget'):g} s is spent"
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item):
     """Stop a benchmark where the budget ends, wherever it is."""
     left = remaining(item.config)
-    reason = f"the budget of {item.config.getoption('--budget') or 0:.0f} s is spent"
 
     def stop(*_):
-        raise pytest.skip.Exception(reason)  # no Exception: what catches those goes on
+        raise pytest.skip.Exception(spent(item.config))  # no Exception: what catches those goes on
 
     before = signal.signal(signal.SIGALRM, stop)
     if left is not None:
-        signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
+        signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), 1.0)  # and again: in a destructor it would be lost
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ import itertools
 import statistics
 import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
 import pytest
@@ -68,6 +69,12 @@ def importable(module):
         raise NotHere(f"{module} is not importable ({e})") from None
 
 
+if not CUDA:
+    torch.set_num_threads(1)  # at toy size threads wait for one another more than they compute
+# An arm beyond the limit would run eagerly under a compiled one's name: all share a few functions.
+torch._dynamo.config.recompile_limit = 64
+torch._dynamo.config.fail_on_recompile_limit_hit = True
+
 # ---- clocks ----
 
 
@@ -85,9 +92,11 @@ clock = Clock()
 
 @dataclass
 class Timing:
-    """Seconds of a call, a value a round; and beside it: host seconds to issue one, bytes at the peak, how it was timed."""
+    """Seconds of a call, a value a round; and beside it: of one call before, host seconds to issue it, bytes at the peak, and how
+    it was timed."""
 
     seconds: list = field(default_factory=list)
+    once: float = 0.0
     host: float | None = None
     peak: int | None = None
     how: str = "wall clock"
@@ -107,7 +116,21 @@ def sync():
         torch.cuda.synchronize()
 
 
-def prepare(calls):
+busy = False  # whether something is being timed: clocks and power are watched only then
+
+
+@contextmanager
+def watched():
+    """Around what is timed."""
+    global busy
+    busy = True
+    try:
+        yield
+    finally:
+        busy = False
+
+
+def prepare(calls, graph=True):
     """(issue, Timing) of functions without arguments: issue() runs them all, as a graph where they can be captured."""
     timing = Timing()
     for call in calls * 2:  # compilers and caches
@@ -128,19 +151,32 @@ def prepare(calls):
         host.append(time.perf_counter() - start)
     timing.host = statistics.median(host)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    captured = capture(calls) if graph else None
+    timing.how = "cuda events" if captured is None else "cuda graph"
+    return (lambda: [call() for call in calls]) if captured is None else captured.replay, timing
+
+
+def capture(calls):
+    """A CUDA graph of the calls, or None where they cannot be captured."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:  # what waits for the host would break off the capture, and leave the allocator in the middle of it
+        calls[0]()
+    except RuntimeError:
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             for call in calls:
                 call()
         graph.replay()
         torch.cuda.synchronize()
-    except Exception:  # whatever a call does that a graph cannot hold; it is then issued as it is
+        return graph
+    except Exception:  # whatever else a graph cannot hold
+        torch.cuda.set_stream(stream)
         torch.cuda.synchronize()
-        timing.how = "cuda events"
-        return lambda: [call() for call in calls], timing
-    timing.how = "cuda graph"
-    return graph.replay, timing
+        return None
 
 
 def sample(issue, repeats):
@@ -160,17 +196,22 @@ def sample(issue, repeats):
     return start.elapsed_time(end) / 1e3
 
 
-def time_together(calls, rounds, seconds):
-    """{name: Timing} of {name: functions without arguments}, a sample each in turn; `seconds` is how long one lasts at least."""
-    prepared = {name: prepare(each) for name, each in calls.items()}
-    repeats = {}
-    for name, (issue, _) in prepared.items():
-        once = min(sample(issue, 1) for _ in range(2))
-        repeats[name] = max(1, round(seconds / max(once, 1e-6)))
-    for _ in range(rounds):
-        for name, (issue, timing) in prepared.items():
-            timing.seconds.append(sample(issue, repeats[name]) / repeats[name] / len(calls[name]))
-    return {name: timing for name, (_, timing) in prepared.items()}
+def time_together(calls, rounds, seconds, graph=True):
+    """{name: Timing, or Failed} of {name: functions without arguments}, a sample each in turn; `seconds`: what one lasts at least."""
+    found, prepared, repeats = {}, {}, {}
+    for name, each in calls.items():
+        try:
+            prepared[name] = issue, found[name] = prepare(each, graph)
+            found[name].once = min(sample(issue, 1) for _ in range(2))
+            repeats[name] = max(1, round(seconds / max(found[name].once, 1e-6)))
+        except Exception as e:  # memory, most of all: at full size for the first time
+            found[name] = Failed.by(e)
+            prepared.pop(name, None)
+    with watched():
+        for _ in range(rounds):
+            for name, (issue, timing) in prepared.items():
+                timing.seconds.append(sample(issue, repeats[name]) / repeats[name] / len(calls[name]))
+    return found
 
 
 @functools.cache
@@ -226,6 +267,7 @@ class Op:
         shapes = shapes if CUDA else [toy]
         self.cases = [Case(s, d, DTYPE, s is shapes[0]) for s in shapes for d in directions]
         self.measured, self.checked = {}, set()
+        self.graph = True  # whether a GPU is to replay graphs of it
 
     def provider(self, name):
         """Register what the decorated function makes under a name."""
@@ -251,8 +293,9 @@ class Op:
         """{provider: Timing, or the reason why there is none} of a Case for these providers and the baseline."""
         key = case, frozenset(only)
         if key not in self.measured:
+            self.measured.clear()
             gc.collect()
-            self.measured.clear()  # the inputs of the last case with it
+            torch._dynamo.reset()
             calls, found = {}, {}
             for name in self.providers:
                 if name not in only and name != self.baseline:
@@ -262,7 +305,7 @@ class Op:
                     calls[name] = self.calls(case, name)
                 except Exception as e:  # whatever stops one is said, and the others go on
                     found[name] = Failed.by(e)
-            self.measured[key] = found | time_together(calls, rounds, seconds)
+            self.measured[key] = found | time_together(calls, rounds, seconds, self.graph)
         return self.measured[key]
 
     def check(self, case, provider):
@@ -294,8 +337,6 @@ class Op:
         for i in range(sets):
             it = self.problem(case.shape, case.dtype, DEVICE) if i else first
             f = f if i else make(it)
-            for grad in it.grads:
-                grad.is_fastgpts = True  # as the head's is in training, which the embedding adds to in place
             args = [x.detach().requires_grad_() if verify.is_floating(x) else x for x in it.inputs.values()]
             calls.append(functools.partial(once, f, args, it.grads, case.direction == "train"))
         return calls

@@ -4,37 +4,39 @@ import platform
 import shutil
 import statistics
 import subprocess
+import threading
 from pathlib import Path
 
 import torch
 
+from fastgpt.benchmarks import harness
+
 
 class Watch:
-    """The clock of the SMs and the power of the GPU, twice a second while the run lasts, where nvidia-smi tells."""
+    """The clock of the SMs and the power of the GPU, five times a second while something is timed, where nvidia-smi tells."""
 
     def __init__(self):
-        self.process = None
+        self.process, self.rows = None, []
         if torch.cuda.is_available() and shutil.which("nvidia-smi"):
-            query = [
-                "nvidia-smi",
-                "--query-gpu=clocks.sm,power.draw",
-                "--format=csv,noheader,nounits",
-                "-lms",
-                "500",
-                "-i",
-                "0",
-            ]
-            self.process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"  # CUDA_VISIBLE_DEVICES counts otherwise than nvidia-smi
+            query = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "200", "-i", gpu]
+            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self.process = subprocess.Popen(["nvidia-smi", *query], **pipes)
+            threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self):
+        for line in self.process.stdout:
+            if harness.busy:
+                self.rows.append(line.split(","))
 
     def stop(self):
         """{"sm_mhz": [least, median, greatest], "power_w": ...}, or None. Ends the watch."""
-        if self.process is None:
-            return None
-        self.process.terminate()
-        text, self.process = self.process.communicate()[0], None
-        rows = [line.split(",") for line in text.splitlines()]
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+            self.process = None
         columns = {"sm_mhz": [], "power_w": []}
-        for row in rows:
+        for row in self.rows:
             for name, word in zip(columns, row, strict=False):
                 try:
                     columns[name].append(float(word))

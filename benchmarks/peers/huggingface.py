@@ -22,11 +22,15 @@ class HuggingFaceGPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         hf = importable("transformers")
+        # Theirs makes a mask under torch.compile, and then misses the causal kernels; by another name it makes none.
+        attend = importable("transformers.integrations.sdpa_attention").sdpa_attention_forward
+        hf.AttentionInterface.register("causal_sdpa", attend)
         p = config.dropout
         self.model = hf.GPT2LMHeadModel(
             hf.GPT2Config(
                 vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
                 n_head=config.n_head, activation_function="gelu", resid_pdrop=p, embd_pdrop=p, attn_pdrop=p, use_cache=False,
+                attn_implementation="causal_sdpa",
             )
         )  # fmt: skip
         for name, parameter in self.model.named_parameters():

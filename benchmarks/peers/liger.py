@@ -9,10 +9,13 @@ from fastgpt.benchmarks.peers import plain
 class LayerNorm(plain.LayerNorm):
     """Liger's takes a bias always."""
 
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.norm = importable("liger_kernel.transformers.functional").liger_layer_norm
+
     def forward(self, x):
-        norm = importable("liger_kernel.transformers.functional").liger_layer_norm
         bias = torch.zeros_like(self.weight) if self.bias is None else self.bias
-        return norm(x, self.weight, bias, 1e-5)
+        return self.norm(x, self.weight, bias, 1e-5)
 
 
 class LigerGPT(plain.PlainGPT):

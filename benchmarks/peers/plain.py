@@ -5,9 +5,12 @@ and shares no line with fastgpt's model or ops. `loss_only` leaves out the logit
 it, torch.compile fills a gradient of zeros for them.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import sdpa_kernel
 
 
 class LayerNorm(nn.Module):
@@ -23,10 +26,11 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention. [B, T, C] in and out."""
+    """Causal self-attention, by PyTorch's choice of backend or by one. [B, T, C] in and out."""
 
-    def __init__(self, config):
+    def __init__(self, config, backend):
         super().__init__()
+        self.backend = backend
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
@@ -36,7 +40,8 @@ class Attention(nn.Module):
         heads = (B, T, self.n_head, C // self.n_head)
         q, k, v = (t.view(heads).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        with nullcontext() if self.backend is None else sdpa_kernel(self.backend):
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
         return F.dropout(self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C)), self.dropout, self.training)
 
 
@@ -56,9 +61,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm block. [B, T, C] in and out."""
 
-    def __init__(self, config, norm):
+    def __init__(self, config, norm, backend):
         super().__init__()
-        self.ln_1, self.attn = norm(config.n_embd, config.bias), Attention(config)
+        self.ln_1, self.attn = norm(config.n_embd, config.bias), Attention(config, backend)
         self.ln_2, self.mlp = norm(config.n_embd, config.bias), MLP(config)
 
     def forward(self, x):
@@ -69,17 +74,17 @@ class Block(nn.Module):
 class PlainGPT(nn.Module):
     """model(idx, targets) gives (logits, loss), or with loss_only (None, loss); idx and targets [B, T] int64.
 
-    `norm` makes a LayerNorm of (width, whether it has a bias).
+    `norm` makes a LayerNorm of (width, whether it has a bias); `backend` is an SDPBackend, or None for PyTorch's choice.
     """
 
-    def __init__(self, config, loss_only=False, norm=LayerNorm):
+    def __init__(self, config, loss_only=False, norm=LayerNorm, backend=None):
         super().__init__()
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config, norm) for _ in range(config.n_layer)),
+                h=nn.ModuleList(Block(config, norm, backend) for _ in range(config.n_layer)),
                 ln_f=norm(config.n_embd, config.bias),
             )
         )
