@@ -42,7 +42,9 @@ from fastgpt.step import train_step
 from fastgpt.trainer import shadow_dtype
 from fastgpt.verify import Shape
 
-STEPS = 20  # whose losses must agree
+STEPS, MICRO_STEPS = 20, 2  # whose losses must agree: accumulation is held too
+AGAIN = 3  # steps that must agree after the timing as well
+STRESS = 8  # the factor on what feeds softmax and GELU: at nanoGPT's small initial weights both are nearly linear
 SEED = 1337
 
 
@@ -316,32 +318,42 @@ def micro_step(arm, tokens):
     arm.optimizer.zero_grad(set_to_none=True)
 
 
-def losses(arm, initial, tokens, steps, accumulation=1, context=None):
-    """The losses of the first steps from the initial weights. Raises ArithmeticError where the arm's are others."""
+def held_from(setup):
+    """Weights from which any maths that is not the model's shows in the losses."""
+    return {n: t * STRESS if n.endswith(("c_attn.weight", "c_fc.weight")) else t for n, t in setup.initial.items()}
+
+
+def begins_equal(arm, initial):
+    """Raise ArithmeticError where an arm's weights are not the initial ones, bit for bit."""
     arm.reset(initial)
     for name, value in arm.weights().items():
         if name in initial and not torch.equal(value.cpu(), initial[name]):
             raise ArithmeticError(f"not equal: the initial {name}")
+
+
+def losses(arm, weights, tokens, steps, slices=1, context=None):
+    """The losses of the first steps of MICRO_STEPS micro-steps from the weights; tokens are in so many slices of a batch."""
+    arm.reset(weights)
     tokens.rewind()
-    return torch.stack([iterate(arm, tokens, accumulation, context) for _ in range(steps)]).double().cpu()
+    return torch.stack([iterate(arm, tokens, MICRO_STEPS * slices, context) for _ in range(steps)]).double().cpu()
 
 
-def plain_and_exact(setup, tokens, steps):
+def plain_and_exact(setup, tokens):
     """The losses of the plain model, and those in a higher precision: fp64 on the CPU; on a GPU fp32 with products in TF32, which
     has eight times bf16's digits. On a GPU in slices of a batch, since fp32 may not fit whole."""
     slices = max(1, tokens.batches[0][0].size(0) // 4) if CUDA else 1
-    tokens = tokens.sliced(slices)
-    plain = losses(eager(setup), setup.initial, tokens, steps, slices)
+    tokens, weights = tokens.sliced(slices), held_from(setup)
+    plain = losses(eager(setup), weights, tokens, STEPS, slices)
     if CUDA:
         before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
         try:
-            return plain, losses(eager(setup), setup.initial, tokens, steps, slices, nullcontext())
+            return plain, losses(eager(setup), weights, tokens, STEPS, slices, nullcontext())
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
     module = PlainGPT(setup.config).double()
-    double = {n: t.double() for n, t in setup.initial.items()}
+    double = {n: t.double() for n, t in weights.items()}
     arm = Arm(module, module, optimizer_of(list(module.parameters())))
-    return plain, losses(arm, double, tokens, steps)
+    return plain, losses(arm, double, tokens, STEPS)
 
 
 def agree(found, plain, exact):
@@ -358,15 +370,15 @@ def agree(found, plain, exact):
 class Group:
     """The arms of a case: built once, held equal, and measured wave by wave."""
 
-    def __init__(self, case, rounds, seconds, steps, trace_to=None):
-        self.case, self.rounds, self.seconds, self.steps, self.trace_to = case, rounds, seconds, steps, trace_to
+    def __init__(self, case, rounds, seconds, trace_to=None):
+        self.case, self.rounds, self.seconds, self.trace_to = case, rounds, seconds, trace_to
         self.arms, self.batch_sizes, self.data = {}, {}, {}
         self.timings, self.bases, self.facts, self.failed = {}, {}, {}, {}
         gc.collect()
         torch._dynamo.reset()
         self.setup = Setup(case)
         self.tokens = Tokens(self.setup.config, case.batch_size or 8)
-        self.curves = plain_and_exact(self.setup, self.tokens, steps)
+        self.curves = plain_and_exact(self.setup, self.tokens)
 
     def measure(self, wave):
         """Measure a wave's arms beside the baseline: timings, the baseline's timings of the same rounds, and facts; or why not."""
@@ -409,10 +421,16 @@ class Group:
     def hold(self, name):
         """Hold an arm equal, and find its batch size."""
         if name not in self.batch_sizes:
-            agree(losses(self.arms[name], self.setup.initial, self.tokens, self.steps), *self.curves)
+            begins_equal(self.arms[name], self.setup.initial)
+            self.agree(name, STEPS)
+            self.arms[name].reset(self.setup.initial)
             size = self.case.batch_size or best_batch_size(self.arms[name], self.setup.config)
             self.batch_sizes[name] = size
             self.data.setdefault(size, Tokens(self.setup.config, size))
+
+    def agree(self, name, steps):
+        found = losses(self.arms[name], held_from(self.setup), self.tokens, steps)
+        agree(found, *(curve[:steps] for curve in self.curves))
 
     def turn(self, name):
         """One iteration of an arm, as a function."""
@@ -438,7 +456,8 @@ class Group:
         return wall(self.turn(name), max(1, round(self.seconds / self.timings[name].once)))
 
     def look(self, name):
-        """What an arm launches; its profile where one is wanted."""
+        """Hold an arm equal again, now that it was timed; what it launches; its profile where one is wanted."""
+        self.agree(name, AGAIN)
         batches = self.data[self.batch_sizes[name]]
         self.facts[name] = profile.facts(functools.partial(micro_step, self.arms[name], batches))
         if self.trace_to:
@@ -488,7 +507,7 @@ def group_of(config, items, case, provider):
         quick = config.getoption("--quick") or not CUDA
         rounds, seconds = (7, 0.05) if not CUDA else (5, 0.3) if quick else (7, 1.0)
         try:
-            groups[case] = Group(case, rounds, seconds, STEPS, config.getoption("--profile-to"))
+            groups[case] = Group(case, rounds, seconds, config.getoption("--profile-to"))
         except Exception as e:  # not for each arm anew
             groups[case] = Failed.by(e)
     group = groups[case]

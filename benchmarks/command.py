@@ -66,13 +66,16 @@ def count(argv):
 
 def write_report(cfg, files):
     """The report beside a result file, or the README's table."""
+    if cfg.readme and files:
+        raise UserError(f"bench report --readme: takes the newest result under --out, not {files[0]}")
     if cfg.readme:
         report.update_readme(Path("README.md"), Path(cfg.out))
-        print("README.md: the table is that of the newest result")
+        said = next((f"is of {path}" for path in report.newest(cfg.out)), "says that nothing was measured on a GPU yet")
+        print(f"README.md: the table {said}")
         return 0
-    found = [Path(f) for f in files] or report.newest(cfg.out)
+    found = [Path(f) for f in files] or report.newest(cfg.out) or report.newest(cfg.out, device="cpu")
     if not found:
-        raise UserError(f"bench report: no result of a GPU under {cfg.out}; give a file")
+        raise UserError(f"bench report: no result under {cfg.out}; give a file")
     for path in found:
         print(report.write(path))
     return 0
@@ -100,15 +103,19 @@ def run(cfg):
         *[f"--profile-to={target.parent / (target.stem + '-profile')}"] * cfg.profile,
     ]  # fmt: skip
     progress = Progress(cfg.budget)
-    status = pytest.main(words, plugins=[progress])
-    progress.finish()
-    if part.is_file() and part.stat().st_size:
-        part.replace(target)
-        print(f"results: {target}\nreport:  {report.write(target)}")
-    else:
+    try:
+        status = pytest.main(words, plugins=[progress])
+        progress.finish()
+        if part.is_file() and part.stat().st_size:
+            part.replace(target)
+            print(f"results: {target}\nreport:  {report.write(target)}")
+        else:
+            print("nothing was measured" + (": raise --budget" if status == 0 else ""))
+            status = status or 1
+    finally:
         part.unlink(missing_ok=True)
-        print("nothing was measured")
-        return 1
+    if status == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
     return int(status)
 
 
@@ -123,4 +130,4 @@ def result_path(out):
     except OSError as e:
         raise UserError(f"--out={out}: cannot be written ({e.strerror}); give another folder") from None
     commit = machine.commit()
-    return folder / f"{time.strftime('%Y-%m-%dT%H%M')}-{commit['id'][:7]}{'-dirty' * commit['dirty']}.json"
+    return folder / f"{time.strftime('%Y-%m-%dT%H%M%S')}-{commit['id'][:7]}{'-dirty' * commit['dirty']}.json"

@@ -50,6 +50,9 @@ def remaining(config):
 
 
 def pytest_collection_finish(session):
+    session.config.fastgpt_left_out.update(
+        dict.fromkeys(map(name_of, session.items), "not reached: the run was interrupted")
+    )
     if session.items and not session.config.option.collectonly:
         harness.ceilings()  # on an empty machine
 
@@ -95,6 +98,8 @@ def pytest_runtest_makereport(item, call):
         lines = why.removeprefix("Skipped: ").splitlines() or [type(call.excinfo.value).__name__]
         kind = "" if report.outcome == "skipped" else f"FAILED: {type(call.excinfo.value).__name__}: "
         item.config.fastgpt_left_out[name_of(item)] = kind + lines[0]
+    elif report.when == "call":
+        item.config.fastgpt_left_out.pop(name_of(item), None)
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

@@ -17,9 +17,12 @@ what the interpreter sees it touch.
 This is for a process of its own, which then takes the CPU for a GPU.
 """
 
+import contextlib
 import copy
 import inspect
+import io
 import json
+import logging
 import math
 import os
 import re
@@ -130,8 +133,13 @@ class Recorder(TorchDispatchMode):
         only_written = written if re.search(r"fill|zero|copy_|\.out", f"{name}.{func._overloadname}") else []
         moved = sum(size(t) for t in tensors([v for k, v in given.items() if k not in only_written]))
         moved += sum(size(t) for t in tensors([given[k] for k in written] if written else out))
-        if name == "aten::embedding":  # the rows that it gathers, and no others
+        # What is gathered is not all of what is there, and a backward may be handed what it does not read.
+        if name == "aten::embedding":
             moved = 2 * size(out) + size(given["indices"])
+        elif name == "aten::nll_loss_forward":
+            moved = 2 * size(given["target"])
+        elif name == "aten::nll_loss_backward":
+            moved = size(out) + size(given["target"])
         if name in ("aten::mm", "aten::addmm", "aten::bmm"):
             launch = Launch("gemm", self.direction, name, gemm_bytes=moved)
         elif "scaled_dot_product" in name:
@@ -197,13 +205,20 @@ def always(value):
 
 
 def pretend_gpu(recorder):
-    """Have torch, Inductor and the kernels' launchers see an H200, and Triton's launches go to recorder(). For good."""
+    """Have torch, Inductor and the kernels' launchers see an H200, and Triton's launches go to recorder(). For good.
+
+    Raises UserError without Triton.
+    """
     os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are first imported
+    try:
+        from triton.runtime.jit import JITFunction
+
+        from fastgpt.kernels import common, configs
+    except ImportError:
+        raise UserError("bench count: Triton is not installed; pip install triton") from None
+    import torch._inductor.config
     from torch._dynamo.device_interface import CudaInterface
     from torch.utils import _triton
-    from triton.runtime.jit import JITFunction
-
-    from fastgpt.kernels import common, configs
 
     for place in (CudaInterface, CudaInterface.Worker):
         place.get_device_properties = staticmethod(always(H200))
@@ -222,6 +237,8 @@ def pretend_gpu(recorder):
     _triton.triton_hash_with_backend = always("")
     _triton.triton_backend = always(None)
     torch.version.cuda = torch.version.cuda or "13.0"
+    # Whether to pad a product is measured, on a GPU alone: of an odd vocabulary the copies for it are not counted.
+    torch._inductor.config.shape_padding = False
     # Autograd wants a driver for CUDA tensors, so all are the CPU's; Python code that asks them is told otherwise.
     FakeTensor.is_cuda = property(lambda t: True)
     FakeTensor.data_ptr = always(0)  # fresh memory begins on 16 bytes
@@ -365,13 +382,13 @@ def node_launches(node, direction, fake, recorders):
         return []
     if isinstance(node, scheduler.ExternKernelSchedulerNode):
         inner = node.node
-        if isinstance(inner, ir.MultiOutput):
+        if isinstance(inner, ir.MultiOutput):  # an output of a node before, whose bytes it has
             return []
         overload = getattr(inner, "op_overload", None)
         if overload is not None and overload.namespace == "fastgpt":
             return op_launches(inner, overload, direction, fake, recorders)
         name = str(getattr(inner, "python_kernel_name", None) or overload)
-        moved = sum(accesses(node))
+        moved = sum(accesses(node)) + sum(size_of(user) for user in outputs_of(node))
         if "scaled_dot_product" in name:
             return [Launch("attention", direction, name, attention_bytes=moved)]
         if re.search(r"mm\b", name):
@@ -402,6 +419,19 @@ def accesses(node):
             whole = V.graph.get_dep_size_hint(StarDep(d.name))
             moved[d.name] = min(moved.get(d.name, 0) + n, whole)
         yield from moved.values()
+
+
+def outputs_of(node):
+    """The buffers that a kernel of several outputs writes: nodes of their own to Inductor."""
+    from torch._inductor import ir
+
+    users = (u.node for b in node.get_outputs() for u in b.users)
+    return [u.node for u in users if isinstance(getattr(u, "node", None), ir.MultiOutput)]
+
+
+def size_of(buffer):
+    """Bytes of one of Inductor's buffers."""
+    return math.prod(map(int, buffer.get_size())) * buffer.get_dtype().itemsize
 
 
 def op_launches(node, overload, direction, fake, recorders):
@@ -487,19 +517,16 @@ def show(found, arms):
     for arm in arms:
         print(f"\n{arm}\n  {'op':18}{'direction':10}{'launches':>9}{'GB':>9}")
         for r in found[arm]["ops"]:
-            print(
-                f"  {r['op']:18}{r['direction']:10}{r['launches']:9,}{r['bytes'] / 1e9:9.3f}  {r.get('kernel', '')[:100]}"
-            )
+            gb = f"{r['bytes'] / 1e9:9.3f}" if r["op"] not in ("gemm", "attention") else f"{'-':>9}"
+            print(f"  {r['op']:18}{r['direction']:10}{r['launches']:9,}{gb}  {r.get('kernel', '')[:100]}")
 
 
 def main(argv):
     """The command; its exit status."""
     cfg, _ = parse(CountConfig, argv, "fastgpt bench count")
-    stdout, sys.stdout = sys.stdout, sys.stderr  # what models say as they are made
-    try:
+    logging.getLogger("torch").setLevel(logging.ERROR)  # Inductor asks for what only a driver knows
+    with contextlib.redirect_stdout(io.StringIO()):  # what models say as they are made
         found = count(cfg)
-    finally:
-        sys.stdout = stdout
     if cfg.json:
         print(json.dumps(found, indent=1))
     else:

@@ -26,6 +26,7 @@ from fastgpt.benchmarks import roofline
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32  # what the runs compute in
+WHOLE = {torch.bfloat16: 0.03, torch.float16: 5e-3, torch.float32: 1e-3}  # relative, of norms; TF32 counted in
 PARITY_TOKENS = 4096 if CUDA else 256  # the fp64 side of the comparison takes many times the memory
 
 
@@ -296,13 +297,14 @@ class Op:
             self.measured.clear()
             gc.collect()
             torch._dynamo.reset()
-            calls, found = {}, {}
+            calls, found, check_whole = {}, {}, self.check_whole(case)
             for name in self.providers:
                 if name not in only and name != self.baseline:
                     continue
                 try:
                     self.check(case, name)
-                    calls[name] = self.calls(case, name)
+                    calls[name], f = self.calls(case, name)
+                    check_whole(f)
                 except Exception as e:  # whatever stops one is said, and the others go on
                     found[name] = Failed.by(e)
             self.measured[key] = found | time_together(calls, rounds, seconds, self.graph)
@@ -312,15 +314,34 @@ class Op:
         """Hold a provider to PyTorch by the three-way rule, on a part of the case's tokens. Raises ArithmeticError, NotHere."""
         s = case.shape
         shape = replace(s, B=max(1, min(s.B, PARITY_TOKENS // s.T)), T=min(s.T, PARITY_TOKENS))
-        if (shape, provider) in self.checked:
-            return
-        it = self.problem(shape, case.dtype, DEVICE)
-        f = self.providers[provider](it)
-        if provider != self.baseline:
-            for c in verify.compare(f, it.reference, it.inputs, it.outputs, it.grads):
+        # Biases, which the shapes that are timed have none of, are held as well.
+        for shape in {shape, replace(shape, bias=True)} if provider.startswith("fastgpt") else {shape}:  # noqa: B020
+            if (shape, provider) in self.checked or provider == self.baseline:
+                continue
+            it = self.problem(shape, case.dtype, DEVICE)
+            for c in verify.compare(self.providers[provider](it), it.reference, it.inputs, it.outputs, it.grads):
                 if not c.holds:
                     raise ArithmeticError(f"not equal: {c.what} has {c.ratio:.1f} times PyTorch's error")
-        self.checked.add((shape, provider))
+            self.checked.add((shape, provider))
+
+    def check_whole(self, case):
+        """A check of a provider at the whole size, where fp64 has no room: its distance from the baseline is that of rounding.
+
+        check(f) takes a provider's function, and raises ArithmeticError.
+        """
+        it = self.problem(case.shape, case.dtype, DEVICE)
+        names, same = [*it.outputs, *(f"d{n}" for n, x in it.inputs.items() if verify.is_floating(x))], None
+
+        def check(f):
+            nonlocal same
+            found = verify.run(f, it.inputs.values(), it.grads)
+            same = found if same is None else same
+            for name, a, b in zip(names, found, same, strict=True):
+                distance = (a.float() - b.float()).norm().item()
+                if not distance <= WHOLE[case.dtype] * b.float().norm().item():
+                    raise ArithmeticError(f"not equal at full size: {name} is {distance:.2g} from PyTorch's")
+
+        return check
 
     def parts(self, case):
         """The roofline's Parts of a case."""
@@ -328,7 +349,8 @@ class Op:
         return [p for p in parts if case.direction == "train" or p.direction == "forward"]
 
     def calls(self, case, provider):
-        """Functions without arguments, each on inputs of its own, as many as keep an input from still being in L2."""
+        """Functions without arguments, each on inputs of its own, as many as keep an input from still being in L2; and the provider's
+        function, which they call."""
         first = self.problem(case.shape, case.dtype, DEVICE)
         size = sum(t.numel() * t.element_size() for t in [*first.inputs.values(), *first.grads] if torch.is_tensor(t))
         l2 = torch.cuda.get_device_properties(0).L2_cache_size if CUDA else 0
@@ -339,7 +361,7 @@ class Op:
             f = f if i else make(it)
             args = [x.detach().requires_grad_() if verify.is_floating(x) else x for x in it.inputs.values()]
             calls.append(functools.partial(once, f, args, it.grads, case.direction == "train"))
-        return calls
+        return calls, f
 
 
 def once(f, args, grads, backward):
@@ -401,7 +423,7 @@ def describe(benchmark, case, timing, parts):
     floor = sum(p.seconds(top["flops"], top["bandwidth"]) for p in parts)
     benchmark.extra_info.update(
         direction=case.direction, dtype=str(case.dtype)[6:], shape=sizes(case.shape),
-        tflops=flops / timing.median / 1e12, gb_per_s=bytes_ / timing.median / 1e9, floor_ms=floor * 1e3,
+        tflops=flops / timing.median / 1e12 if flops else None, gb_per_s=bytes_ / timing.median / 1e9, floor_ms=floor * 1e3,
         of_floor=floor / timing.median, of_flops_ceiling=flops / timing.median / top["flops"],
         of_bandwidth_ceiling=bytes_ / timing.median / top["bandwidth"],
     )  # fmt: skip

@@ -44,10 +44,11 @@ class Progress:
         if report.failed:
             self.say(f"\nFAILED {op} {name}\n{report.longreprtext}")
         elif report.skipped:
-            why = op, name.split()[-1], report.longrepr[2].removeprefix("Skipped: ")
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            why = ("the rest", "", reason) if reason.startswith("the budget of") else (op, name.split()[-1], reason)
             if why not in self.said:  # once for all shapes
                 self.said.add(why)
-                self.say("  -- {} {}: {}".format(*why))
+                self.say(f"  -- {' '.join(why[:2]).strip()}: {reason}")
 
     def show(self, group, info, seconds):
         """A result as a line, under its case's name."""

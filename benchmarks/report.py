@@ -83,9 +83,9 @@ def readable(folder):
     return sorted(found, key=lambda pair: when(pair[1]))
 
 
-def newest(root, n=1):
-    """Paths of the newest n results of GPU runs below root, the newest first, all of one GPU: the newest run's."""
-    runs = [(path, r["fastgpt"]["gpu"]) for path, r in reversed(readable(root)) if r["fastgpt"]["device"] == "cuda"]
+def newest(root, n=1, device="cuda"):
+    """Paths of the newest n results of runs on GPUs, or on CPUs, below root, the newest first, all of one: the newest run's."""
+    runs = [(path, r["fastgpt"]["gpu"]) for path, r in reversed(readable(root)) if r["fastgpt"]["device"] == device]
     return [path for path, gpu in runs if gpu == runs[0][1]][:n]
 
 
@@ -234,7 +234,10 @@ def write(path):
         own = {case: benchmarks for case, benchmarks in ops.items() if case[0] == op}
         parts += [f"### {op}", case_table(OP_COLUMNS, own, {"shape": 1, "direction": 2, "dtype": 3})]
         bars[op] = {f"{shape}\n{direction}, {dtype}": bs for (_, shape, direction, dtype), bs in own.items()}
-    title, text = "share of the floor at the measured ceilings", "{provider}  {of_floor:.0%}  {ms:,.4f} ms  {ratio}"
+    title, text = (
+        "how near to the floor (dotted: none is faster) at the measured ceilings",
+        "{provider}  {of_floor:.0%}  {ms:,.4f} ms  {ratio}",
+    )
     parts += bar_plot(path, "ops", title, result, bars, "of_floor", text, line=1)
     left_out = listed((cell(x.get("why")), short(x["name"])) for x in result["fastgpt"].get("left_out") or [])
     parts += ["## Left out", left_out or "Nothing."]
@@ -302,7 +305,7 @@ def bar_plot(path, name, title, result, groups, key, text, line=0):
         a.grid(visible=False, axis="y")
         a.set(xlim=(0, 1.65 * longest), ylim=(y - 1.2, -0.7))
         a.xaxis.set_major_formatter("{x:.0%}" if line else "{x:,.0f}")
-        a.axvline(line, color="black", lw=0.8, ls=":")
+        a.axvline(line, color="black", lw=0.8, ls=":", zorder=0)
     return save(figure, path, name)
 
 

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 
 from fastgpt.config import GPTConfig, RooflineConfig, UserError, parse, preset
-from fastgpt.metrics import PEAK_BANDWIDTH, PEAK_FLOPS
+from fastgpt.metrics import PEAK_BANDWIDTH, PEAK_FLOPS, known_gpu
 
 STREAM = 4  # bytes of an element of the residual stream, of weights, their gradients and moments: fp32
 
@@ -95,19 +95,22 @@ def linear_cross_entropy(M, C, V, itemsize):
     ]
 
 
-def embedding(M, T, C):
-    """A row gathered and a row written a token; backward the stream's gradient read once, added to a row a token."""
+def embedding(M, T, C, V):
+    """A row written a token, and each row of the table that may be wanted gathered; backward the stream's gradient read once, and
+    added to those rows."""
+    rows = min(M, V)
     return [
-        Part("embedding", "forward", 0, M * C * 2 * STREAM),
-        Part("embedding", "backward", 0, M * C * 3 * STREAM + T * C * STREAM),
+        Part("embedding", "forward", 0, (M + rows) * C * STREAM),
+        Part("embedding", "backward", 0, (M + 2 * rows + T) * C * STREAM),
     ]
 
 
-def optimizer(n_params):
-    """The norm of the gradients, and AdamW: weight, gradient and two moments read, all but the gradient and the bf16 weight written."""
+def optimizer(n_params, shadow=2):
+    """The norm of the gradients, and AdamW: weight, gradient and two moments read, all but the gradient written, and so many bytes
+    of a shadow."""
     return [
         Part("gradient norm", "update", 0, n_params * STREAM),
-        Part("AdamW", "update", 0, n_params * (7 * STREAM + 2)),
+        Part("AdamW", "update", 0, n_params * (7 * STREAM + shadow)),
     ]
 
 
@@ -120,7 +123,7 @@ def op_parts(op, shape, itemsize):
         "attention": lambda: attention(M, T, C, H, itemsize),
         "gelu_mlp": lambda: gelu_mlp(M, C, itemsize),
         "linear_cross_entropy": lambda: linear_cross_entropy(M, C, V, itemsize),
-        "embedding": lambda: embedding(M, T, C),
+        "embedding": lambda: embedding(M, T, C, V),
     }[op]()
 
 
@@ -129,7 +132,7 @@ def step_parts(config, batch_size, itemsize=2):
     T, C, H, V, L = config.block_size, config.n_embd, config.n_head, config.vocab_size, config.n_layer
     M = batch_size * T
     return [
-        *embedding(M, T, C),
+        *embedding(M, T, C, V),
         *layer_norm(M, C, itemsize),
         *add_layer_norm(M, C, itemsize, times=2 * L),
         *linear("qkv", M, 3 * C, C, itemsize, L),
@@ -151,11 +154,10 @@ def n_params(config):
 
 def rates(cfg):
     """(FLOP/s, bytes/s) that a RooflineConfig names: measured ones, or a GPU's data sheet. Raises UserError."""
-    sheet = [(name, peak) for name, peak in PEAK_FLOPS.items() if name.lower() in cfg.gpu.lower()]
-    if not sheet and not (cfg.flops and cfg.bandwidth):
+    name = known_gpu(cfg.gpu)
+    if not name and not (cfg.flops and cfg.bandwidth):
         raise UserError(f"--gpu={cfg.gpu}: not in the table ({', '.join(PEAK_FLOPS)}); give --flops and --bandwidth")
-    name, peak = sheet[0] if sheet else (None, None)
-    return cfg.flops or peak, cfg.bandwidth or PEAK_BANDWIDTH[name]
+    return cfg.flops or PEAK_FLOPS[name], cfg.bandwidth or PEAK_BANDWIDTH[name]
 
 
 def roofline(cfg):

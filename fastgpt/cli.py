@@ -39,6 +39,9 @@ def reported(run, hint=""):
     except KeyboardInterrupt:
         print(f"\nfastgpt: interrupted{hint}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is there anything to flush at the exit
+        return 1
 
 
 def run(command, argv):

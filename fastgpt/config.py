@@ -111,6 +111,7 @@ class TrainConfig(Settings):
     compile: bool = Field(True, description="torch.compile the model")
     # fastgpt's own
     kernels: str = Field("auto", description="auto, triton, torch, or by op as attention=torch")
+    micro_batch: str = Field("", description="sequences computed at a time: a multiple of batch_size, or auto for what fills this GPU; same tokens, same update")
     preset: Preset = Field("", description="base that the other flags change: " + ", ".join(get_args(Preset)[1:]))
     train_data: str = Field("", description="token file or glob in place of the dataset's train.bin")
     val_data: str = Field("", description="token file or glob in place of the dataset's val.bin")
@@ -160,7 +161,7 @@ with warnings.catch_warnings():
     class CountConfig(Settings):
         """Every flag of counting a micro-step's launches and bytes."""
 
-        preset: Preset = Field("gpt2", description="whose shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, ...")
+        preset: Preset = Field("gpt2", description="whose layers, heads and width: gpt2, gpt2-medium, gpt2-large, gpt2-xl, ...")
         batch_size: int = Field(32, gt=0, le=2**20, description="sequences of the micro-step")
         block_size: int = Field(1024, gt=0, le=2**24, description="tokens of a sequence")
         vocab_size: int = Field(50304, gt=0, le=2**24, description="vocabulary")
@@ -173,7 +174,7 @@ with warnings.catch_warnings():
 class RooflineConfig(Settings):
     """Every flag of the roofline of a training step."""
 
-    preset: Preset = Field("gpt2", description="whose shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, ...")
+    preset: Preset = Field("gpt2", description="whose layers, heads and width: gpt2, gpt2-medium, gpt2-large, gpt2-xl, ...")
     batch_size: int = Field(32, gt=0, le=2**20, description="sequences of the micro-step")
     block_size: int = Field(1024, gt=0, le=2**24, description="tokens of a sequence")
     vocab_size: int = Field(50304, gt=0, le=2**24, description="vocabulary")

@@ -185,30 +185,33 @@ class Batches:
 
     `prefetch()` draws the next batch's offsets and starts to read it; `get()` gives (x, y), int64 [batch_size,
     block_size] on the device, y shifted by one token. The draws happen in the caller's order, on the CPU generator
-    (or on `generator`): only the reading is done elsewhere. `offsets` are those of the batch under way.
+    (or on `generator`): only the reading is done elsewhere. `offsets` are those of the batch under way. Where several of
+    nanoGPT's batches are `merged` into one, each is drawn by itself.
     """
 
-    def __init__(self, tokens, batch_size, block_size, device, generator=None):
+    def __init__(self, tokens, batch_size, block_size, device, generator=None, merged=1):
         if len(tokens) <= block_size:
             raise UserError(
                 f"{tokens.paths[0]}: {len(tokens):,} tokens are too few for block_size={block_size}; "
                 "take a smaller --block_size, or more text"
             )
         self.tokens, self.batch_size, self.block_size = tokens, batch_size, block_size
-        self.device, self.generator = torch.device(device), generator
+        self.device, self.generator, self.merged = torch.device(device), generator, merged
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.offsets = None
 
     def prefetch(self, offsets=None):
         """Begin the next batch: of drawn offsets, or of the ones given (a resumed run's)."""
         if offsets is None:
-            offsets = torch.randint(len(self.tokens) - self.block_size, (self.batch_size,), generator=self.generator)
+            end = len(self.tokens) - self.block_size
+            draws = [torch.randint(end, (self.batch_size,), generator=self.generator) for _ in range(self.merged)]
+            offsets = torch.cat(draws)
         self.offsets = offsets
         self.pending = self.thread.submit(self._read, offsets.tolist())
 
     def fits(self, offsets):
         """Whether offsets make a batch of this size within this stream."""
-        return len(offsets) == self.batch_size and int(offsets.max()) < len(self.tokens) - self.block_size
+        return len(offsets) == self.merged * self.batch_size and int(offsets.max()) < len(self.tokens) - self.block_size
 
     def _read(self, starts):
         batch = torch.from_numpy(self.tokens.read(starts, self.block_size + 1))

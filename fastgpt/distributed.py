@@ -104,6 +104,15 @@ def mean(tensor, world):
     return tensor
 
 
+def least(number, world):
+    """The least of all processes' numbers; every one of them must ask for it."""
+    if world.size == 1:
+        return number
+    tensor = torch.tensor(number, device=world.device)
+    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return int(tensor)
+
+
 def gather(thing, world):
     """A picklable thing of every process, as a list by rank, on the main one; None elsewhere."""
     if world.size == 1:

@@ -71,13 +71,19 @@ PEAK_BANDWIDTH = {
 }
 
 
+def known_gpu(name):
+    """The entry of PEAK_FLOPS for a GPU's name, or None."""
+    found = (
+        gpu for gpu in PEAK_FLOPS if re.search(rf"\b{gpu}\b", name, re.IGNORECASE) and "laptop" not in name.lower()
+    )
+    return next(found, None)
+
+
 def peak_flops(device, dtype):
     """Peak FLOP/s of a device in a dtype ("bfloat16", "float16" or "float32", which runs as TF32), or None where unknown."""
     if not str(device).startswith("cuda"):
         return None
-    name = torch.cuda.get_device_name(device)
-    found = (peak for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name) and "Laptop" not in name)
-    peak = next(found, None)
+    peak = PEAK_FLOPS.get(known_gpu(torch.cuda.get_device_name(device)))
     if peak is None or dtype != "float32":
         return peak
     # TF32 runs at half of bf16's rate from Ampere on; older GPUs have none, and their fp32 is not in the table.

@@ -16,6 +16,7 @@ from fastgpt import checkpoint as checkpoints
 from fastgpt import data, distributed, metrics, ops, optim, tokenizer
 from fastgpt.choose import choose
 from fastgpt.config import UserError
+from fastgpt.micro_batch import merge
 from fastgpt.model import GPT
 from fastgpt.step import evaluate, train_step
 from fastgpt.verify import Shape
@@ -28,7 +29,12 @@ def train(cfg, given=frozenset()):
         Run(cfg, given, world).loop()
     except torch.OutOfMemoryError as e:
         reason = str(e).splitlines()[0]
-        raise UserError(f"{reason} Take a smaller --batch_size, and more --gradient_accumulation_steps") from None
+        hint = (
+            "Give a smaller --micro_batch"
+            if cfg.micro_batch
+            else "Take a smaller --batch_size, and more --gradient_accumulation_steps"
+        )
+        raise UserError(f"{reason} {hint}") from None
     except (BackendCompilerFailed, InductorError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"--compile=True: torch.compile failed ({reason}); give --compile=False") from None
@@ -63,12 +69,13 @@ class Run:
         if saved:
             checkpoints.check_dataset(saved, cfg, self.meta)
         self.model = self.build_model(saved, vocab_size).to(world.device)
-        self.choose_kernels()
+        merged = self.merge_micro_batches()
+        self.choose_kernels(merged)
         for tokens in (train_tokens, val_tokens):
             tokens.vocab_size = min(tokens.vocab_size, self.model.config.vocab_size)
             tokens.check_ids()
         shape = (cfg.batch_size, cfg.block_size, world.device)
-        self.batches = data.Batches(train_tokens, *shape)
+        self.batches = data.Batches(train_tokens, *shape, merged=merged)
         # Evaluations draw from the training's generator, as nanoGPT's do, unless they have a seed of their own.
         self.eval_generator = None if cfg.eval_seed is None else torch.Generator()
         self.eval_batches = {
@@ -103,10 +110,24 @@ class Run:
             self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=cfg.model_dump())
         self.batches.prefetch(offsets)
 
-    def choose_kernels(self):
+    def merge_micro_batches(self):
+        """Decide how many of nanoGPT's micro-batches a micro-step computes, for all processes alike; that many fewer are taken."""
+        cfg, world = self.cfg, self.world
+        dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32
+        c = self.model.config
+        merged = merge(cfg.micro_batch, cfg.batch_size, self.accumulation, c, world.device, dtype)
+        merged = distributed.least(merged, world)
+        self.accumulation //= merged
+        if cfg.micro_batch:
+            print(
+                f"micro-steps: {self.accumulation} of {merged * cfg.batch_size} sequences, {merged} micro-batches in each"
+            )
+        return merged
+
+    def choose_kernels(self, merged):
         """Decide which implementation of each op runs, on this run's shapes. The main process measures, the others read."""
         cfg, c = self.cfg, self.model.config
-        shape = Shape(cfg.batch_size, cfg.block_size, c.n_embd, c.n_head, c.vocab_size, c.bias, c.dropout)
+        shape = Shape(merged * cfg.batch_size, cfg.block_size, c.n_embd, c.n_head, c.vocab_size, c.bias, c.dropout)
         dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32
         with distributed.main_first(self.world):
             picks = choose(cfg.kernels, shape, dtype, self.world.device, cfg.compile)

@@ -58,10 +58,20 @@ def widened(x, dtype):
     return x if x.dtype == torch.float64 else x.to(dtype)
 
 
+class LateModule:
+    """An op's kernels, imported where they are first used: PyTorch's side of a Problem needs no Triton."""
+
+    def __init__(self, op):
+        self.op = op
+
+    def __getattr__(self, name):
+        return getattr(ops.kernels(self.op), name)
+
+
 def problem(op, shape, dtype, device):
     """The Problem of an op at a Shape, as training under autocast to dtype would have it (float32: without autocast)."""
     B, T, C, V, p = shape.B, shape.T, shape.n_embd, shape.vocab_size, shape.dropout
-    module = ops.kernels(op)
+    module = LateModule(op)
     seed = torch.tensor([0x1234567_89ABCDE], device=device) if p else None
     random = torch.Generator(device).manual_seed(1)
 
@@ -195,8 +205,11 @@ class Comparison:
 
 def compared(direction, what, kernel, same, exact):
     """The Comparison of one tensor: the kernel's, PyTorch's at the same dtypes, and fp64's."""
-    assert kernel.dtype == same.dtype, f"{what}: {kernel.dtype}, not {same.dtype}"
-    assert kernel.shape == exact.shape, f"{what}: shape {tuple(kernel.shape)}, not {tuple(exact.shape)}"
+    if kernel is None:
+        raise ArithmeticError(f"not equal: there is no {what}")
+    if kernel.dtype != same.dtype or kernel.shape != exact.shape:
+        kinds = (f"{t.dtype} {tuple(t.shape)}" for t in (kernel, same))
+        raise ArithmeticError("not equal: {} is {}, not {}".format(what, *kinds))
     error, allowed = ((t.double() - exact).abs().max().item() if t.numel() else 0.0 for t in (kernel, same))
     largest = exact.abs().max().item() if exact.numel() else 0.0
     units = 4 if kernel.dtype == torch.float32 else 1

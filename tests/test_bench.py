@@ -1,5 +1,6 @@
 """The benchmark suite: what it times is equal, a slowdown shows, a budget ends it, and its peers are what they are named for."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -70,7 +71,7 @@ def group(monkeypatch):
         for name, make in planted.items():
             monkeypatch.setitem(bench_train.ARMS, name, make)
         monkeypatch.setitem(bench_train.ARMS, "compiled", bench_train.eager)  # sooner made
-        group = bench_train.Group(CASE, rounds=3, seconds=0.01, steps=20)
+        group = bench_train.Group(CASE, rounds=3, seconds=0.01)
         group.measure(["eager", "fastgpt-eager", *planted])
         return group
 
@@ -85,6 +86,34 @@ def test_an_arm_that_computes_or_begins_otherwise_is_not_timed(group):
             norm.forward = lambda x, n=norm: torch.nn.functional.layer_norm(x, n.weight.shape, n.weight, n.bias, 1e-6)
         return arm
 
+    def tanh(setup):
+        arm = bench_train.eager(setup)
+        for block in arm.module.transformer.h:
+            c_fc, c_proj = block.mlp.c_fc, block.mlp.c_proj
+            block.mlp.forward = lambda x, a=c_fc, b=c_proj: b(torch.nn.functional.gelu(a(x), approximate="tanh"))
+        return arm
+
+    def forgetful(setup):
+        """Each micro-step's gradient in place of the sum."""
+        arm = bench_train.eager(setup)
+
+        def call(x, y):
+            setup.optimizer.zero_grad(set_to_none=True)
+            return arm.module(x, y)
+
+        return bench_train.Arm(arm.module, call, setup.optimizer)
+
+    def later(setup):
+        """Half of the batch, once it has been looked at."""
+        arm, calls = bench_train.eager(setup), itertools.count()
+        whole = bench_train.STEPS * bench_train.MICRO_STEPS
+
+        def call(x, y):
+            half = slice(None if next(calls) < whole else 2)
+            return arm.module(x[half], y[half])
+
+        return bench_train.Arm(arm.module, call, setup.optimizer)
+
     def half_the_batch(setup):
         arm = bench_train.eager(setup)
         return bench_train.Arm(arm.module, lambda x, y: arm.module(x[:2], y[:2]), setup.optimizer)
@@ -94,9 +123,9 @@ def test_an_arm_that_computes_or_begins_otherwise_is_not_timed(group):
         arm.weights = lambda: {n: w + 1e-7 for n, w in arm.module.state_dict().items()}
         return arm
 
-    found = group(eps=eps, half=half_the_batch, other=other_weights)
-    assert set(found.timings) - {"compiled"} == {"eager", "fastgpt-eager"}
-    assert set(found.failed) == {"eps", "half", "other"}
+    wrong = dict(eps=eps, tanh=tanh, forgetful=forgetful, later=later, half=half_the_batch, other=other_weights)
+    found = group(**wrong)
+    assert set(found.failed) == set(wrong)
     assert all(f.reason.startswith("not equal: losses are") for name, f in found.failed.items() if name != "other")
     assert found.failed["other"].reason == "not equal: the initial transformer.wte.weight"
 
@@ -171,7 +200,7 @@ ops.embedding = embedding"""
         (["a.json"], "`fastgpt bench compare` and `fastgpt bench report` take files"),
         (["compare", "a.json"], "give two result files, or none"),
         (["compare", "--out=nowhere"], "there are no two results of one GPU"),
-        (["report", "--out=nowhere"], "no result of a GPU under nowhere"),
+        (["report", "--out=nowhere"], "no result under nowhere"),
         (["report", "nowhere.json"], "nowhere.json: cannot be read"),
         (["roofline", "--gpu=abacus"], "--gpu=abacus: not in the table"),
         (["--out=/proc/nowhere"], "--out=/proc/nowhere: cannot be written"),
@@ -229,6 +258,15 @@ def test_the_peers_are_the_same_model(bias):
     assert all(torch.equal(found[n], w) for n, w in weights.items())
     trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert trained == model.get_num_params(non_embedding=False)
+
+
+def test_the_compiled_arms_are_one_graph():
+    """A break in the peer would slow the baseline down."""
+    idx = torch.randint(40, (2, 16))
+    for make in (PlainGPT, GPT):
+        model = make(GPTConfig(16, 40, 2, 2, 32, bias=False))
+        torch._dynamo.reset()
+        torch.compile(model, fullgraph=True, backend="eager")(idx, idx)
 
 
 def test_tokens_are_as_unequal_as_a_texts_and_slices_keep_their_order():

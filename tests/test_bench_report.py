@@ -60,7 +60,7 @@ def write_result(folder, benchmarks, day=1, commit="abcdef1234567", **run):
         ceilings=dict(flops=7.9e14, bandwidth=4.3e12, dtype="bfloat16"),
         clocks=dict(sm_mhz=[1755, 1950, 1980], power_w=[310.5, 655.1, 699.0]), attention_kernel="cudnn_sdpa_sm90",
         budget_s=480, seconds=431.2,
-        left_out=[dict(name=f"test[attention {d} liger]", why="not\n<installed>") for d in ("forward", "train")],
+        left_out=[dict(name=f"attention {d} liger", why="not\n<installed>") for d in ("forward", "train")],
         quick=False,
     )  # fmt: skip
     result = dict(datetime=f"2026-07-{day:02}T12:00:00+00:00", commit_info=dict(id=commit, dirty=True), version="5.3.1")
@@ -186,7 +186,7 @@ def test_noise_is_no_slowdown(tmp_path, capsys):
 
 def test_a_missing_case_fails_with_its_reason_and_a_new_one_does_not(tmp_path, capsys):
     a = write_result(tmp_path, everything(), 1)
-    gone = [dict(name="test[step gpt2 B=12 x 4 eager]", why="out of memory")]
+    gone = [dict(name="step gpt2 B=12 x 4 eager", why="out of memory")]
     b = write_result(tmp_path, everything()[:1] + everything()[2:], 2, left_out=gone)
     assert compare(a, b, 0.05) == 1
     assert "missing from B: step gpt2 B=12 x 4 eager: out of memory" in capsys.readouterr().out

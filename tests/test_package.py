@@ -30,6 +30,7 @@ def test_only_kernels_import_triton_and_only_ops_imports_kernels():
 def test_arrows_run_one_way():
     order = [
         "config",
+        "micro_batch",
         "metrics",
         "optim",
         "reference",

@@ -1,0 +1,84 @@
+"""Merged micro-batches: the same tokens, and the same update up to rounding, in fewer steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt.config import GPTConfig
+from fastgpt.micro_batch import best, filled, merge, sequence_bytes, state_bytes
+
+GPT2 = GPTConfig(bias=False)
+SIZES = [12 * n for n in (1, 2, 4, 5, 8, 10, 20, 40)]
+
+
+def losses(out_dir):
+    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
+    return [r["loss"] for r in map(json.loads, lines) if "loss" in r]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_merged_run_is_the_unmerged_one(train, dropout):
+    flags = ["--gradient_accumulation_steps=4", f"--dropout={dropout}", "--eval_seed=3"]
+    train(*flags, "--out_dir=apart")
+    out = train(*flags, "--out_dir=merged", "--micro_batch=8")
+    assert "micro-steps: 2 of 8 sequences, 2 micro-batches in each" in out
+    if dropout:  # other draws, the same tokens: the generator is shared on the CPU, as in nanoGPT
+        assert losses("merged") == pytest.approx(losses("apart"), rel=0.1)
+        return
+    assert losses("merged") == pytest.approx(losses("apart"), rel=1e-5)
+    weights = [torch.load(f"{d}/ckpt.pt", weights_only=True)["model"] for d in ("apart", "merged")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_merged_run_resumes_as_if_it_had_not_stopped(train):
+    flags = ["--gradient_accumulation_steps=4", "--micro_batch=16", "--lr_decay_iters=8"]
+    train(*flags, "--max_iters=8", "--out_dir=whole")
+    train(*flags, "--max_iters=4", "--out_dir=part")
+    train(*flags, "--max_iters=8", "--out_dir=part", "--init_from=resume")
+    whole, part = (torch.load(f"{d}/ckpt.pt", weights_only=True)["model"] for d in ("whole", "part"))
+    assert all(torch.equal(part[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(("spec", "near"), [("7", 8), ("12", 8), ("many", 4), ("-4", 4), ("1000", 16)])
+def test_what_cannot_be_is_refused_with_the_nearest(dataset, fastgpt, spec, near):
+    from conftest import TINY
+
+    flags = ["train", "--dataset=letters", *TINY, "--gradient_accumulation_steps=4", f"--micro_batch={spec}"]
+    status, _, err = fastgpt(*flags)
+    assert status == 2
+    assert (
+        f"--micro_batch={spec}: it is auto, or batch_size=4 times a divisor of the 4 micro-steps; the nearest is {near}"
+        in err
+    )
+
+
+def test_auto_without_a_gpu_leaves_it(train):
+    assert "micro-steps: 2 of 4 sequences, 1 micro-batches in each" in train("--micro_batch=auto")
+    assert merge("", 12, 40, GPT2, "cuda:0", torch.bfloat16) == 1
+
+
+def test_tiles_are_counted():
+    """One GEMM by hand: a model of one layer that is nearly all head."""
+    head = GPTConfig(block_size=128, vocab_size=128 * 1000, n_layer=1, n_head=1, n_embd=1)
+    assert filled(128 * 132, head, 132) == pytest.approx(1.0, abs=0.03)
+    assert filled(128 * 133, head, 132) == pytest.approx(1.0, abs=0.03)  # 1,007.6 rounds: the last matters little
+    assert filled(1, head, 132) < 0.01  # one row of a tile of 128
+
+
+def test_auto_fills_the_gpu_and_fits_the_memory():
+    roomy = best(SIZES, GPT2, 132, 141e9, 2)
+    assert filled(roomy * 1024, GPT2, 132) > filled(12 * 1024, GPT2, 132) + 0.02
+    for free in (24e9, 80e9, 141e9):
+        size = best(SIZES, GPT2, 132, free, 2)
+        assert size * sequence_bytes(GPT2, 2) + state_bytes(GPT2) <= free
+        assert filled(size * 1024, GPT2, 132) <= filled(roomy * 1024, GPT2, 132) + 0.01
+    assert best(SIZES, GPT2, 132, 1e9, 2) == 12  # as written, where nothing fits
+
+
+def test_the_memory_of_gpt2_is_as_counted_by_hand():
+    """17.5 GB of activations at B=32 are what compiled nanoGPT keeps of GPT-2 124M; the kernels keep two logits' worth less."""
+    assert 32 * sequence_bytes(GPT2, 2) == 1024 * 32 * (12 * 768 * 36 + 2 * 50304 * 2)
+    assert state_bytes(GPT2) == pytest.approx(14 * 124.4e6, rel=0.01)
