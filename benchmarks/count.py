@@ -518,7 +518,7 @@ def show(found, arms):
         print(f"\n{arm}\n  {'op':18}{'direction':10}{'launches':>9}{'GB':>9}")
         for r in found[arm]["ops"]:
             gb = f"{r['bytes'] / 1e9:9.3f}" if r["op"] not in ("gemm", "attention") else f"{'-':>9}"
-            print(f"  {r['op']:18}{r['direction']:10}{r['launches']:9,}{gb}  {r.get('kernel', '')[:100]}")
+            print(f"  {r['op']:18}{r['direction']:10}{r['launches']:9,}{gb}  {r.get('kernel', '')[:100]}".rstrip())
 
 
 def main(argv):

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All that a GPU has to say of the kernels, in one command and within ten minutes: benchmarks/on_gpu.sh RESULTS_DIR
 # Exactness first: verify, the kernels' tests natively, the sanitizer where there is one; then the choice on GPT-2's shapes.
+# Speed is the next command's: python -m benchmarks
 set -uo pipefail
 out=${1:?usage: benchmarks/on_gpu.sh RESULTS_DIR}
 cd "$(dirname "$0")/.."
@@ -10,7 +11,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=c
 
 timeout 120 python -m fastgpt.cli verify --json "$out/verify.json" | tee "$out/verify.txt" || status=1
 
-files=(tests/test_{layer_norm,embedding,flash_attention,gelu_mlp,cross_entropy,kernels,kernels_in_training,planted_faults}.py)
+files=(tests/test_{layer_norm,embedding,flash_attention,linear,gelu_mlp,cross_entropy,kernels,kernels_in_training,planted_faults}.py)
 timeout 240 python -m pytest -q "${files[@]}" 2>&1 | tee "$out/tests.txt" || status=1
 
 if command -v compute-sanitizer > /dev/null; then

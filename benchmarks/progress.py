@@ -61,9 +61,8 @@ class Progress:
             peak, of = (info["mfu"], "MFU") if info["mfu"] is not None else (info["mfu_of_ceiling"], "of the ceiling")
             rest = f"{info['tokens_per_s']:12,.0f} tok/s{100 * peak:7.1f}% {of}"
         else:
-            rest = (
-                f"{info['tflops']:9.2f} TFLOP/s{info['gb_per_s']:9.1f} GB/s{100 * info['of_floor']:7.1f}% of its floor"
-            )
+            flops = f"{info['tflops']:9.2f} TFLOP/s" if info["tflops"] else " " * 17
+            rest = f"{flops}{info['gb_per_s']:9.1f} GB/s{100 * info['of_floor']:7.1f}% of its floor"
         self.say(f"  {info['provider']:22}{seconds * 1e3:11.4f} ms{against}{rest}")
 
     def say(self, line):

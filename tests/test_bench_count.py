@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from fastgpt import ops
 from fastgpt.config import GPTConfig
 from fastgpt.model import GPT
 
+ROOT = Path(__file__).parents[1]
 GPT2 = 32 * 1024, 768, 50304, 12  # tokens, width, vocabulary, layers
 
 
@@ -79,6 +82,19 @@ def test_the_baseline_is_counted_as_inductor_fuses_it(gpt2):
     assert eager["cross_entropy", "backward"] == pytest.approx(
         4 * M * V * 4, rel=1e-3
     )  # a sparse gradient filled; three tensors
+
+
+def test_the_page_on_performance_says_what_is_counted():
+    page = (ROOT / "docs/performance.md").read_text()
+    for block in re.findall(r"\$ (fastgpt bench (?:count|roofline).*)\n([^`]+)```", page):
+        command, said = block
+        if "roofline" in command:
+            words = [sys.executable, "-m", "fastgpt.cli", *command.split()[1:]]
+            shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        else:
+            shown = count(*command.split()[3:])
+        for line in said.strip().splitlines():
+            assert line == "..." or line in shown.splitlines(), line
 
 
 def test_gemms_are_the_same_for_all(gpt2):

@@ -165,9 +165,8 @@ def test_a_planted_slowdown_is_named_and_a_gain_is_not_punished(tmp_path, capsys
     a, b = write_result(tmp_path, everything(), 1), write_result(tmp_path, everything(fastgpt=1.3), 2)
     assert compare(a, b, 0.05) == 1
     out = capsys.readouterr().out
-    assert (
-        "2 slower, 0 faster, 18 same, 0 missing, at a threshold of 5.0%: step gpt2 B=12 x 4 fastgpt, step gpt2 B=32 x 4 fastgpt"
-        in out
+    assert out.endswith(
+        "2 slower, 0 faster, 18 same, 0 missing, at a threshold of 5.0%\n  step gpt2 B=12 x 4 fastgpt\n  step gpt2 B=32 x 4 fastgpt\n"
     )
     row = next(line.split() for line in out.splitlines() if line.startswith("step gpt2 B=32 x 4 fastgpt"))
     assert row[6:] == ["78.7402", "102.3622", "1.300", "0.7%", "slower", "1.270x", "1.270x"]
