@@ -60,6 +60,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
+Recompute = Literal["none", "gelu", "block"]
 DType = Literal["float32", "bfloat16", "float16"]
 Preset = Literal["", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "shakespeare-char", "tiny"]
 
@@ -112,6 +113,7 @@ class TrainConfig(Settings):
     # fastgpt's own
     kernels: str = Field("auto", description="auto, triton, torch, or by op as attention=torch")
     micro_batch: str = Field("", description="sequences computed at a time: a multiple of batch_size, or auto for what fills this GPU; same tokens, same update")
+    recompute: Recompute = Field("none", description="compute again in the backward what it would keep, to save memory: gelu, half of the MLP's; block, all of a block's")
     preset: Preset = Field("", description="base that the other flags change: " + ", ".join(get_args(Preset)[1:]))
     train_data: str = Field("", description="token file or glob in place of the dataset's train.bin")
     val_data: str = Field("", description="token file or glob in place of the dataset's val.bin")

@@ -14,7 +14,7 @@ TILE = 128  # rows and columns of a GEMM's tile, as cuBLAS and the kernels take 
 MEMORY_SHARE = 0.85  # of what is free, for activations: the rest is the allocator's and the estimate's
 
 
-def merge(spec, batch_size, accumulation, config, device, dtype):
+def merge(spec, batch_size, accumulation, config, device, dtype, recompute="none"):
     """How many micro-batches of batch_size make one micro-step, a divisor of accumulation.
 
     spec is --micro_batch: "" for one, "auto" for the best of this device, or sequences of a micro-step. Raises UserError.
@@ -35,13 +35,13 @@ def merge(spec, batch_size, accumulation, config, device, dtype):
         return 1
     free, _ = torch.cuda.mem_get_info(device)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return best(sizes, config, sms, free, dtype.itemsize) // batch_size
+    return best(sizes, config, sms, free, dtype.itemsize, recompute) // batch_size
 
 
-def best(sizes, config, sms, free, itemsize):
+def best(sizes, config, sms, free, itemsize, recompute="none"):
     """Of sizes in sequences, the one whose GEMMs fill the SMs best within free bytes of memory; of equals, to a percent, the least."""
     room = MEMORY_SHARE * free - state_bytes(config)
-    fitting = [s for s in sizes if s * sequence_bytes(config, itemsize) <= room] or sizes[:1]
+    fitting = [s for s in sizes if s * sequence_bytes(config, itemsize, recompute) <= room] or sizes[:1]
     most = max(filled(s * config.block_size, config, sms) for s in fitting)
     return next(s for s in fitting if filled(s * config.block_size, config, sms) >= most - 0.01)
 
@@ -58,14 +58,34 @@ def filled(rows, config, sms):
     return ideal / took
 
 
-def sequence_bytes(config, itemsize):
+def sequence_bytes(config, itemsize, recompute="none"):
     """Bytes that one sequence's activations take between forward and backward, by what the kernels save.
 
     Of each block and element of the stream: the stream twice in fp32, and in the compute dtype two norms' outputs, q, k, v, attention's
-    output, and twice the hidden layer of 4 C. Of the head: logits, and as much again for what comes and goes.
+    output, and twice the hidden layer of 4 C, or with recompute="gelu" once. With "block" a block keeps the stream and the
+    branch that it begins with, and one block at a time the rest. Of the head: logits, and as much again for what comes and goes.
     """
-    block = 2 * 4 + (2 + 3 + 1 + 2 * 4) * itemsize
-    return config.block_size * (config.n_layer * config.n_embd * block + 2 * config.vocab_size * itemsize)
+    block = 2 * 4 + (2 + 3 + 1 + (4 if recompute == "gelu" else 8)) * itemsize
+    blocks = config.n_layer * (4 + itemsize) + block if recompute == "block" else config.n_layer * block
+    return config.block_size * (config.n_embd * blocks + 2 * config.vocab_size * itemsize)
+
+
+def what_fits(cfg, config, memory, itemsize):
+    """The flags with which a run should fit into so many bytes, as text: the first that do of recomputing and of fewer sequences."""
+    room = MEMORY_SHARE * memory - state_bytes(config) * 18 / 14  # the weights too
+    modes = ["none", "gelu", "block"]
+    for mode in modes[modes.index(cfg.recompute) :]:
+        if (
+            cfg.batch_size * sequence_bytes(config, itemsize, mode) <= room
+            and mode != cfg.recompute
+            and not cfg.micro_batch
+        ):
+            return f"give --recompute={mode}"
+    fits = max(1, int(room // sequence_bytes(config, itemsize, cfg.recompute)))
+    if cfg.micro_batch:
+        return f"give --micro_batch={fits // cfg.batch_size * cfg.batch_size or cfg.batch_size}"
+    size = next(n for n in range(min(fits, cfg.batch_size - 1) or 1, 0, -1) if cfg.batch_size % n == 0)
+    return f"give --batch_size={size} --gradient_accumulation_steps={cfg.gradient_accumulation_steps * cfg.batch_size // size}"
 
 
 def state_bytes(config):

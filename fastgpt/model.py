@@ -12,6 +12,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops, optim
 from fastgpt.config import GPTConfig
@@ -77,11 +78,12 @@ class MLP(nn.Module):
         self.gelu = nn.GELU()
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.recompute = False
 
     def forward(self, x, dropout=True):
         """`dropout=False` leaves the output's dropout to the add that follows."""
         fc, proj = self.c_fc, self.c_proj
-        y = ops.gelu_mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, (shadow(fc), shadow(proj)))
+        y = ops.gelu_mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.recompute, (shadow(fc), shadow(proj)))
         return self.dropout(y) if dropout else y
 
 
@@ -136,6 +138,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied: one tensor under both names
+        self.recompute_blocks = False
         self._init_weights()
         print(f"number of parameters: {self.get_num_params() / 1e6:.2f}M")
 
@@ -157,6 +160,12 @@ class GPT(nn.Module):
             # Drawn anew, not scaled.
             nn.init.normal_(block.attn.c_proj.weight, std=residual_std)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
+
+    def set_recompute(self, mode):
+        """What training computes again in the backward instead of keeping it: "none", "gelu" or "block"; the same values each way."""
+        self.recompute_blocks = mode == "block"
+        for block in self.transformer.h:
+            block.mlp.recompute = mode == "gelu"
 
     @torch.no_grad()
     def keep_shadows(self, dtype):
@@ -216,7 +225,10 @@ class GPT(nn.Module):
         x, head = ops.embedding(idx, t.wte.weight, wpe, dropout_p(t.drop))
         x = x, None
         for i, block in enumerate(t.h):
-            x = block(x, caches[i] if caches else None)
+            if self.recompute_blocks and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, caches[i] if caches else None)
         _, h = t.ln_f(*x, dropout_p(t.h[-1].mlp.dropout))
         return h, head
 

@@ -13,6 +13,7 @@ import warnings
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt import reference
 from fastgpt.config import UserError
@@ -148,10 +149,15 @@ def linear(x, weight, bias=None, shadow=None):
     return reference.linear(x, weight, bias)
 
 
-def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, shadows=(None, None)):
-    """See `reference.gelu_mlp`. shadows are w_fc and w_proj in the compute dtype, where they are kept."""
+def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, shadows=(None, None)):
+    """See `reference.gelu_mlp`. shadows are w_fc and w_proj in the compute dtype, where they are kept; recompute keeps the activation
+    for the backward no longer than it is used, and PyTorch's twin then not even the pre-activation."""
     if triton := triton_for("gelu_mlp", h):
-        return triton.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, shadows=shadows)
+        return triton.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute, shadows)
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(
+            reference.gelu_mlp, h, w_fc, b_fc, w_proj, b_proj, use_reentrant=False, preserve_rng_state=False
+        )
     return reference.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj)
 
 

@@ -3,6 +3,7 @@
 import math
 import sys
 import tempfile
+import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastgpt import checkpoint as checkpoints
 from fastgpt import data, distributed, metrics, ops, optim, tokenizer
 from fastgpt.choose import choose
 from fastgpt.config import UserError
-from fastgpt.micro_batch import merge
+from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
 from fastgpt.step import evaluate, train_step
 from fastgpt.verify import Shape
@@ -29,12 +30,9 @@ def train(cfg, given=frozenset()):
         Run(cfg, given, world).loop()
     except torch.OutOfMemoryError as e:
         reason = str(e).splitlines()[0]
-        hint = (
-            "Give a smaller --micro_batch"
-            if cfg.micro_batch
-            else "Take a smaller --batch_size, and more --gradient_accumulation_steps"
-        )
-        raise UserError(f"{reason} {hint}") from None
+        memory = torch.cuda.get_device_properties(world.device).total_memory if world.device.startswith("cuda") else 0
+        hint = what_fits(cfg, cfg.gpt_config(50304), memory, getattr(torch, cfg.dtype).itemsize)
+        raise UserError(f"{reason} To fit, {hint}") from None
     except (BackendCompilerFailed, InductorError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"--compile=True: torch.compile failed ({reason}); give --compile=False") from None
@@ -46,6 +44,7 @@ class Run:
     """One training run: all that is made and checked before the first iteration, and the loop."""
 
     def __init__(self, cfg, given, world):
+        self.began = time.perf_counter()
         self.world = world
         self.cuda = world.device.startswith("cuda")
         saved = checkpoints.load(cfg.out_dir) if cfg.init_from == "resume" else None
@@ -69,6 +68,7 @@ class Run:
         if saved:
             checkpoints.check_dataset(saved, cfg, self.meta)
         self.model = self.build_model(saved, vocab_size).to(world.device)
+        self.model.set_recompute(cfg.recompute)
         merged = self.merge_micro_batches()
         self.choose_kernels(merged)
         for tokens in (train_tokens, val_tokens):
@@ -115,13 +115,16 @@ class Run:
         cfg, world = self.cfg, self.world
         dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32
         c = self.model.config
-        merged = merge(cfg.micro_batch, cfg.batch_size, self.accumulation, c, world.device, dtype)
+        merged = merge(cfg.micro_batch, cfg.batch_size, self.accumulation, c, world.device, dtype, cfg.recompute)
         merged = distributed.least(merged, world)
         self.accumulation //= merged
+        sequences = merged * cfg.batch_size
         if cfg.micro_batch:
-            print(
-                f"micro-steps: {self.accumulation} of {merged * cfg.batch_size} sequences, {merged} micro-batches in each"
-            )
+            print(f"micro-steps: {self.accumulation} of {sequences} sequences, {merged} micro-batches in each")
+        if self.cuda:
+            takes = sequences * sequence_bytes(c, dtype.itemsize, cfg.recompute)
+            free, _ = torch.cuda.mem_get_info(world.device)
+            print(f"activations: about {takes / 1e9:.1f} GB a micro-step, of {free / 1e9:.1f} GB that are free")
         return merged
 
     def choose_kernels(self, merged):
@@ -244,13 +247,16 @@ class Run:
                     self.parallel, self.optimizer, self.scaler, self.batches, self.accumulation, self.autocast, cfg.grad_clip
                 )  # fmt: skip
                 self.clock.iterations += 1
+                if self.clock.iterations == 1 and main:
+                    self.clock.sync()
+                    say(f"the first iteration is done {time.perf_counter() - self.began:.1f} s after the start")
                 if self.iter_num % cfg.log_interval == 0:
                     loss = distributed.mean(loss, self.world)
                     if main:
-                        loss, time, speed = self.log(loss.item(), lr, grad_norm.item())
+                        loss, took, speed = self.log(loss.item(), lr, grad_norm.item())
                         bar.set_postfix_str(f"{loss}, {speed}")
                         if not live:
-                            say(f"iter {self.iter_num}: {loss}, {time}, {speed}")
+                            say(f"iter {self.iter_num}: {loss}, {took}, {speed}")
                 self.iter_num += 1
                 bar.update()
         if main:

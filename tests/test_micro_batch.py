@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt.config import GPTConfig
-from fastgpt.micro_batch import best, filled, merge, sequence_bytes, state_bytes
+from fastgpt import ops
+from fastgpt.config import GPTConfig, TrainConfig
+from fastgpt.micro_batch import best, filled, merge, sequence_bytes, state_bytes, what_fits
+from fastgpt.model import GPT
 
 GPT2 = GPTConfig(bias=False)
 SIZES = [12 * n for n in (1, 2, 4, 5, 8, 10, 20, 40)]
@@ -82,3 +84,88 @@ def test_the_memory_of_gpt2_is_as_counted_by_hand():
     """17.5 GB of activations at B=32 are what compiled nanoGPT keeps of GPT-2 124M; the kernels keep two logits' worth less."""
     assert 32 * sequence_bytes(GPT2, 2) == 1024 * 32 * (12 * 768 * 36 + 2 * 50304 * 2)
     assert state_bytes(GPT2) == pytest.approx(14 * 124.4e6, rel=0.01)
+
+
+# ---- recomputation ----
+
+
+@pytest.mark.parametrize("mode", ["gelu", "block"])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_recomputing_gives_the_same_bits(mode, kernels, dropout):
+    if kernels == "triton":
+        pytest.importorskip("triton")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, 31, 2, 2, 32, dropout))
+    idx = torch.randint(31, (2, 16))
+    ops.use(kernels)
+    found = []
+    try:
+        for recompute in ("none", mode):
+            model.set_recompute(recompute)
+            torch.manual_seed(1)
+            model.zero_grad()
+            loss = model(idx, idx, return_logits=False)[1]
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    finally:
+        ops.use("torch")
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["gelu", "block"])
+def test_recomputing_keeps_less(mode):
+    """What autograd holds between forward and backward, counted as it is packed."""
+    model = GPT(GPTConfig(64, 31, 4, 2, 64))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    idx = torch.randint(31, (4, 64))
+    kept = {}
+    for recompute in ("none", mode):
+        model.set_recompute(recompute)
+        held = {}
+
+        def pack(t, held=held):
+            if t.untyped_storage().data_ptr() not in weights:
+                held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = model(idx, idx, return_logits=False)[1]
+        kept[recompute] = sum(held.values())
+        del loss
+    assert kept[mode] < (0.8 if mode == "gelu" else 0.5) * kept["none"]
+
+
+def test_a_run_may_recompute(train):
+    for mode in ("gelu", "block"):
+        train(f"--recompute={mode}", f"--out_dir={mode}")
+    train("--out_dir=none")
+    assert losses("gelu") == losses("block") == losses("none")
+
+
+def test_out_of_memory_is_answered_with_what_fits(dataset, fastgpt, monkeypatch):
+    from conftest import TINY
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.07 GiB.\nmore")
+
+    monkeypatch.setattr("fastgpt.trainer.train_step", full)
+    status, _, err = fastgpt("train", "--dataset=letters", *TINY)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert (
+        "out of memory. Tried to allocate 3.07 GiB. To fit, give --batch_size=1 --gradient_accumulation_steps=8" in err
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "memory", "says"),
+    [
+        (dict(batch_size=32), 24e9, "give --recompute=gelu"),
+        (dict(batch_size=32), 16e9, "give --recompute=block"),
+        (dict(batch_size=32, recompute="block"), 8e9, "give --batch_size=8 --gradient_accumulation_steps=160"),
+        (dict(batch_size=12, micro_batch="240"), 40e9, "give --micro_batch=48"),
+    ],
+)
+def test_what_fits_is_the_first_that_does(flags, memory, says):
+    assert what_fits(TrainConfig(**flags), GPT2, memory, 2) == says
