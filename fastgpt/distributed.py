@@ -1,5 +1,6 @@
 """torch.distributed as torchrun starts it: one process a GPU, data parallel."""
 
+import gc
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,9 +80,10 @@ def wrap(model, world):
     """The model in DDP where there are several processes."""
     if world.size == 1:
         return model
-    devices = [world.device] if world.device.startswith("cuda") else None
-    # The only buffers are shadows of the weights, which are the same everywhere.
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    # The buffers are shadows of the weights, and the same everywhere: nothing is to be sent of them.
+    shadows = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, shadows)
+    return DistributedDataParallel(model, device_ids=[world.device] if world.device.startswith("cuda") else None)
 
 
 @contextmanager
@@ -125,4 +127,5 @@ def gather(thing, world):
 def finish(world):
     """Leave the process group."""
     if dist.is_initialized():
+        gc.collect()  # what still holds the group, DDP first of all: its threads must end before the process does
         dist.destroy_process_group()
