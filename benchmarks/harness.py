@@ -51,7 +51,7 @@ class Failed:
     @classmethod
     def by(cls, error):
         reason = (str(error).splitlines() or [""])[0]
-        if not isinstance(error, NotHere | ArithmeticError):
+        if type(error) not in (NotHere, ArithmeticError):
             reason = f"{type(error).__name__}: {reason}"
         return cls(reason, "".join(traceback.format_exception(error)), isinstance(error, NotHere))
 

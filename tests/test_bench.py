@@ -1,11 +1,13 @@
 """The benchmark suite: what it times is equal, a slowdown shows, a budget ends it, and its peers are what they are named for."""
 
+import contextlib
 import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from fastgpt.benchmarks import bench_train, compare, harness, machine, roofline
+from fastgpt.benchmarks import bench_train, compare, harness, machine, profile, roofline
 from fastgpt.benchmarks.peers.huggingface import HuggingFaceGPT
 from fastgpt.benchmarks.peers.plain import PlainGPT
 from fastgpt.config import GPTConfig
@@ -144,6 +146,80 @@ def test_a_sleep_in_an_arm_shows_in_its_ratio_and_a_crash_stops_no_other(group):
     assert found.timings["slow"].median > 2 * 0.02  # two micro-steps
     assert found.failed["broken"].reason == "OutOfMemoryError: of memory there is none"
     assert "eager" in found.timings
+
+
+# ---- a GPU that is made up: what only runs there is at least run ----
+
+
+class MadeUpEvent:
+    def __init__(self, enable_timing):
+        self.at = None
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+class MadeUpGraph:
+    replay = staticmethod(lambda: time.sleep(1e-5))
+
+
+@pytest.fixture
+def made_up_gpu(monkeypatch):
+    """torch.cuda as the harness asks it, around work of the CPU."""
+    properties = types.SimpleNamespace(L2_cache_size=2**16, total_memory=80 * 10**9, multi_processor_count=132)
+    answers = dict(get_device_properties=properties, memory_allocated=100, max_memory_allocated=1000, current_stream=0)
+    names = ("synchronize", "reset_peak_memory_stats", "empty_cache", "set_sync_debug_mode", "set_stream")
+    for name, answer in (answers | dict.fromkeys(names)).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+    for name, what in (("Event", MadeUpEvent), ("CUDAGraph", MadeUpGraph), ("graph", contextlib.nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, what)
+    for module in (harness, bench_train, profile):
+        monkeypatch.setattr(module, "CUDA", True)
+
+
+def test_ops_are_replayed_from_graphs_and_one_failure_stops_no_other(made_up_gpu, monkeypatch):
+    from fastgpt.benchmarks.bench_attention import attention
+    from fastgpt.benchmarks.bench_optimizer import update
+
+    monkeypatch.setitem(attention.providers, "fastgpt", lambda it: it.chosen)
+    found = attention.measure(attention.cases[1], set(attention.providers), rounds=2, seconds=1e-3)
+    for name in ("sdpa", "sdpa-flash", "fastgpt"):
+        assert found[name].how == "cuda graph"
+        assert (len(found[name].seconds), found[name].peak) == (2, 900)
+        assert found[name].host > 0
+    assert "No viable backend" in found["sdpa-cudnn"].reason
+    found = update.measure(update.cases[0], {"fused", "foreach"}, rounds=2, seconds=1e-3)
+    assert {t.how for t in found.values()} == {"cuda events"}
+    found = harness.time_together({"sound": [lambda: 1], "broken": [lambda: 1 / 0]}, rounds=2, seconds=1e-3)
+    assert len(found["sound"].seconds) == 2
+    assert found["broken"].reason == "ZeroDivisionError: division by zero"
+
+
+def test_what_cannot_be_captured_is_issued(made_up_gpu, monkeypatch):
+    def refuses(graph):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuses)
+    found = harness.time_together({"a": [lambda: time.sleep(1e-4)]}, rounds=2, seconds=1e-3)
+    assert found["a"].how == "cuda events"
+    assert found["a"].median >= 1e-4
+
+
+def test_steps_on_a_gpu_have_their_memory_and_each_its_best_batch(made_up_gpu, group, monkeypatch):
+    monkeypatch.setattr(bench_train, "agree", lambda *curves: None)  # fp32 is the higher precision there
+    found = group()
+    assert not found.failed
+    states = 3 * sum(p.numel() for p in found.arms["eager"].parameters()) * 4
+    assert found.timings["eager"].peak == pytest.approx(900 + states, abs=100)  # and each tensor's step
+    monkeypatch.setattr(bench_train, "CASES", [bench_train.Case("tiny", 0, 1, 0)])
+    best = bench_train.Group(bench_train.CASES[0], rounds=2, seconds=1e-3)
+    best.measure(["eager"])
+    assert not best.failed
+    assert best.batch_sizes["eager"] in (16, 32, 64, 128, 256)
+    assert len(best.timings["eager"].seconds) == 2
 
 
 # ---- the run ----
