@@ -58,9 +58,8 @@ class Case:
     importance: int
 
     def __str__(self):
-        return f"{self.model} B={self.batch_size or 'best'}" + (
-            f" x {self.accumulation}" if self.accumulation > 1 else ""
-        )
+        times = f" x {self.accumulation}" if self.accumulation > 1 else ""
+        return f"{self.model} B={self.batch_size or 'best'}{times}"
 
     @property
     def config(self):
@@ -119,9 +118,8 @@ class Setup:
     def __init__(self, case):
         self.case, self.config = case, case.config
         torch.manual_seed(SEED)
-        with torch.device(
-            DEVICE
-        ):  # where drawing billions takes no time; on the CPU the bits are nanoGPT's (tests/test_parity.py)
+        # Where drawing billions takes no time; on the CPU the bits are nanoGPT's (tests/test_parity.py).
+        with torch.device(DEVICE):
             state = GPT(self.config).state_dict()
         shared = {}  # tied weights are one tensor under two names
         self.parameters = {n: shared.setdefault(t.data_ptr(), torch.nn.Parameter(t)) for n, t in state.items()}
@@ -383,11 +381,8 @@ class Group:
     def measure(self, wave):
         """Measure a wave's arms beside the baseline: timings, the baseline's timings of the same rounds, and facts; or why not."""
         names = list(dict.fromkeys([*wave, "compiled"]))
-        for stage in (
-            self.build,
-            self.hold,
-            self.warm,
-        ):  # all are built before one is compiled: choosing kernels resets compilers
+        # All are built before one is compiled: choosing kernels resets compilers.
+        for stage in (self.build, self.hold, self.warm):
             for name in names:
                 if name not in self.failed:
                     self.attempt(name, stage)

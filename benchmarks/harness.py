@@ -313,9 +313,9 @@ class Op:
     def check(self, case, provider):
         """Hold a provider to PyTorch by the three-way rule, on a part of the case's tokens. Raises ArithmeticError, NotHere."""
         s = case.shape
-        shape = replace(s, B=max(1, min(s.B, PARITY_TOKENS // s.T)), T=min(s.T, PARITY_TOKENS))
+        small = replace(s, B=max(1, min(s.B, PARITY_TOKENS // s.T)), T=min(s.T, PARITY_TOKENS))
         # Biases, which the shapes that are timed have none of, are held as well.
-        for shape in {shape, replace(shape, bias=True)} if provider.startswith("fastgpt") else {shape}:  # noqa: B020
+        for shape in (small, replace(small, bias=True)) if provider.startswith("fastgpt") else (small,):
             if (shape, provider) in self.checked or provider == self.baseline:
                 continue
             it = self.problem(shape, case.dtype, DEVICE)

@@ -31,7 +31,9 @@ def main(argv=None):
 def reported(run, hint=""):
     """run()'s exit status, or 0; what a user can mend, and an interruption with its hint, as a line on stderr."""
     try:
-        return run() or 0
+        status = run() or 0
+        sys.stdout.flush()  # here, where a closed pipe is answered
+        return status
     except UserError as e:
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
         print(f"fastgpt: {rank}error: {e}".replace("\n", " "), file=sys.stderr)
@@ -40,7 +42,8 @@ def reported(run, hint=""):
         print(f"\nfastgpt: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is there anything to flush at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor is there anything to flush at the exit
+        print("fastgpt: nobody reads the output any more", file=sys.stderr)
         return 1
 
 

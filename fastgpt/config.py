@@ -112,7 +112,7 @@ class TrainConfig(Settings):
     compile: bool = Field(True, description="torch.compile the model")
     # fastgpt's own
     kernels: str = Field("auto", description="auto, triton, torch, or by op as attention=torch")
-    micro_batch: str = Field("", description="sequences computed at a time: a multiple of batch_size, or auto for what fills this GPU; same tokens, same update")
+    micro_batch: int | str = Field("", description="sequences computed at a time: a multiple of batch_size, or auto for what fills this GPU; the same update")
     recompute: Recompute = Field("none", description="compute again in the backward what it would keep, to save memory: gelu, half of the MLP's; block, all of a block's")
     preset: Preset = Field("", description="base that the other flags change: " + ", ".join(get_args(Preset)[1:]))
     train_data: str = Field("", description="token file or glob in place of the dataset's train.bin")
@@ -294,7 +294,8 @@ def parse(schema, argv, prog, base=None):
             continue
         key, equals, text = word[2:].partition("=")
         check_key(schema, key, word)
-        if not equals and is_switch(schema, key) and (i == len(argv) or argv[i].startswith("--")):
+        bare = i == len(argv) or argv[i].startswith("-") or argv[i].endswith((".py", ".toml"))
+        if not equals and bare and is_switch(schema, key):
             text = "True"
         elif not equals:
             text = next(words, (i, None))[1]

@@ -80,9 +80,6 @@ def wrap(model, world):
     """The model in DDP where there are several processes."""
     if world.size == 1:
         return model
-    # The buffers are shadows of the weights, and the same everywhere: nothing is to be sent of them.
-    shadows = [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, shadows)
     return DistributedDataParallel(model, device_ids=[world.device] if world.device.startswith("cuda") else None)
 
 

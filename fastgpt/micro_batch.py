@@ -17,20 +17,20 @@ MEMORY_SHARE = 0.85  # of what is free, for activations: the rest is the allocat
 def merge(spec, batch_size, accumulation, config, device, dtype, recompute="none"):
     """How many micro-batches of batch_size make one micro-step, a divisor of accumulation.
 
-    spec is --micro_batch: "" for one, "auto" for the best of this device, or sequences of a micro-step. Raises UserError.
+    spec is --micro_batch: "" for one, "auto" for the best of this device, or sequences of a micro-step, an int. Raises UserError.
     """
     if not spec:
         return 1
     sizes = [batch_size * n for n in range(1, accumulation + 1) if accumulation % n == 0]
     if spec != "auto":
-        wanted = int(spec) if spec.isdecimal() else 0
+        wanted = spec if type(spec) is int else 0
         if wanted not in sizes:
             nearest = min(sizes, key=lambda s: (abs(s - wanted), s))
             raise UserError(
                 f"--micro_batch={spec}: it is auto, or batch_size={batch_size} times a divisor of the {accumulation} micro-steps; "
                 f"the nearest is {nearest}"
             )
-        return wanted // batch_size
+        return spec // batch_size
     if not str(device).startswith("cuda"):
         return 1
     free, _ = torch.cuda.mem_get_info(device)
@@ -71,21 +71,25 @@ def sequence_bytes(config, itemsize, recompute="none"):
 
 
 def what_fits(cfg, config, memory, itemsize):
-    """The flags with which a run should fit into so many bytes, as text: the first that do of recomputing and of fewer sequences."""
+    """What to give so that a run that does not fit into so many bytes should, as text: recomputing, or fewer sequences at a time."""
     room = MEMORY_SHARE * memory - state_bytes(config) * 18 / 14  # the weights too
+    failed = cfg.micro_batch if type(cfg.micro_batch) is int else cfg.batch_size
     modes = ["none", "gelu", "block"]
-    for mode in modes[modes.index(cfg.recompute) :]:
-        if (
-            cfg.batch_size * sequence_bytes(config, itemsize, mode) <= room
-            and mode != cfg.recompute
-            and not cfg.micro_batch
-        ):
+    for mode in modes[modes.index(cfg.recompute) + 1 :]:
+        if failed * sequence_bytes(config, itemsize, mode) <= room:
             return f"give --recompute={mode}"
-    fits = max(1, int(room // sequence_bytes(config, itemsize, cfg.recompute)))
-    if cfg.micro_batch:
-        return f"give --micro_batch={fits // cfg.batch_size * cfg.batch_size or cfg.batch_size}"
-    size = next(n for n in range(min(fits, cfg.batch_size - 1) or 1, 0, -1) if cfg.batch_size % n == 0)
-    return f"give --batch_size={size} --gradient_accumulation_steps={cfg.gradient_accumulation_steps * cfg.batch_size // size}"
+    sequence = sequence_bytes(config, itemsize, cfg.recompute)
+    total = cfg.batch_size * cfg.gradient_accumulation_steps
+    merged = [n for n in range(cfg.batch_size, failed, cfg.batch_size) if total % n == 0 and n * sequence <= room]
+    if merged:
+        return f"give --micro_batch={merged[-1]}"
+    if cfg.micro_batch and failed > cfg.batch_size:
+        return "leave out --micro_batch"
+    fewer = [n for n in range(1, cfg.batch_size) if cfg.batch_size % n == 0]
+    if not fewer:
+        return "give --recompute=block" if cfg.recompute != "block" else "give a smaller --block_size or model"
+    size = max((n for n in fewer if n * sequence <= room), default=1)
+    return f"give --batch_size={size} --gradient_accumulation_steps={total // size}"
 
 
 def state_bytes(config):

@@ -19,19 +19,27 @@ from fastgpt.config import GPTConfig
 
 
 def project(linear, x):
-    """An nn.Linear on x [...,K], by ops."""
+    """An nn.Linear on x [...,K], by ops; what was put in its place is called as it is."""
+    if type(linear) is not nn.Linear:
+        return linear(x)
     return ops.linear(x, linear.weight, linear.bias, shadow(linear))
 
 
 def shadow(linear):
-    """The weight of an nn.Linear in the compute dtype, or None where none is kept or it is not up to date.
+    """The weight of an nn.Linear in the compute dtype, or None where none is kept or it is seen to be behind its weight.
 
-    A compiled graph cannot ask for the latter: whoever keeps shadows refreshes them before it runs.
+    Seen are another weight and changes that PyTorch counts: not those through `.data`, and not a fused optimizer's. A compiled graph
+    sees nothing. Whoever keeps shadows refreshes them.
     """
     kept = getattr(linear, "shadow", None)
     if kept is None or torch.compiler.is_compiling():
         return kept
-    return kept if linear.shadow_version == linear.weight._version else None
+    return kept if linear.shadow_of == state_of(linear.weight) else None
+
+
+def state_of(weight):
+    """What tells a weight's values from others, as far as PyTorch counts."""
+    return id(weight), weight._version
 
 
 class LayerNorm(nn.Module):
@@ -171,7 +179,8 @@ class GPT(nn.Module):
     def keep_shadows(self, dtype):
         """Keep the weight of every Linear in a dtype too, so that no step casts it; state_dict knows nothing of it.
 
-        Call `refresh_shadows` after each change of the weights: an optimizer's `register_step_post_hook` does.
+        Call `refresh_shadows` after each change of the weights: an optimizer's `register_step_post_hook` does. Under DDP keep them
+        after it was made, when all processes have the same weights.
         """
         for linear in self._linears():
             linear.register_buffer("shadow", linear.weight.detach().to(dtype), persistent=False)
@@ -184,7 +193,15 @@ class GPT(nn.Module):
         if kept:
             torch._foreach_copy_([linear.shadow for linear in kept], [linear.weight for linear in kept])
         for linear in kept:
-            linear.shadow_version = linear.weight._version
+            linear.shadow_of = state_of(linear.weight)
+
+    def _apply(self, *args, **kwargs):
+        """After .to(), .half() and the like, shadows are made anew in their own dtype."""
+        dtype = next((linear.shadow.dtype for linear in self._linears() if hasattr(linear, "shadow")), None)
+        super()._apply(*args, **kwargs)
+        if dtype is not None:
+            self.keep_shadows(dtype)
+        return self
 
     def _linears(self):
         return [m for m in self.modules() if isinstance(m, nn.Linear)]

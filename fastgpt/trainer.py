@@ -26,12 +26,15 @@ from fastgpt.verify import Shape
 def train(cfg, given=frozenset()):
     """Train as a TrainConfig says; `given` names the settings that the user gave. Raises UserError before any work."""
     world = distributed.init(cfg.device, cfg.backend)
+    run = None
     try:
-        Run(cfg, given, world).loop()
+        run = Run(cfg, given, world)
+        run.loop()
     except torch.OutOfMemoryError as e:
         reason = str(e).splitlines()[0]
         memory = torch.cuda.get_device_properties(world.device).total_memory if world.device.startswith("cuda") else 0
-        hint = what_fits(cfg, cfg.gpt_config(50304), memory, getattr(torch, cfg.dtype).itemsize)
+        cfg, config = (run.cfg, run.model.config) if run else (cfg, cfg.gpt_config(50304))
+        hint = what_fits(cfg, config, memory, getattr(torch, cfg.dtype).itemsize)
         raise UserError(f"{reason} To fit, {hint}") from None
     except (BackendCompilerFailed, InductorError) as e:
         reason = str(e).strip().splitlines()[0]
@@ -92,13 +95,15 @@ class Run:
         if saved:
             self.restore_optimizer(saved, given)
             offsets = self.restore_random_state(saved.get("fastgpt"))
-        if self.shadows:
-            self.model.keep_shadows(self.shadows)
-            self.optimizer.register_step_post_hook(lambda *_: self.model.refresh_shadows())
         if cfg.compile:
             print("compiling the model... (takes a ~minute)")
-        self.compiled = torch.compile(self.model) if cfg.compile else self.model
+        # Evaluations are of smaller batches than merged ones: one graph for both would be of unknown sizes.
+        dynamic = False if merged > 1 else None
+        self.compiled = torch.compile(self.model, dynamic=dynamic) if cfg.compile else self.model
         self.parallel = distributed.wrap(self.compiled, world)
+        if self.shadows:  # after DDP has given all processes the same weights; of buffers this new it sends nothing
+            self.model.keep_shadows(self.shadows)
+            self.optimizer.register_step_post_hook(lambda *_: self.model.refresh_shadows())
 
         self.peak_flops = cfg.peak_flops or metrics.peak_flops(world.device, cfg.dtype)
         self.mfu = self.saved = None
@@ -217,7 +222,10 @@ class Run:
             if self.cuda and mine["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(mine["cuda_rng"], self.world.device)
             offsets = mine["offsets"]
-            return offsets if self.batches.fits(offsets) else None
+            if self.batches.fits(offsets):
+                return offsets
+            print("saved with another --batch_size or --micro_batch: the batch that was under way is left out")
+            return None
         except (KeyError, TypeError, AttributeError, RuntimeError) as e:
             path = checkpoints.checkpoint_path(self.cfg.out_dir)
             raise UserError(f"{path}: its key 'fastgpt' is damaged ({type(e).__name__}: {e}); remove it") from None
@@ -249,7 +257,9 @@ class Run:
                 self.clock.iterations += 1
                 if self.clock.iterations == 1 and main:
                     self.clock.sync()
-                    say(f"the first iteration is done {time.perf_counter() - self.began:.1f} s after the start")
+                    say(
+                        f"the first iteration is done {time.perf_counter() - self.began:.1f} s after the start, evaluation included"
+                    )
                 if self.iter_num % cfg.log_interval == 0:
                     loss = distributed.mean(loss, self.world)
                     if main:

@@ -280,12 +280,12 @@ def compile_all(dtypes):
 
 def verify(json_file=""):
     """Hold every kernel on this machine and print the table; 1 if a row fails, else 0. Raises UserError where it cannot."""
+    gpu = torch.cuda.is_available()
+    report = {"where": where(gpu), "versions": versions(), "rows": []}
     try:
         file = open(json_file, "w") if json_file else None  # before the work
     except OSError as e:
         raise UserError(f"--json={json_file}: {e.strerror}") from None
-    gpu = torch.cuda.is_available()
-    report = {"where": where(gpu), "versions": versions(), "rows": []}
     print(f"{report['where']}\n{', '.join(f'{k} {v}' for k, v in report['versions'].items())}\n")
     print(f"{'op':22}{'direction':11}{'dtype':10}{'kernel error':>13}{'PyTorch error':>15}{'ratio':>7}")
     device = "cuda" if gpu else "cpu"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -104,20 +105,20 @@ def assert_same_bits(a, b):
 def test_shadows_are_what_autocast_would_cast(tiny):
     model, *_ = tiny
     ops.use("triton")
-    cast = in_half(*tiny)
+    cast, full = in_half(*tiny), gradients(*tiny)
     names = set(model.state_dict())
     model.keep_shadows(torch.float16)
     assert set(model.state_dict()) == names
     assert_same_bits(in_half(*tiny), cast)
-    model.load_state_dict(model.state_dict())
-    # They are read, not cast anew: spoiled they show, until they are refreshed.
-    model.refresh_shadows()
-    model.transformer.h[0].attn.c_proj.shadow.zero_()
-    model.lm_head.shadow.zero_()
-    assert in_half(*tiny)["loss"] != cast["loss"]
-    model.refresh_shadows()
+    for module in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+        module.shadow.zero_()  # they are read, not cast anew: spoiled they show, until they are refreshed
+        assert in_half(*tiny)["loss"] != cast["loss"]
+        model.refresh_shadows()
     assert_same_bits(in_half(*tiny), cast)
-    assert_same_bits(gradients(*tiny), gradients(*tiny))  # fp32 does not take them
+    assert_same_bits(gradients(*tiny), full)  # fp32 does not take them
+    model.float()
+    assert model.lm_head.shadow.dtype == torch.float16
+    assert_same_bits(in_half(*tiny), cast)
 
 
 def test_shadows_that_are_behind_their_weights_are_not_taken(tiny):
@@ -130,6 +131,13 @@ def test_shadows_that_are_behind_their_weights_are_not_taken(tiny):
     stale = in_half(*tiny)
     model.refresh_shadows()
     assert_same_bits(in_half(*tiny), stale)
+    copy = deepcopy(model)
+    with torch.no_grad():
+        for p in copy.parameters():
+            p.mul_(0.5)
+    found = in_half(copy, *tiny[1:])
+    copy.refresh_shadows()
+    assert_same_bits(in_half(copy, *tiny[1:]), found)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -153,8 +161,45 @@ def test_training_with_shadows_is_training_without(tiny, compiled):
     assert_same_bits(*runs)
 
 
-def test_the_trainer_keeps_shadows_where_kernels_compute_in_16_bits(dataset, fastgpt, monkeypatch):
-    """On the CPU it computes in fp32, and keeps none; what it would keep is asked of the function that decides."""
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_trainers_shadows_give_the_same_run(dataset, processes, compiled):
+    """On the CPU it computes in fp32 and keeps none: here it is made to compute in fp16."""
+    script = """
+import os, sys, torch
+from fastgpt import trainer
+keep = sys.argv.pop(1) == "True"
+init, compile_ = trainer.Run.__init__, torch.compile
+def made(self, *args):
+    init(self, *args)
+    self.autocast = torch.autocast("cpu", torch.float16)
+trainer.Run.__init__ = made
+trainer.shadow_dtype = lambda picks, dtype: torch.float16 if keep else None
+torch.compile = lambda model, **options: compile_(model, backend="aot_eager", **options)
+from fastgpt.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+    Path("run.py").write_text(script)
+    flags = [
+        *TINY,
+        "--dataset=letters",
+        *FEW_ROWS,
+        f"--compile={compiled}",
+        "--kernels=triton",
+        "--max_iters=3",
+        "--eval_interval=3",
+    ]
+    flags += [f"--gradient_accumulation_steps={processes}", "--warmup_iters=0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    for keep in (True, False):
+        command = [sys.executable, *launch, "run.py", str(keep), *flags, f"--out_dir={keep}"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 0, done.stderr
+    assert len(losses("True")) == 3
+    assert losses("True") == losses("False")
+
+
+def test_shadows_are_kept_where_kernels_compute_in_16_bits():
     from fastgpt.trainer import shadow_dtype
 
     picks = dict.fromkeys(ops.KERNELS, "torch")
@@ -162,6 +207,19 @@ def test_the_trainer_keeps_shadows_where_kernels_compute_in_16_bits(dataset, fas
     assert shadow_dtype(picks | {"linear": "triton"}, torch.bfloat16) == torch.bfloat16
     assert shadow_dtype(picks | {"layer_norm": "triton"}, torch.bfloat16) is None
     assert shadow_dtype(picks | {"linear": "triton"}, torch.float32) is None
+
+
+def test_another_module_in_place_of_a_linear_is_called(tiny):
+    class Doubling(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, idx, targets = tiny
+    other = Doubling(32, 96).to(DEVICE)
+    other.load_state_dict(model.transformer.h[0].attn.c_attn.state_dict())
+    before = model(idx, targets)[1]
+    model.transformer.h[0].attn.c_attn = other
+    assert model(idx, targets)[1] != before
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
