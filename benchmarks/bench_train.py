@@ -510,13 +510,8 @@ def group_of(config, items, case, provider):
         group.report(provider)
     if provider not in group.failed and provider not in group.bases:
         wave = next(w for w in WAVES if provider in w)
-        group.measure([n for n in wave if n == provider or any(selects(i, case, n) for i in items)])
+        group.measure([n for n in wave if n == provider or any(harness.has(i, case=case, provider=n) for i in items)])
     return group
-
-
-def selects(item, case, name):
-    params = getattr(item, "callspec", None) and item.callspec.params
-    return bool(params) and params.get("case") == case and params.get("provider") == name
 
 
 @pytest.mark.parametrize(

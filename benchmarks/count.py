@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import ops
 from fastgpt.benchmarks.peers.plain import PlainGPT
-from fastgpt.config import CountConfig, GPTConfig, UserError, parse, preset
+from fastgpt.config import CountConfig, UserError, parse
 from fastgpt.model import GPT
 
 ARMS = ("eager", "compiled", "fastgpt", "fastgpt-eager")
@@ -229,8 +229,8 @@ def pretend_gpu(recorder):
     ):  # fmt: skip
         setattr(CudaInterface, name, staticmethod(always(value)))
     for name, value in (
-        ("get_device_properties", H200), ("get_device_capability", (9, 0)), ("current_device", 0), ("device_count", 1),
-        ("_lazy_init", None),
+        ("get_device_properties", H200), ("get_device_capability", (9, 0)), ("device_count", 1), ("_lazy_init", None),
+        ("current_device", None),  # the index of a CPU tensor's device: no launcher has to change it
     ):  # fmt: skip
         setattr(torch.cuda, name, always(value))
     _triton.has_triton = always(True)
@@ -243,7 +243,6 @@ def pretend_gpu(recorder):
     FakeTensor.is_cuda = property(lambda t: True)
     FakeTensor.data_ptr = always(0)  # fresh memory begins on 16 bytes
     common._device_can_run = always(True)
-    common.on_device.__globals__["torch"].cuda.current_device = always(None)
     configs.architecture = always(90)
     JITFunction.run = lambda kernel, *args, **options: recorder().launched(kernel, *args, **options)
 
@@ -491,8 +490,7 @@ def count(cfg):
     arms = cfg.arms.split(",")
     if unknown := set(arms) - set(ARMS):
         raise UserError(f"--arms={cfg.arms}: {sorted(unknown)[0]!r} is none of {', '.join(ARMS)}")
-    shape = {k: v for k, v in preset(cfg.preset).items() if k in ("n_layer", "n_head", "n_embd")}
-    config = GPTConfig(cfg.block_size, cfg.vocab_size, **shape, dropout=0.0, bias=cfg.bias)
+    config = cfg.gpt_config()
     recorders = []
     pretend_gpu(lambda: recorders[-1])
     found = {"config": {**vars(config), "preset": cfg.preset, "batch_size": cfg.batch_size}, "torch": torch.__version__}

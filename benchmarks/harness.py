@@ -376,7 +376,7 @@ def once(f, args, grads, backward):
 def bench_op(benchmark, request, op, case, provider):
     """Measure a case with all of its selected providers, and hand one's rounds to pytest-benchmark."""
     quick = request.config.getoption("--quick") or not CUDA
-    only = {i.callspec.params["provider"] for i in request.session.items if same_case(i, op, case)}
+    only = {i.callspec.params["provider"] for i in request.session.items if has(i, op=op, case=case)}
     rounds, seconds = (1, 0.0) if benchmark.disabled else (5, 0.005) if quick else (9, 0.02)
     found = op.measure(case, only, rounds, seconds)
     timing, base = found[provider], found.get(op.baseline)
@@ -391,9 +391,10 @@ def bench_op(benchmark, request, op, case, provider):
         )
 
 
-def same_case(item, op, case):
-    params = getattr(item, "callspec", None) and item.callspec.params
-    return bool(params) and params.get("op") is op and params.get("case") == case
+def has(item, **parameters):
+    """Whether a collected benchmark has these parameters."""
+    found = item.callspec.params if hasattr(item, "callspec") else {}
+    return all(found.get(name) == value for name, value in parameters.items())
 
 
 def replay(benchmark, timing, **info):

@@ -11,7 +11,7 @@ near a machine comes. Source of the counting: the shapes alone (docs/performance
 import sys
 from dataclasses import dataclass
 
-from fastgpt.config import GPTConfig, RooflineConfig, UserError, parse, preset
+from fastgpt.config import RooflineConfig, UserError, parse
 from fastgpt.metrics import PEAK_BANDWIDTH, PEAK_FLOPS, known_gpu
 
 STREAM = 4  # bytes of an element of the residual stream, of weights, their gradients and moments: fp32
@@ -162,8 +162,7 @@ def rates(cfg):
 
 def roofline(cfg):
     """Print the table of a RooflineConfig. Raises UserError for an unknown GPU."""
-    shape = {k: v for k, v in preset(cfg.preset).items() if k in ("n_layer", "n_head", "n_embd")}
-    config = GPTConfig(cfg.block_size, cfg.vocab_size, **shape, bias=cfg.bias)
+    config = cfg.gpt_config()
     flops, bandwidth = rates(cfg)
     parts = step_parts(config, cfg.batch_size)
     print(

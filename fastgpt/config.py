@@ -152,6 +152,21 @@ class PrepareConfig(Settings):
     out: str = Field("", description="folder to write, such as data/NAME")
 
 
+class StepShape(Settings):
+    """A model and a micro-step, for commands that count."""
+
+    preset: Preset = Field("gpt2", description="whose layers, heads and width: gpt2, gpt2-medium, gpt2-large, gpt2-xl, ...")
+    batch_size: int = Field(32, gt=0, le=2**20, description="sequences of the micro-step")
+    block_size: int = Field(1024, gt=0, le=2**24, description="tokens of a sequence")
+    vocab_size: int = Field(50304, gt=0, le=2**24, description="vocabulary")
+    bias: bool = Field(False, description="biases in Linears and LayerNorms")
+
+    def gpt_config(self):
+        """Its GPTConfig, without dropout."""
+        shape = {k: v for k, v in preset(self.preset).items() if k in ("n_layer", "n_head", "n_embd")}
+        return GPTConfig(self.block_size, self.vocab_size, **shape, dropout=0.0, bias=self.bias)
+
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # pydantic keeps the name for a method that nobody calls here
 
@@ -160,27 +175,17 @@ with warnings.catch_warnings():
 
         json: str = Field("", description="file to write the report to, as JSON")
 
-    class CountConfig(Settings):
+    class CountConfig(StepShape):
         """Every flag of counting a micro-step's launches and bytes."""
 
-        preset: Preset = Field("gpt2", description="whose layers, heads and width: gpt2, gpt2-medium, gpt2-large, gpt2-xl, ...")
-        batch_size: int = Field(32, gt=0, le=2**20, description="sequences of the micro-step")
-        block_size: int = Field(1024, gt=0, le=2**24, description="tokens of a sequence")
-        vocab_size: int = Field(50304, gt=0, le=2**24, description="vocabulary")
-        bias: bool = Field(False, description="biases in Linears and LayerNorms")
         arms: str = Field("eager,compiled,fastgpt,fastgpt-eager", description="which to count")
         by_kernel: bool = Field(False, description="a row for each kernel instead of for each op")
         json: bool = Field(False, description="print JSON instead of the tables")
 
 
-class RooflineConfig(Settings):
+class RooflineConfig(StepShape):
     """Every flag of the roofline of a training step."""
 
-    preset: Preset = Field("gpt2", description="whose layers, heads and width: gpt2, gpt2-medium, gpt2-large, gpt2-xl, ...")
-    batch_size: int = Field(32, gt=0, le=2**20, description="sequences of the micro-step")
-    block_size: int = Field(1024, gt=0, le=2**24, description="tokens of a sequence")
-    vocab_size: int = Field(50304, gt=0, le=2**24, description="vocabulary")
-    bias: bool = Field(False, description="biases in Linears and LayerNorms")
     gpu: str = Field("H200", description="a GPU by name, whose data sheet counts")
     flops: float | None = Field(None, gt=0, description="FLOP/s in bf16, such as a benchmark's ceiling; None: the data sheet's")
     bandwidth: float | None = Field(None, gt=0, description="bytes/s of memory; None: the data sheet's")

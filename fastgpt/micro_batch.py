@@ -1,14 +1,15 @@
-"""How many of nanoGPT's micro-batches are computed at a time: the same tokens and the same update up to rounding, in fewer steps.
+"""How many of nanoGPT's micro-batches are computed at a time: the same update up to rounding, in fewer steps.
 
 A GPU computes a product in tiles, as many at a time as it has SMs: the last round of tiles is rarely full, and at 12 sequences
 a good part of the machine stands idle in it. Larger micro-steps waste less, and write each weight's gradient less often.
 """
 
 import math
+from typing import get_args
 
 import torch
 
-from fastgpt.config import UserError
+from fastgpt.config import Recompute, UserError
 
 TILE = 128  # rows and columns of a GEMM's tile, as cuBLAS and the kernels take them on sm_80 to sm_90
 MEMORY_SHARE = 0.85  # of what is free, for activations: the rest is the allocator's and the estimate's
@@ -74,7 +75,7 @@ def what_fits(cfg, config, memory, itemsize):
     """What to give so that a run that does not fit into so many bytes should, as text: recomputing, or fewer sequences at a time."""
     room = MEMORY_SHARE * memory - state_bytes(config) * 18 / 14  # the weights too
     failed = cfg.micro_batch if type(cfg.micro_batch) is int else cfg.batch_size
-    modes = ["none", "gelu", "block"]
+    modes = get_args(Recompute)
     for mode in modes[modes.index(cfg.recompute) + 1 :]:
         if failed * sequence_bytes(config, itemsize, mode) <= room:
             return f"give --recompute={mode}"

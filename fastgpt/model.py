@@ -183,7 +183,7 @@ class GPT(nn.Module):
         after it was made, when all processes have the same weights.
         """
         for linear in self._linears():
-            linear.register_buffer("shadow", linear.weight.detach().to(dtype), persistent=False)
+            linear.register_buffer("shadow", torch.empty_like(linear.weight, dtype=dtype), persistent=False)
         self.refresh_shadows()
 
     @torch.no_grad()

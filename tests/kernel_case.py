@@ -22,6 +22,16 @@ def randn(*shape, dtype=torch.float32, scale=1.0, shift=0.0):
     return (torch.randn(shape, device=DEVICE) * scale + shift).to(dtype)
 
 
+def run_as(f, dtype):
+    """f under autocast to dtype (float32: without), as a function that gives a tuple."""
+
+    def call(*inputs):
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            return (f(*inputs),)
+
+    return call
+
+
 def seed():
     return torch.tensor([SEED], device=DEVICE)
 

@@ -10,20 +10,12 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from kernel_case import DEVICE, DTYPES, VIEWS, far, randn, same_bits
+from kernel_case import DEVICE, DTYPES, VIEWS, far, randn, run_as, same_bits
 
 from fastgpt.kernels import configs
 from fastgpt.kernels.gelu_mlp import gelu, gelu_derivative, gelu_mlp
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def run_as(f, dtype):
-    def call(*inputs):
-        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-            return (f(*inputs),)
-
-    return call
 
 
 def reference(h, w_fc, b_fc, w_proj, b_proj):

@@ -6,19 +6,11 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from kernel_case import DEVICE, DTYPES, VIEWS, randn, same_bits
+from kernel_case import DTYPES, VIEWS, randn, run_as, same_bits
 
 from fastgpt.kernels.linear import linear
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def run_as(f, dtype):
-    def call(*inputs):
-        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-            return (f(*inputs),)
-
-    return call
 
 
 def check(rows, K, N, dtype, bias=True, view=lambda t: t):
