@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from fastgpt import optim, verify
+from fastgpt import ops, optim, verify
 from fastgpt.benchmarks import roofline
-from fastgpt.benchmarks.harness import DEVICE, Op, needs_gpu
+from fastgpt.benchmarks.harness import CUDA, DEVICE, Op, needs_gpu
 from fastgpt.config import GPTConfig, preset
 from fastgpt.model import GPT
 from fastgpt.verify import Shape
@@ -99,8 +99,15 @@ def inductor(parameters):
 
 @update.provider("fastgpt")
 def fastgpt(parameters):
-    """As the trainer does."""
-    return clipped(optim.adamw(torch.nn.ParameterList(parameters), DECAY, LR, BETAS, DEVICE), parameters)
+    """As the trainer does where `--kernels` has adamw=triton; without a GPU PyTorch's runs."""
+    optimizer = optim.adamw(torch.nn.ParameterList(parameters), DECAY, LR, BETAS, DEVICE)
+    optimizer.max_norm = CLIP
+
+    def update():
+        ops.use({"adamw": "triton" if CUDA else "torch"})
+        optimizer.step()
+
+    return update
 
 
 test_optimizer = update.benchmark()

@@ -144,16 +144,27 @@ class Setup:
 
 
 class Arm:
-    """A way to take the step: call(idx, targets) gives (anything, loss); module holds the parameters."""
+    """A way to take the step: call(idx, targets) gives (anything, loss); module holds the parameters; picks are fastgpt's kernels."""
 
-    def __init__(self, module, call, optimizer, before=lambda: None):
-        self.module, self.call, self.optimizer, self.before = module, call, optimizer, before
+    running = None  # the arm that went last: all use one table of kernels, and most one optimizer and its weights
+
+    def __init__(self, module, call, optimizer, picks=None):
+        self.module, self.call, self.optimizer, self.picks = module, call, optimizer, picks
 
     def __call__(self, idx, targets, return_logits=False):
         return self.call(idx, targets)
 
     def parameters(self):
         return self.module.parameters()
+
+    def take_over(self):
+        """Where another arm went last: have this one's kernels, and shadows of the weights as they are now."""
+        if Arm.running is not self:
+            Arm.running = self
+            ops.use(self.picks or "torch")
+            self.optimizer.shadows = self.module.shadows() if self.picks else {}
+            if self.picks:
+                self.module.refresh_shadows()
 
     def weights(self):
         """By nanoGPT's names."""
@@ -162,6 +173,7 @@ class Arm:
     @torch.no_grad()
     def reset(self, initial):
         """Take the initial weights, and forget the moments."""
+        Arm.running = None
         if hasattr(self.module, "load"):
             self.module.load(initial)
         else:
@@ -268,12 +280,7 @@ def ours(setup, spec, compile_):
     picks = choose(spec, shape, DTYPE, DEVICE, compile_)
     if dtype := shadow_dtype(picks, DTYPE):
         module.keep_shadows(dtype)
-
-    def before():  # other arms change the weights too: shadows are made anew each time, where the trainer's optimizer does it
-        ops.use(picks)
-        module.refresh_shadows()
-
-    return Arm(module, lambda idx, targets: inner(idx, targets, return_logits=False), setup.optimizer, before)
+    return Arm(module, lambda idx, targets: inner(idx, targets, return_logits=False), setup.optimizer, picks)
 
 
 @arm("liger")
@@ -302,14 +309,17 @@ def autocast(dtype=DTYPE):
 
 def iterate(arm, tokens, accumulation, context=None):
     """One iteration of an arm: its loss, on the device."""
-    arm.before()
+    arm.take_over()
     scaler = torch.amp.GradScaler("cuda", enabled=False)
-    return train_step(arm, arm.optimizer, scaler, tokens, accumulation, context or autocast(), 1.0)[0]
+    loss, _ = train_step(arm, arm.optimizer, scaler, tokens, accumulation, context or autocast(), 1.0)
+    if arm.picks:
+        arm.module.mark_shadows()
+    return loss
 
 
 def micro_step(arm, tokens):
     """Forward and backward of an arm."""
-    arm.before()
+    arm.take_over()
     with autocast():
         _, loss = arm(*tokens.get())
     loss.backward()

@@ -128,7 +128,9 @@ def check(op, shape, dtype, device, which):
 
 def prepared(op, implementation, it, compiled):
     """A function of no arguments that runs an op forward and backward as the run would."""
-    call = torch.compile(it.chosen, dynamic=False) if compiled else it.chosen
+    call = it.timed or (
+        torch.compile(it.chosen, dynamic=False) if compiled else it.chosen
+    )  # the update is never compiled
     if op == "embedding":  # the head's gradient comes marked as the loss's backward marks it
         it.grads[1].is_fastgpts = True
 

@@ -179,20 +179,27 @@ class GPT(nn.Module):
     def keep_shadows(self, dtype):
         """Keep the weight of every Linear in a dtype too, so that no step casts it; state_dict knows nothing of it.
 
-        Call `refresh_shadows` after each change of the weights: an optimizer's `register_step_post_hook` does. Under DDP keep them
-        after it was made, when all processes have the same weights.
+        After each change of the weights call `refresh_shadows`, or where an optimizer has `shadows()` to write, `mark_shadows`. Under
+        DDP keep them after it was made, when all processes have the same weights.
         """
         for linear in self._linears():
             linear.register_buffer("shadow", torch.empty_like(linear.weight, dtype=dtype), persistent=False)
         self.refresh_shadows()
 
+    def shadows(self):
+        """{weight: its shadow} of all that are kept."""
+        return {m.weight: m.shadow for m in self._linears() if getattr(m, "shadow", None) is not None}
+
     @torch.no_grad()
     def refresh_shadows(self):
         """Make the shadows equal to the weights again."""
-        kept = [linear for linear in self._linears() if getattr(linear, "shadow", None) is not None]
-        if kept:
-            torch._foreach_copy_([linear.shadow for linear in kept], [linear.weight for linear in kept])
-        for linear in kept:
+        if kept := self.shadows():
+            torch._foreach_copy_(list(kept.values()), list(kept))
+        self.mark_shadows()
+
+    def mark_shadows(self):
+        """Take the shadows to be equal to the weights as they are now."""
+        for linear in self._linears():
             linear.shadow_of = state_of(linear.weight)
 
     def _apply(self, *args, **kwargs):

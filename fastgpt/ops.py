@@ -20,6 +20,7 @@ from fastgpt.config import UserError
 from fastgpt.reference import EPS, cross_entropy
 
 __all__ = [
+    "adamw",
     "add_layer_norm",
     "attention",
     "cross_entropy",
@@ -38,6 +39,7 @@ KERNELS = {  # the ops, and where their kernels are
     "attention": "fastgpt.kernels.flash_attention",
     "gelu_mlp": "fastgpt.kernels.gelu_mlp",
     "linear_cross_entropy": "fastgpt.kernels.cross_entropy",
+    "adamw": "fastgpt.kernels.adamw",
 }
 IMPLEMENTATIONS = {op: ["torch", "triton"] + ["cudnn"] * (op == "attention") for op in KERNELS}
 chosen = dict.fromkeys(KERNELS, "torch")
@@ -166,3 +168,9 @@ def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None):
     if triton := triton_for("linear_cross_entropy", h):
         return triton.linear_cross_entropy(h, weight, targets, ignore_index, shadow)
     return reference.linear_cross_entropy(h, weight, targets, ignore_index)
+
+
+def adamw(groups, grads, max_norm=None, found_inf=None):
+    """See `reference.adamw`."""
+    first = next(p for group in groups for p in group["params"])
+    return (triton_for("adamw", first, groups) or reference).adamw(groups, grads, max_norm, found_inf)

@@ -1,12 +1,55 @@
-"""Parameter groups and AdamW, clipping's partner the schedule: nanoGPT's."""
+"""Parameter groups, AdamW with its clipping, and the schedule: nanoGPT's."""
 
 import math
 
 import torch
 
+from fastgpt import ops
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW whose step can clip and write shadow weights on the way, by `ops.adamw`; state and settings are torch's.
+
+    `max_norm` is the global norm to clip to (None: `step` leaves the gradients alone, as torch's does), `grad_norm` what it was
+    before, [] fp32, after a step that clipped. `shadows` {weight: the same in 16 bits} are rewritten with their weights. `in_order`
+    are the parameters as their norms are added up.
+    """
+
+    max_norm = grad_norm = None
+
+    def __init__(self, groups, **settings):
+        super().__init__(groups, **settings)
+        self.shadows = {}
+        self.in_order = [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update, of the parameters that have a gradient; closure's answer, which is called first, or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = []
+        for group in self.param_groups:
+            params, grads, exp_avgs, exp_avg_sqs, steps = tensors = [[] for _ in range(5)]
+            self._init_group(
+                group, params, grads, exp_avgs, exp_avg_sqs, [], steps
+            )  # makes moments where there are none
+            names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
+            shadows = [self.shadows.get(p) for p in params]
+            groups.append({**group, **dict(zip(names, tensors, strict=True)), "shadows": shadows})
+        # Where torch.amp.GradScaler finds a fused optimizer, it leaves these two to it.
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        grads = [p.grad for p in self.in_order if p.grad is not None]
+        if scale is not None:
+            torch._foreach_div_(grads, scale)
+        if grads:
+            self.grad_norm = ops.adamw(groups, grads, self.max_norm, found_inf)
+        return loss
+
 
 def adamw(model, weight_decay, learning_rate, betas, device_type):
-    """torch.optim.AdamW (eps 1e-8) over nanoGPT's two groups; fused on CUDA. Prints the three lines that nanoGPT prints.
+    """AdamW (eps 1e-8) over nanoGPT's two groups; fused on CUDA. Prints the three lines that nanoGPT prints.
 
     Tensors of two and more dimensions (matmul weights and both embeddings) decay; biases and LayerNorms do not.
     """
@@ -17,7 +60,8 @@ def adamw(model, weight_decay, learning_rate, betas, device_type):
     for kind, group in (("decayed", decay), ("non-decayed", no_decay)):
         print(f"num {kind} parameter tensors: {len(group)}, with {sum(p.numel() for p in group):,} parameters")
     fused = device_type == "cuda"
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **({"fused": True} if fused else {}))
+    optimizer = AdamW(groups, lr=learning_rate, betas=betas, **({"fused": True} if fused else {}))
+    optimizer.in_order = params
     print(f"using fused AdamW: {fused}")
     return optimizer
 

@@ -8,7 +8,9 @@ Shapes: B sequences, T tokens each, C = n_embd, V = vocab_size. Source: the GPT-
 (github.com/karpathy/nanoGPT, model.py) writes it.
 """
 
+import torch
 from torch.nn import functional as F
+from torch.optim.adamw import adamw as functional_adamw
 
 EPS = 1e-5  # nanoGPT's and GPT-2's LayerNorm epsilon
 
@@ -78,3 +80,27 @@ def linear_cross_entropy(h, weight, targets, ignore_index=-1):
 def cross_entropy(logits, targets, ignore_index=-1):
     """Mean cross entropy of logits [B,T,V] against targets [B,T]: a scalar."""
     return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=ignore_index)
+
+
+@torch.no_grad()
+def adamw(groups, grads, max_norm=None, found_inf=None):
+    """Clip to a global norm of max_norm (None: not) and update by AdamW, in place: the norm before clipping [] fp32, or None.
+
+    groups: dicts with lists of tensors, params, grads, exp_avgs, exp_avg_sqs, steps ([] fp32, updates done so far) and shadows (a
+    weight in 16 bits, which the update writes too, or None), and lr, betas, eps, weight_decay, fused. found_inf [] fp32 (fused alone),
+    or None: where it is not 0, no weight changes. grads are all groups', in the order in which their norms are added up; they
+    are scaled in place.
+    """
+    norm = None
+    if max_norm is not None:
+        norm = torch.nn.utils.get_total_norm(grads)
+        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    for g in groups:
+        functional_adamw(
+            g["params"], g["grads"], g["exp_avgs"], g["exp_avg_sqs"], [], g["steps"], fused=g["fused"], found_inf=found_inf,
+            amsgrad=False, beta1=g["betas"][0], beta2=g["betas"][1], lr=g["lr"], weight_decay=g["weight_decay"], eps=g["eps"],
+            maximize=False,
+        )  # fmt: skip
+        if kept := [(s, p) for s, p in zip(g["shadows"], g["params"], strict=True) if s is not None]:
+            torch._foreach_copy_(*zip(*kept, strict=True))
+    return norm

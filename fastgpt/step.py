@@ -8,7 +8,7 @@ def train_step(model, optimizer, scaler, batches, accumulation, autocast, grad_c
 
     Both are fp32 scalars on the device: nothing here waits for the GPU. `batches` has its next batch under way, and
     is left so. model(x, y, return_logits=False) gives (None, loss); `scaler` is a torch.amp.GradScaler, enabled for
-    float16 only; grad_clip 0 clips nothing.
+    float16 only; `optimizer` is an optim.AdamW; grad_clip 0 clips nothing.
     """
     total = 0.0
     for micro_step in range(accumulation):
@@ -24,11 +24,11 @@ def train_step(model, optimizer, scaler, batches, accumulation, autocast, grad_c
         total = total + loss.detach()
         scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
+    optimizer.max_norm = grad_clip or float("inf")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return total, grad_norm
+    return total, optimizer.grad_norm
 
 
 @torch.no_grad()

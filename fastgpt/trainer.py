@@ -103,7 +103,8 @@ class Run:
         self.parallel = distributed.wrap(self.compiled, world)
         if self.shadows:  # after DDP has given all processes the same weights; of buffers this new it sends nothing
             self.model.keep_shadows(self.shadows)
-            self.optimizer.register_step_post_hook(lambda *_: self.model.refresh_shadows())
+            self.optimizer.shadows = self.model.shadows()
+            self.optimizer.register_step_post_hook(lambda *_: self.model.mark_shadows())
 
         self.peak_flops = cfg.peak_flops or metrics.peak_flops(world.device, cfg.dtype)
         self.mfu = self.saved = None

@@ -41,7 +41,7 @@ class Problem:
     """An op at a shape: inputs by name, gradients of its outputs, and three functions of the inputs that give a tuple.
 
     `kernel` is the Triton op, `reference` PyTorch's with the kernel's dropout mask, `chosen` what ops would run; `targets` are the
-    loss's.
+    loss's. `timed` is `chosen` where it works in place, the others then on copies.
     """
 
     inputs: dict
@@ -51,6 +51,7 @@ class Problem:
     reference: Callable
     chosen: Callable
     targets: torch.Tensor | None = None
+    timed: Callable | None = None
 
 
 def widened(x, dtype):
@@ -164,6 +165,8 @@ def problem(op, shape, dtype, device):
             autocast(lambda *inputs: (reference.gelu_mlp(*inputs),)),
             autocast(lambda *inputs: (ops.gelu_mlp(*inputs),)),
         )  # fmt: skip
+    if op == "adamw":
+        return update_problem(shape, dtype, device, randn)
     targets = torch.randint(V, (B, T), device=device, generator=random)
     targets[:, ::7] = -1
 
@@ -177,6 +180,47 @@ def problem(op, shape, dtype, device):
         autocast(reference_loss),
         autocast(lambda h, weight: (ops.linear_cross_entropy(h, weight, targets),)), targets,
     )  # fmt: skip
+
+
+def update_problem(shape, dtype, device, randn):
+    """The Problem of an update: of the embedding's weight, with a shadow in dtype, and of a bias."""
+    V, C = shape.vocab_size, shape.n_embd
+    inputs = {}
+    for name, size in (("weight", (V, C)), ("bias", (C + 1,))):
+        # Gradients from far below eps to far above, as those of tokens that a text rarely has; moments that fit them.
+        g = randn(*size) * 10 ** (3 * randn(*size).clamp(-2, 2) - 4)
+        inputs |= {
+            name: randn(*size),
+            "gradient of " + name: g,
+            "exp_avg of " + name: g * randn(*size),
+            "exp_avg_sq of " + name: g * g,
+        }
+    clip = inputs["gradient of weight"].norm().item() / 2
+    low = dtype != torch.float32
+
+    def in_place(op):
+        @torch.no_grad()
+        def call(*tensors):
+            weight, bias = tensors[:4], tensors[4:]
+            shadow = torch.empty_like(weight[0], dtype=widened(weight[0], dtype).dtype) if low else None
+            groups = [
+                dict(
+                    params=[p], grads=[g], exp_avgs=[m], exp_avg_sqs=[v], steps=[torch.full((), t, device=device)], lr=0.1,
+                    betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, fused=torch.device(device).type == "cuda", shadows=[kept],
+                )
+                for (p, g, m, v), t, decay, kept in ((weight, 1.0, 0.5, shadow), (bias, 900.0, 0.0, None))
+            ]  # fmt: skip
+            norm = op.adamw(groups, [weight[1], bias[1]], clip)
+            return *(t for i, t in enumerate(tensors) if i % 4 != 1), norm, *([shadow] if low else [])
+
+        return call
+
+    def copying(op):
+        return lambda *tensors: in_place(op)(*(t.clone() for t in tensors))
+
+    outputs = *(name for name in inputs if "gradient" not in name), "norm", *(["shadow"] if low else [])
+    functions = copying(LateModule("adamw")), copying(reference), copying(ops)
+    return Problem(inputs, outputs, (None,) * len(outputs), *functions, timed=in_place(ops))
 
 
 @dataclass
@@ -220,11 +264,13 @@ def compared(direction, what, kernel, same, exact):
 def run(f, inputs, grads, exact=False):
     """f's outputs and then the gradients of its floating inputs, as detached tensors; in fp64 where `exact`.
 
-    grads are the outputs' gradients, None where an output is not to be differentiated. Strides are kept.
+    grads are the outputs' gradients, None where an output is not to be differentiated; of all None nothing is. Strides are kept.
     """
     args = [(x.detach().double() if exact else x.detach()).requires_grad_() if is_floating(x) else x for x in inputs]
     outputs = f(*args)
     pairs = [(o, g.double() if exact else g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    if not pairs:
+        return list(outputs)
     torch.autograd.backward(*zip(*pairs, strict=True))
     return [o.detach() for o in outputs] + [a.grad for a in args if is_floating(a)]
 
@@ -236,7 +282,9 @@ def is_floating(x):
 
 def compare(kernel, same, inputs, outputs, grads):
     """A Comparison of each output and of each input's gradient. inputs by name; outputs names what the functions give."""
-    names = [("forward", n) for n in outputs] + [("backward", "d" + n) for n, x in inputs.items() if is_floating(x)]
+    any_grad = any(g is not None for g in grads)
+    names = [("forward" if any_grad else "update", n) for n in outputs]
+    names += [("backward", "d" + n) for n, x in inputs.items() if any_grad and is_floating(x)]
     results = [run(f, inputs.values(), grads, exact) for f, exact in ((kernel, False), (same, False), (same, True))]
     return [compared(*name, *tensors) for name, *tensors in zip(names, *results, strict=True)]
 

@@ -57,6 +57,19 @@ CROSS_ENTROPY = CrossEntropyConfig()
 
 
 @dataclass(frozen=True)
+class AdamWConfig:
+    """The update: elements of a program, and how many of them are in registers at once."""
+
+    chunk: int = 8192
+    block: int = 1024  # 16 bytes a thread and tensor: the shadow then has the same layout, and no shuffling
+    warps: int = 8
+    clip_block: int = 4096
+
+
+ADAMW = AdamWConfig()
+
+
+@dataclass(frozen=True)
 class MLPConfig:
     """gelu_mlp's two GEMMs: the tile of the output, the step along K, and how a program runs."""
 

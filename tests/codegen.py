@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels import configs, cross_entropy, embedding, flash_attention, gelu_mlp, layer_norm
+from fastgpt.kernels import adamw, configs, cross_entropy, embedding, flash_attention, gelu_mlp, layer_norm
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -70,6 +70,15 @@ def cases():
     targets = torch.zeros(1, 64, dtype=torch.int64)
     loss = cross_entropy.linear_cross_entropy
     yield "cross_entropy", lambda: backward(loss(ones(1, 64, 16, dtype=bf16), ones(50304, 16), targets))
+    for what, n in (("", 4096), (" odd", 4099)):
+
+        def update(n=n):
+            p = torch.ones(n)
+            tensors = {name: [p] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
+            settings = dict(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+            adamw.adamw([{**tensors, "steps": [torch.zeros(())], "shadows": [p.to(bf16)], **settings}], [p], 1.0)
+
+        yield f"adamw{what}", update
     for what, dtype, C, recompute in (
         ("bf16", bf16, 768, False),
         ("bf16 recompute", bf16, 768, True),

@@ -33,6 +33,7 @@ def test_every_kernel_compiles_for_every_architecture(rows):
         "layer_norm": {"norm_forward", "norm_backward", "norm_reduce"},
         "embedding": {"embed_forward", "embed_keys", "embed_backward_wpe", "embed_backward_wte"},
         "cross_entropy": {"loss_rows", "loss_mean", "loss_scale"},
+        "adamw": {"adamw_norm", "adamw_clip", "adamw_update"},
         "gelu_mlp": {"mlp_gemm forward", "mlp_gemm backward", "mlp_column_sums"},
         "flash_attention": {"attention_forward", "attention_delta", "attention_backward"},
     }

@@ -447,4 +447,5 @@ def test_a_list_leaves_the_rest_to_auto():
         attention="cudnn",
         gelu_mlp="auto",
         linear_cross_entropy="auto",
+        adamw="auto",
     )

@@ -69,6 +69,17 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
         ("a row dropped from the weight's gradient", "mm(dy2.t(), x2, w_dtype)", "mm(dy2[1:].t(), x2[1:], w_dtype)", SHAPE),
         ("a bias's gradient of one row", "row_sums(dy2, b_dtype)", "row_sums(dy2[:1], b_dtype)", SHAPE),
     ],
+    "adamw": [
+        ("no bias correction", "return tl.where(y > -0.5, -y * series, 1 - tl.exp(y))", "return y * 0 + 1", SHAPE),
+        ("a wrong eps", "* rsqrt_v + eps)", "* rsqrt_v + 100 * eps)", SHAPE),
+        ("eps before the correction", "(tl.sqrt_rn(v) * rsqrt_v + eps)", "((tl.sqrt_rn(v) + eps) * rsqrt_v)", SHAPE),
+        ("betas swapped", "v = beta2 * v + rest2 * g * g", "v = (1 - rest1) * v + rest1 * g * g", SHAPE),
+        ("decay by the gradient", "p -= lr * weight_decay * p", "g += weight_decay * p", SHAPE),
+        ("nothing clipped", "scale = tl.load(scale_ptr)", "scale = 1.0", SHAPE),
+        ("a norm of the first chunks", "for start in range(0, chunks, BLOCK)", "for start in range(0, BLOCK, BLOCK)", SHAPE),
+        ("every chunk the first", "start = (chunk - tl.load(table_ptr + row * WIDTH + FIRST)) * CHUNK", "start = chunk * 0", SHAPE),
+        ("steps that are not counted", "torch._foreach_add_(steps, 1 if", "torch._foreach_add_(steps, 0 if", SHAPE),
+    ],
     "linear_cross_entropy": [
         ("no target in the gradient", "- tl.where(cols == target, 1.0, 0.0)", "", SHAPE),
         ("ignored targets counted", "!= ignore_index).to(tl.int32)", "!= -2).to(tl.int32)", SHAPE),
@@ -94,6 +105,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(configs, "EMBEDDING", configs.EmbeddingConfig(block=32, backward_tile=256))
     entry = {**vars(configs.CROSS_ENTROPY), "block": 32, "min_chunk": 50, "memory_share": 0}
     monkeypatch.setattr(configs, "CROSS_ENTROPY", configs.CrossEntropyConfig(**entry))
+    monkeypatch.setattr(configs, "ADAMW", configs.AdamWConfig(chunk=512, block=128, clip_block=4))
 
 
 @pytest.mark.usefixtures("small_blocks", "poison")

@@ -1,0 +1,242 @@
+"""The update: the gradients' global norm, clipping, AdamW and the shadow weights, in two passes.
+
+    norm = sqrt(the sum over all gradients of g^2);  scale = min(1, max_norm / (norm + 1e-6))
+    g = scale g;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2;  p -= lr weight_decay p
+    p -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
+
+Shapes: any number of dense fp32 tensors p, with g, m and v of p's shape, t an fp32 scalar on the device, and, where one is kept, a
+shadow: p in 16 bits, which the next forward reads. Source: Loshchilov and Hutter, arXiv 1711.05101, as torch.optim.AdamW writes it.
+
+All tensors of a parameter group share one launch: a program takes CHUNK elements of one of them, whose addresses it reads from a
+table on the device. Bytes of an element: the norm reads 4, the update 16 and writes 12, or 14 with a shadow. PyTorch's
+clip_grad_norm_, fused AdamW and a copy of the shadows move 4 + 8 + 28 + 6.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgpt.kernels import configs
+from fastgpt.kernels.common import can_run, on_device
+
+# A row of the table, int64: a tensor's elements, the number of its first chunk, and the addresses of what belongs to it.
+COLUMNS = ("numel", "first", "grad", "p", "exp_avg", "exp_avg_sq", "step", "shadow")
+NUMEL, FIRST, GRAD, P, M, V, STEP, SHADOW = (tl.constexpr(i) for i in range(len(COLUMNS)))
+WIDTH = tl.constexpr(len(COLUMNS))
+
+
+@triton.jit
+def _address(table_ptr, row, column: tl.constexpr, ALIGNED: tl.constexpr, dtype: tl.constexpr = tl.float32):
+    """The pointer in a row of the table; where ALIGNED, known to be one to 16 bytes."""
+    address = tl.load(table_ptr + row * WIDTH + column).to(tl.pointer_type(dtype))
+    return tl.multiple_of(address, 16) if ALIGNED else address
+
+
+@triton.jit
+def _elements(table_ptr, row, chunk, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
+    """(first element, elements) of the part of a tensor that a chunk is."""
+    start = (chunk - tl.load(table_ptr + row * WIDTH + FIRST)) * CHUNK
+    n = tl.load(table_ptr + row * WIDTH + NUMEL) - start
+    return start, tl.multiple_of(n, 16) if ALIGNED else n
+
+
+@triton.jit
+def _one_less(t, log_beta):
+    """1 - beta^t, in fp32 to its last digits where beta^t is near 1 too: of -expm1 the series, where that is short."""
+    y = t * log_beta
+    series = 1.0
+    for i in tl.static_range(9, 1, -1):
+        series = 1 + y / i * series
+    return tl.where(y > -0.5, -y * series, 1 - tl.exp(y))
+
+
+@triton.jit
+def _adamw_norm(
+    table_ptr,  # [tensors, WIDTH] int64
+    rows_ptr,  # [chunks] int32: the tensor that a chunk is of
+    partial_ptr,  # [chunks] fp32 out: the sum of squares
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    row = tl.load(rows_ptr + chunk)
+    start, n = _elements(table_ptr, row, chunk, CHUNK, ALIGNED)
+    grad_ptr = _address(table_ptr, row, GRAD, ALIGNED) + start
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in tl.static_range(0, CHUNK, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        g = tl.load(grad_ptr + i, i < n, other=0.0)
+        total += g * g
+    tl.store(partial_ptr + chunk, tl.sum(total, 0))
+
+
+@triton.jit
+def _adamw_clip(
+    partial_ptr,  # [chunks] fp32
+    norm_ptr,  # [] fp32 out
+    scale_ptr,  # [] fp32 out: what clipping multiplies by
+    chunks,
+    max_norm,
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, chunks, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + i, i < chunks, other=0.0)
+    norm = tl.sqrt_rn(tl.sum(total, 0))
+    tl.store(norm_ptr, norm)
+    # nan stays nan, as in PyTorch: it shows in the loss
+    tl.store(scale_ptr, tl.minimum(max_norm / (norm + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def _adamw_update(
+    table_ptr,  # [tensors, WIDTH] int64
+    rows_ptr,  # [chunks] int32, from the group's first chunk on
+    scale_ptr,  # [] fp32, or None: nothing is clipped
+    found_inf_ptr,  # [] fp32, or None: where it is not 0, nothing is updated
+    first_chunk,
+    lr,
+    weight_decay,
+    beta2,
+    rest1,  # 1 - beta1, whose digits fp32 would lose
+    rest2,
+    log_beta1,
+    log_beta2,
+    eps,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SHADOW_DTYPE: tl.constexpr,  # None: no tensor has a shadow
+):
+    row = tl.load(rows_ptr + tl.program_id(0))
+    start, n = _elements(table_ptr, row, first_chunk + tl.program_id(0), CHUNK, ALIGNED)
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    if found_inf_ptr is not None:
+        n = tl.where(tl.load(found_inf_ptr) == 0, n, 0)
+    g_ptr = _address(table_ptr, row, GRAD, ALIGNED) + start
+    p_ptr = _address(table_ptr, row, P, ALIGNED) + start
+    m_ptr = _address(table_ptr, row, M, ALIGNED) + start
+    v_ptr = _address(table_ptr, row, V, ALIGNED) + start
+    t = tl.load(_address(table_ptr, row, STEP, False))
+    step_size = lr / _one_less(t, log_beta1)
+    rsqrt_v = 1 / tl.sqrt_rn(_one_less(t, log_beta2))
+    if SHADOW_DTYPE is not None:
+        shadow_ptr = _address(table_ptr, row, SHADOW, ALIGNED, SHADOW_DTYPE) + start
+        shadowed = tl.load(table_ptr + row * WIDTH + SHADOW) != 0
+    for first in tl.static_range(0, CHUNK, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        mask = i < n
+        g = tl.load(g_ptr + i, mask, other=0.0) * scale
+        p = tl.load(p_ptr + i, mask, other=0.0)
+        m = tl.load(m_ptr + i, mask, other=0.0)
+        v = tl.load(v_ptr + i, mask, other=0.0)
+        m += rest1 * (g - m)
+        v = beta2 * v + rest2 * g * g
+        p -= lr * weight_decay * p
+        p -= step_size * m / (tl.sqrt_rn(v) * rsqrt_v + eps)
+        tl.store(p_ptr + i, p, mask)
+        tl.store(m_ptr + i, m, mask)
+        tl.store(v_ptr + i, v, mask)
+        if SHADOW_DTYPE is not None:
+            tl.store(shadow_ptr + i, p.to(SHADOW_DTYPE), mask & shadowed)
+
+
+# ---- launchers ----
+
+
+def lists(group):
+    """The tensors of a group, by the table's columns: a list each; of shadows None where there is none."""
+    names = ("grads", "params", "exp_avgs", "exp_avg_sqs", "steps", "shadows")
+    return {column: group[name] for column, name in zip(COLUMNS[2:], names, strict=True)}
+
+
+@functools.lru_cache(maxsize=4)
+def chunks_of(sizes, chunk, device):
+    """(chunks of each tensor of so many elements, on the device the tensor that each chunk is of)."""
+    counts = [triton.cdiv(n, chunk) for n in sizes]
+    rows = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(counts))
+    return counts, rows.to(device)
+
+
+def table_of(groups, counts, device):
+    """(the table, on the device without a wait for it; whether all is aligned to 16 bytes and elements)."""
+    rows, first, aligned = [], 0, True
+    for group in groups:
+        for tensors in zip(*lists(group).values(), strict=True):
+            addresses = [0 if t is None else t.data_ptr() for t in tensors]
+            n = tensors[0].numel()
+            *vectors, _, shadow = addresses
+            aligned &= n % 16 == 0 and not any(a % 16 for a in (*vectors, shadow))
+            rows.append([n, first, *addresses])
+            first += counts[len(rows) - 1]
+    table = torch.tensor(rows, dtype=torch.int64)
+    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True), aligned
+
+
+def update(params, groups, max_norm, found_inf):
+    """See `adamw`; params are those of all groups."""
+    config, device = configs.ADAMW, params[0].device
+    counts, rows = chunks_of(tuple(p.numel() for p in params), config.chunk, device)
+    table, aligned = table_of(groups, counts, device)
+    norm = scale = None
+    constants = dict(CHUNK=config.chunk, BLOCK=config.block, ALIGNED=aligned, num_warps=config.warps)
+    if max_norm is not None:
+        norm, scale = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
+        partial = torch.empty(len(rows), dtype=torch.float32, device=device)
+        _adamw_norm[(len(rows),)](table, rows, partial, **constants)
+        _adamw_clip[(1,)](partial, norm, scale, len(rows), float(max_norm), BLOCK=config.clip_block, num_warps=8)
+    steps = [t for group in groups for t in group["steps"]]
+    torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
+    first, done = 0, 0
+    for group in groups:
+        n = sum(counts[done : done + len(group["params"])])
+        done += len(group["params"])
+        beta1, beta2 = group["betas"]
+        dtypes = {str(t.dtype).removeprefix("torch.") for t in group["shadows"] if t is not None}
+        if n:
+            _adamw_update[(n,)](
+                table, rows[first:], scale, found_inf, first, float(group["lr"]), float(group["weight_decay"]), float(beta2),
+                1 - beta1, 1 - beta2, log(beta1), log(beta2), group["eps"],
+                SHADOW_DTYPE=getattr(tl, dtypes.pop()) if dtypes else None, **constants,
+            )  # fmt: skip
+        first += n
+    return norm
+
+
+def log(beta):
+    """Its logarithm; of 0 one at which beta^t is 0, since no step is the 0th."""
+    return math.log(beta) if beta > 0 else -1e4
+
+
+# ---- what torch needs to know ----
+
+
+def takes(p, groups):
+    """Whether all tensors are dense fp32 where Triton runs, and a group's shadows of one dtype."""
+    tensors = [t for g in groups for name, ts in lists(g).items() if name != "shadow" for t in ts]
+    shadows = [[t for t in g["shadows"] if t is not None] for g in groups]
+    return (
+        can_run(p)
+        and all(t.dtype == torch.float32 and t.is_contiguous() and t.device == p.device for t in tensors)
+        and all(t.is_contiguous() for ts in shadows for t in ts)
+        and all(len({t.dtype for t in ts}) <= 1 for ts in shadows)
+    )
+
+
+@torch.no_grad()
+def adamw(groups, grads, max_norm=None, found_inf=None):
+    """Clip to a global norm of max_norm (None: not), and update in place: the norm before clipping [] fp32, or None.
+
+    groups: dicts with lists of tensors, params, grads, exp_avgs, exp_avg_sqs, steps ([] fp32, updates done so far) and shadows (None
+    where there is none), and lr, betas, eps, weight_decay. found_inf [] fp32, or None: where it is not 0, nothing changes. grads are
+    all groups' (PyTorch adds up their norms in that order). The gradients stay as they are.
+    """
+    params = [p for group in groups for p in group["params"]]
+    return on_device(lambda p, *args: update(params, *args))(params[0], groups, max_norm, found_inf)
