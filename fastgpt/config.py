@@ -113,6 +113,7 @@ class TrainConfig(Settings):
     # fastgpt's own
     kernels: str = Field("auto", description="auto, triton, torch, or by op as attention=torch")
     micro_batch: int | str = Field("", description="sequences computed at a time: a multiple of batch_size, or auto for what fills this GPU; the same update")
+    cuda_graphs: bool = Field(False, description="replay each micro-step as one CUDA graph; with --compile=False nothing is compiled either")
     recompute: Recompute = Field("none", description="compute again in the backward what it would keep, to save memory: gelu, half of the MLP's; block, all of a block's")
     preset: Preset = Field("", description="base that the other flags change: " + ", ".join(get_args(Preset)[1:]))
     train_data: str = Field("", description="token file or glob in place of the dataset's train.bin")

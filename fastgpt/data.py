@@ -198,7 +198,7 @@ class Batches:
         self.tokens, self.batch_size, self.block_size = tokens, batch_size, block_size
         self.device, self.generator, self.merged = torch.device(device), generator, merged
         self.thread = ThreadPoolExecutor(max_workers=1)
-        self.offsets = None
+        self.stream = self.offsets = None
 
     def prefetch(self, offsets=None):
         """Begin the next batch: of drawn offsets, or of the ones given (a resumed run's)."""
@@ -216,13 +216,24 @@ class Batches:
     def _read(self, starts):
         batch = torch.from_numpy(self.tokens.read(starts, self.block_size + 1))
         xy = torch.stack((batch[:, :-1], batch[:, 1:]))  # one transfer for both
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):  # a thread begins on GPU 0, where pinning would make a context
-                xy = xy.pin_memory().to(self.device, non_blocking=True)
-        return xy.to(self.device).unbind()
+        if self.device.type != "cuda":
+            return xy.to(self.device), None
+        with torch.cuda.device(self.device):  # a thread begins on GPU 0, where pinning would make a context
+            if self.stream is None:
+                self.stream = torch.cuda.Stream()
+            with torch.cuda.stream(
+                self.stream
+            ):  # so that the copy waits for no kernel, and none for it before it is needed
+                return xy.pin_memory().to(self.device, non_blocking=True), self.stream.record_event()
 
     def get(self):
-        return self.pending.result()
+        """(x, y) of the batch under way."""
+        xy, copied = self.pending.result()
+        if copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            xy.record_stream(current)  # its memory is not given to the next batch before this stream has read it
+        return xy.unbind()
 
     def take(self, n):
         """n batches; each is read while the one before is in use."""

@@ -250,7 +250,9 @@ class GPT(nn.Module):
         x = x, None
         for i, block in enumerate(t.h):
             if self.recompute_blocks and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                # A CUDA graph cannot hold the reading of a random state: without dropout there is none to keep.
+                drops = max(block.attn.dropout, dropout_p(block.attn.resid_dropout), dropout_p(block.mlp.dropout)) > 0
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=drops)
             else:
                 x = block(x, caches[i] if caches else None)
         _, h = t.ln_f(*x, dropout_p(t.h[-1].mlp.dropout))

@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib
 import warnings
+from contextlib import contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -95,6 +96,23 @@ def warn_once(op, implementation, device, dtype, size):
         f"{op}: {implementation} does not take {dtype} rows of {size} on this {device} device{hint}; PyTorch's runs instead",
         stacklevel=4,
     )
+
+
+@contextmanager
+def adding_in_place():
+    """Within it a backward that runs eagerly may add a weight's gradient to its .grad in the GEMM that makes it.
+
+    It is for `loss.backward()` where nobody but the weights waits for gradients: no DDP, whose hooks would not hear of them.
+    """
+    common = importlib.import_module("fastgpt.kernels.common") if loaded else None
+    if common is None:
+        yield
+        return
+    before, common.adding = common.adding, True
+    try:
+        yield
+    finally:
+        common.adding = before
 
 
 def triton_for(op, x, *args):

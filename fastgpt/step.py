@@ -1,34 +1,55 @@
 """One optimizer step, from micro-batches to updated weights; and an evaluation."""
 
+from contextlib import nullcontext
+
 import torch
 
+from fastgpt import ops
 
-def train_step(model, optimizer, scaler, batches, accumulation, autocast, grad_clip):
+
+def train_step(model, optimizer, scaler, batches, accumulation, autocast, grad_clip, graphs=None):
     """Run `accumulation` micro-steps and one update: (mean loss of the micro-steps, global gradient norm before clipping).
 
     Both are fp32 scalars on the device: nothing here waits for the GPU. `batches` has its next batch under way, and
     is left so. model(x, y, return_logits=False) gives (None, loss); `scaler` is a torch.amp.GradScaler, enabled for
-    float16 only; `optimizer` is an optim.AdamW; grad_clip 0 clips nothing.
+    float16 only; `optimizer` is an optim.AdamW; grad_clip 0 clips nothing. `graphs`, a graphs.Graphs of `micro_step` on the model
+    itself, takes the micro-steps in which DDP averages nothing.
     """
     total = 0.0
-    for micro_step in range(accumulation):
+    for i in range(accumulation):
         x, y = batches.get()
-        if hasattr(
-            model, "require_backward_grad_sync"
-        ):  # DDP: average in the last backward only; read when a forward begins
-            model.require_backward_grad_sync = micro_step == accumulation - 1
-        with autocast:
-            _, loss = model(x, y, return_logits=False)
-            loss = loss / accumulation
-        batches.prefetch()  # here, as nanoGPT draws it: after the forward, whose dropout shares the generator on the CPU
-        total = total + loss.detach()
-        scaler.scale(loss).backward()
+        last = i == accumulation - 1
+        parallel = hasattr(model, "require_backward_grad_sync")
+        if parallel:  # DDP: average in the last backward only; read when a forward begins
+            model.require_backward_grad_sync = last
+        averages = parallel and last
+        if graphs is None or averages:
+            loss = micro_step(model, x, y, scaler, accumulation, autocast, not averages, batches.prefetch)
+        else:
+            loss = graphs(x, y, fresh=i == 0)
+            batches.prefetch()
+        total = total + loss
     scaler.unscale_(optimizer)
     optimizer.max_norm = grad_clip or float("inf")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total, optimizer.grad_norm
+
+
+def micro_step(model, x, y, scaler, accumulation, autocast, alone=True, then=lambda: None):
+    """Forward and backward: this micro-step's share of the mean loss; its gradients are added to the weights'.
+
+    alone: whether nobody but the weights waits for the gradients. `then` is called between forward and backward, where nanoGPT
+    draws the next batch: after the forward, whose dropout shares the generator on the CPU.
+    """
+    with autocast:
+        _, loss = model(x, y, return_logits=False)
+        loss = loss / accumulation
+    then()
+    with ops.adding_in_place() if alone else nullcontext():
+        scaler.scale(loss).backward()
+    return loss.detach()
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ from torch._inductor.exc import InductorError
 from tqdm import tqdm
 
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, metrics, ops, optim, tokenizer
+from fastgpt import data, distributed, graphs, metrics, ops, optim, tokenizer
 from fastgpt.choose import choose
 from fastgpt.config import UserError
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
-from fastgpt.step import evaluate, train_step
+from fastgpt.step import evaluate, micro_step, train_step
 from fastgpt.verify import Shape
 
 
@@ -28,8 +28,9 @@ def train(cfg, given=frozenset()):
     world = distributed.init(cfg.device, cfg.backend)
     run = None
     try:
-        run = Run(cfg, given, world)
-        run.loop()
+        with graphs.stream(world) if cfg.cuda_graphs else nullcontext():
+            run = Run(cfg, given, world)
+            run.loop()
     except torch.OutOfMemoryError as e:
         reason = str(e).splitlines()[0]
         memory = torch.cuda.get_device_properties(world.device).total_memory if world.device.startswith("cuda") else 0
@@ -106,6 +107,8 @@ class Run:
             self.optimizer.shadows = self.model.shadows()
             self.optimizer.register_step_post_hook(lambda *_: self.model.mark_shadows())
 
+        self.graphs = self.make_graphs() if cfg.cuda_graphs else None
+
         self.peak_flops = cfg.peak_flops or metrics.peak_flops(world.device, cfg.dtype)
         self.mfu = self.saved = None
         self.clock = metrics.Clock(lambda: torch.cuda.synchronize(world.device) if self.cuda else None)
@@ -132,6 +135,14 @@ class Run:
             free, _ = torch.cuda.mem_get_info(world.device)
             print(f"activations: about {takes / 1e9:.1f} GB a micro-step, of {free / 1e9:.1f} GB that are free")
         return merged
+
+    def make_graphs(self):
+        """Graphs of the micro-steps; None where DDP averages in each of them."""
+        if self.world.size > 1 and self.accumulation == 1:
+            print("CUDA graphs: none, since DDP takes part in the only micro-step of an iteration")
+            return None
+        settings = self.scaler, self.accumulation, self.autocast
+        return graphs.Graphs(lambda x, y: micro_step(self.compiled, x, y, *settings), self.model.parameters())
 
     def choose_kernels(self, merged):
         """Decide which implementation of each op runs, on this run's shapes. The main process measures, the others read."""
@@ -253,7 +264,8 @@ class Run:
                 if last:
                     break
                 loss, grad_norm = train_step(
-                    self.parallel, self.optimizer, self.scaler, self.batches, self.accumulation, self.autocast, cfg.grad_clip
+                    self.parallel, self.optimizer, self.scaler, self.batches, self.accumulation, self.autocast, cfg.grad_clip,
+                    self.graphs,
                 )  # fmt: skip
                 self.clock.iterations += 1
                 if self.clock.iterations == 1 and main:

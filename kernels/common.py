@@ -134,14 +134,34 @@ def is_ours(grad):
     return getattr(grad, "is_fastgpts", False) and grad.is_contiguous() and grad._use_count() == 1
 
 
-def mm(a, b, dtype):
-    """a @ b by cuBLAS, accumulated in fp32 and rounded once, to dtype: a's own, fp32, or one that fp32 is cast to."""
-    if dtype == a.dtype:
+adding = False  # whether a backward may add to weights' gradients by itself: fastgpt.ops.adding_in_place
+
+
+def grad_of(weight):
+    """The gradient of a weight that a GEMM may add to, fp32; None where there is none yet, or where somebody else must hear of it."""
+    if not adding or torch.compiler.is_compiling() or weight.grad is None:
+        return None
+    heard = weight._backward_hooks or weight._post_accumulate_grad_hooks
+    mine = weight.is_leaf and not heard and weight.grad.dtype == torch.float32 and weight.grad.is_contiguous()
+    return weight.grad if mine else None
+
+
+def mm(a, b, dtype, into=None):
+    """a @ b by cuBLAS, accumulated in fp32 and rounded once, to dtype: a's own, fp32, or one that fp32 is cast to.
+
+    With `into`, fp32, it is added to that and nothing is answered: the GEMM reads it where it would only write.
+    """
+    if into is None and dtype == a.dtype:
         return torch.mm(a, b)
     with torch.autocast(a.device.type, enabled=False):  # under which mm would answer in 16 bits again
-        if a.is_cuda and a.dtype != torch.float32:
-            return torch.mm(a, b, out_dtype=torch.float32).to(dtype)
-        return torch.mm(a.float(), b.float()).to(dtype)  # torch 2.13 has out_dtype on CUDA alone
+        half = a.is_cuda and a.dtype != torch.float32  # torch 2.13 has out_dtype on CUDA alone
+        if into is None:
+            return (torch.mm(a, b, out_dtype=torch.float32) if half else torch.mm(a.float(), b.float())).to(dtype)
+        if half:
+            torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
+        else:
+            into.addmm_(a.float(), b.float())
+    return None
 
 
 def project(x, weight, bias, out):

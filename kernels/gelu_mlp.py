@@ -30,7 +30,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import Op, can_run, cast, compute_dtype, like, mm, needs_grad, precision, project, row_sums
+from fastgpt.kernels.common import (
+    Op,
+    can_run,
+    cast,
+    compute_dtype,
+    grad_of,
+    like,
+    mm,
+    needs_grad,
+    precision,
+    project,
+    row_sums,
+)
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 HALF_LOG2E = tl.constexpr(0.7213475204444817)
@@ -231,8 +243,12 @@ def gelu_mlp_fwd(
 def gelu_mlp_bwd(
     dy: Tensor, h: Tensor, pre: Tensor, post: Tensor, fc: Tensor, proj: Tensor, w_fc_dtype: torch.dtype,
     b_fc_dtype: torch.dtype | None, w_proj_dtype: torch.dtype, b_proj_dtype: torch.dtype | None,
+    into_fc: Tensor | None = None, into_proj: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dh, dw_fc, db_fc, dw_proj, db_proj) in the dtypes given, the biases' empty where they have none; post may be empty."""
+    """(dh, dw_fc, db_fc, dw_proj, db_proj) in the dtypes given, the biases' empty where they have none; post may be empty.
+
+    With into_fc or into_proj, fp32, dw_fc or dw_proj is added to that, and empty. Never so as a custom op, which would have to say it.
+    """
     dy2, h2 = dy.reshape(-1, dy.size(-1)).to(h.dtype), h.reshape(-1, h.size(-1))
     M, F = pre.shape
     config = _config(dy2, proj, pre)
@@ -246,9 +262,11 @@ def gelu_mlp_bwd(
         _mlp_column_sums[(triton.cdiv(F, config.sum_columns),)](
             partial, db_fc, tiles, F, ROWS=config.sum_rows, COLUMNS=config.sum_columns
         )
-    dw_proj = mm(dy2.t(), post if recomputed is None else recomputed, w_proj_dtype)
+    dw_proj = mm(dy2.t(), post if recomputed is None else recomputed, w_proj_dtype, into_proj)
     dh = mm(dpre, fc, h.dtype).view(h.shape)
-    return dh, mm(dpre.t(), h2, w_fc_dtype), db_fc, dw_proj, row_sums(dy2, b_proj_dtype)
+    dw_fc = mm(dpre.t(), h2, w_fc_dtype, into_fc)
+    dw_fc, dw_proj = (h.new_empty(0) if dw is None else dw for dw in (dw_fc, dw_proj))
+    return dh, dw_fc, db_fc, dw_proj, row_sums(dy2, b_proj_dtype)
 
 
 # ---- what torch needs to know ----
@@ -259,7 +277,9 @@ def _fake_forward(h, w_fc, b_fc, w_proj, b_proj, fc, proj, keep_pre, keep_post):
     return like(h, h.dtype), h.new_empty(shape if keep_pre else 0), h.new_empty(shape if keep_post else 0)
 
 
-def _fake_backward(dy, h, pre, post, fc, proj, w_fc_dtype, b_fc_dtype, w_proj_dtype, b_proj_dtype):
+def _fake_backward(
+    dy, h, pre, post, fc, proj, w_fc_dtype, b_fc_dtype, w_proj_dtype, b_proj_dtype, into_fc=None, into_proj=None
+):
     db_fc = h.new_empty(0 if b_fc_dtype is None else fc.size(0), dtype=b_fc_dtype or torch.float32)
     db_proj = h.new_empty(0 if b_proj_dtype is None else proj.size(0), dtype=b_proj_dtype or torch.float32)
     return like(h, h.dtype), like(fc, w_fc_dtype), db_fc, like(proj, w_proj_dtype), db_proj
@@ -269,6 +289,7 @@ def _setup(ctx, inputs, output):
     h, *weights, fc, proj, _, _ = inputs  # w_fc, b_fc, w_proj, b_proj
     _, pre, post = output
     ctx.save_for_backward(h, pre, post, fc, proj)
+    ctx.weights = weights[0], weights[2]  # not saved: their values are not read, and may change
     ctx.dtypes = [None if w is None else w.dtype for w in weights]
     ctx.mark_non_differentiable(pre, post)
     ctx.set_materialize_grads(False)  # else zeros are filled for these, as large as they are
@@ -277,8 +298,10 @@ def _setup(ctx, inputs, output):
 def _gradients(launch, ctx, dy, *_):
     if dy is None:
         return (None,) * 9
-    dh, dw_fc, db_fc, dw_proj, db_proj = launch(dy, *ctx.saved_tensors, *ctx.dtypes)
+    into = [grad_of(w) for w in ctx.weights]
+    dh, dw_fc, db_fc, dw_proj, db_proj = launch(dy, *ctx.saved_tensors, *ctx.dtypes, *into)
     _, b_fc, _, b_proj = ctx.dtypes
+    dw_fc, dw_proj = (dw if grad is None else None for dw, grad in zip((dw_fc, dw_proj), into, strict=True))
     return dh, dw_fc, None if b_fc is None else db_fc, dw_proj, None if b_proj is None else db_proj, *(None,) * 4
 
 

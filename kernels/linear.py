@@ -6,7 +6,8 @@ Shapes: x [..., K]; w [N, K]; b [N] or None. Saved: x, and w in the compute dtyp
 
 All three products are cuBLAS's. What is won is around them: the weight comes in the compute dtype, from its shadow where one is
 kept; and dw leaves the GEMM in the weight's own dtype, fp32 in training, where PyTorch under autocast rounds it to 16 bits and casts
-it back in a kernel of its own. So no element of a weight or of its gradient is moved but by a GEMM, and the gradient is more exact.
+it back in a kernel of its own; or it is added to the gradient that the weight has already in that GEMM (`common.grad_of`). So no
+element of a weight or of its gradient is moved but by a GEMM, and the gradient is more exact.
 
 Bytes beside the GEMMs': none; nanoGPT's casts move 6 for each element of w in each direction. FLOPs: 2 K N a row forward, 4 K N
 backward.
@@ -15,7 +16,7 @@ backward.
 import torch
 from torch import Tensor
 
-from fastgpt.kernels.common import Op, can_run, cast, compute_dtype, like, mm, project, row_sums
+from fastgpt.kernels.common import Op, can_run, cast, compute_dtype, grad_of, like, mm, project, row_sums
 
 
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
@@ -26,11 +27,15 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> T
 
 
 def linear_bwd(
-    dy: Tensor, x: Tensor, low: Tensor, w_dtype: torch.dtype, b_dtype: torch.dtype | None
+    dy: Tensor, x: Tensor, low: Tensor, w_dtype: torch.dtype, b_dtype: torch.dtype | None, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [..., K] in x's dtype, dw [N, K] and db [N] in the dtypes given); db is empty without a bias."""
+    """(dx [..., K] in x's dtype, dw [N, K] and db [N] in the dtypes given); db is empty without a bias.
+
+    With `into` [N, K], fp32, dw is added to that, and the answer's empty. Never so as a custom op, which would have to say it.
+    """
     dy2, x2 = dy.reshape(-1, dy.size(-1)).to(x.dtype), x.reshape(-1, x.size(-1))
-    return torch.mm(dy2, low).view(x.shape), mm(dy2.t(), x2, w_dtype), row_sums(dy2, b_dtype)
+    dw = mm(dy2.t(), x2, w_dtype, into)
+    return torch.mm(dy2, low).view(x.shape), x.new_empty(0) if dw is None else dw, row_sums(dy2, b_dtype)
 
 
 # ---- what torch needs to know ----
@@ -39,12 +44,14 @@ def linear_bwd(
 def _setup(ctx, inputs, output):
     x, weight, bias, low = inputs
     ctx.save_for_backward(x, low)
+    ctx.weight = weight  # not saved: its values are not read, and may change
     ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
 
 
 def _gradients(launch, ctx, dy):
-    dx, dw, db = launch(dy, *ctx.saved_tensors, *ctx.dtypes)
-    return dx, dw, None if ctx.dtypes[1] is None else db, None
+    into = grad_of(ctx.weight)
+    dx, dw, db = launch(dy, *ctx.saved_tensors, *ctx.dtypes, into)
+    return dx, dw if into is None else None, None if ctx.dtypes[1] is None else db, None
 
 
 _linear = Op(
@@ -52,7 +59,7 @@ _linear = Op(
     linear_fwd,
     lambda x, weight, bias, low: x.new_empty((*x.shape[:-1], low.size(0))),
     linear_bwd,
-    lambda dy, x, low, w_dtype, b_dtype: (
+    lambda dy, x, low, w_dtype, b_dtype, into=None: (
         like(x, x.dtype),
         like(low, w_dtype),
         x.new_empty(0 if b_dtype is None else low.size(0), dtype=b_dtype or torch.float32),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.verify import compared
 
 triton = pytest.importorskip("triton")
 from kernel_case import DEVICE  # noqa: E402
@@ -87,6 +89,67 @@ def test_every_op_of_the_model_runs_the_kernels(tiny, monkeypatch):
     assert calls == dict(
         embedding=1, layer_norm=1, add_layer_norm=4, linear=4, flash_attention=2, gelu_mlp=2, linear_cross_entropy=1
     )
+
+
+# ---- gradients that are added in the GEMM that makes them ----
+
+
+def two_micro_steps(model, idx, targets, dtype, in_place):
+    """Every weight's gradient after two backward passes of other tokens."""
+    model.zero_grad()
+    for tokens in (idx, idx.flip(0, 1)):
+        with torch.autocast(DEVICE, dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
+            _, loss = model(tokens, targets, return_logits=False)
+        with ops.adding_in_place() if in_place else nullcontext():
+            loss.backward()
+    return {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_added_in_place_are_no_further_from_exact_ones(tiny, dtype):
+    model, idx, targets = tiny
+    exact = two_micro_steps(deepcopy(model).double(), idx, targets, torch.float64, False)
+    plain = {n: g.clone() for n, g in two_micro_steps(model, idx, targets, dtype, False).items()}
+    ops.use("triton")
+    apart = {n: g.clone() for n, g in two_micro_steps(model, idx, targets, dtype, False).items()}
+    found = two_micro_steps(model, idx, targets, dtype, True)
+    for name in exact:
+        c = compared("backward", name, found[name], plain[name], exact[name])
+        assert c.holds, (name, c.ratio)
+    assert_near(found, apart, rtol=1e-5)
+
+
+def test_a_second_micro_step_adds_nothing_but_in_the_gemm(tiny):
+    """By autograd itself are added the gradients that no GEMM makes: of norms, positions, and the tied embedding."""
+    model, idx, targets = tiny
+    ops.use("triton")
+    gradients(*tiny)
+    before = {n: p.grad for n, p in model.named_parameters()}
+    _, loss = model(idx, targets, return_logits=False)
+    with Dispatched() as record, ops.adding_in_place():
+        loss.backward()
+    added = Counter(shapes[0] for name, shapes in record.seen if name == "add_")
+    elsewhere = Counter(
+        tuple(p.shape)
+        for n, p in model.named_parameters()
+        if p.dim() == 1 or n in ("transformer.wte.weight", "transformer.wpe.weight")
+    )
+    assert added == elsewhere
+    assert all(p.grad is before[n] for n, p in model.named_parameters()), "one memory, as a CUDA graph needs it"
+
+
+def test_whoever_waits_for_a_gradient_gets_it(tiny):
+    model, idx, targets = tiny
+    ops.use("triton")
+    gradients(*tiny)
+    heard = []
+    c_attn, c_fc = model.transformer.h[0].attn.c_attn.weight, model.transformer.h[0].mlp.c_fc.weight
+    c_attn.register_hook(lambda g: heard.append(g.shape))
+    c_fc.register_post_accumulate_grad_hook(lambda p: heard.append(p.shape))
+    _, loss = model(idx, targets, return_logits=False)
+    with ops.adding_in_place():
+        loss.backward()
+    assert sorted(heard) == sorted([c_attn.shape, c_fc.shape])
 
 
 # ---- shadow weights ----
@@ -332,9 +395,9 @@ def test_nothing_is_copied_between_the_ops(tiny, monkeypatch):
     if DEVICE == "cpu":  # the interpreter's own work on tensors is not the step's
         monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", lambda self, *a, **k: None)
         monkeypatch.setattr(
-            cross_entropy, "mm", lambda a, b, dtype: torch.mm(a, b)
+            cross_entropy, "mm", lambda a, b, dtype, into=None: torch.mm(a, b)
         )  # in fp32 by casts on the CPU alone
-        monkeypatch.setattr(gelu_mlp, "mm", lambda a, b, dtype: torch.mm(a, b))
+        monkeypatch.setattr(gelu_mlp, "mm", lambda a, b, dtype, into=None: torch.mm(a, b))
     with Dispatched() as record, torch.autocast(DEVICE, torch.float16):
         _, loss = model(idx, targets, return_logits=False)
         loss.backward()

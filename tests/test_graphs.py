@@ -1,0 +1,253 @@
+"""CUDA graphs of micro-steps: training with them is training without, on a made-up graph that replays what was launched."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from kernel_case import DEVICE
+from replay import Recording
+
+from fastgpt import graphs, ops
+from fastgpt.model import GPT, GPTConfig
+from fastgpt.step import micro_step, train_step
+
+pytest.importorskip("triton")
+on_cpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU has graphs of its own: test_a_real_graph_is_the_same_training"
+)
+
+
+@pytest.fixture(autouse=True)
+def afterwards_torch():
+    yield
+    ops.use("torch")
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Recordings in place of CUDA graphs; the list of them."""
+    recordings = []
+
+    def capture(run, pool):
+        recordings.append(Recording())
+        return recordings[-1].replay, recordings[-1].record(run), "a pool"
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "waits", lambda: nullcontext([]))
+    return recordings
+
+
+class Batches:
+    """Other tokens each time."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(1)
+        self.prefetch()
+
+    def prefetch(self):
+        self.next = torch.randint(31, (2, 1, 8), generator=self.generator).to(DEVICE).unbind()
+
+    def get(self):
+        return self.next
+
+
+def train(
+    graphed, kernels="torch", accumulation=2, steps=4, dropout=0.0, recompute="none", shadows=False, dtype=torch.float32
+):
+    """(losses, gradient norms, weights at the end) of a few steps, the learning rate another each time; and what was said."""
+    torch.manual_seed(0)
+    ops.use(kernels)
+    model = GPT(GPTConfig(8, 31, n_layer=1, n_head=1, n_embd=16, dropout=dropout, bias=True)).to(DEVICE)
+    model.set_recompute(recompute)
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), DEVICE)
+    if shadows:
+        model.keep_shadows(dtype)
+        optimizer.shadows = model.shadows()
+        optimizer.register_step_post_hook(lambda *_: model.mark_shadows())
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    autocast = torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32)
+    said, found = [], []
+    settings = scaler, accumulation, autocast
+    runs = (
+        graphs.Graphs(lambda x, y: micro_step(model, x, y, *settings), model.parameters(), said.append)
+        if graphed
+        else None
+    )
+    batches = Batches()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        found += train_step(model, optimizer, scaler, batches, accumulation, autocast, 1.0, runs)
+        found = [t.clone() for t in found]
+    return found + [p.detach() for p in model.parameters()], said
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("accumulation", "how"),
+    [
+        (1, {}),
+        (3, dict(dropout=0.2)),
+        (1, dict(kernels="triton", recompute="block")),
+        (2, dict(kernels="triton", dropout=0.2, dtype=torch.float16, shadows=True)),
+    ],
+    ids=["torch", "dropout", "triton recomputing", "triton dropout shadows"],
+)
+def test_training_with_graphs_is_training_without(made_up, how, accumulation):
+    plain, _ = train(False, accumulation=accumulation, **how)
+    graphed, said = train(True, accumulation=accumulation, **how)
+    assert_same(graphed, plain)
+    assert said == ["CUDA graphs: from here on a micro-step is one replay"]
+    assert len(made_up) == min(accumulation, 2), "one that begins the gradients, one that adds to them"
+    # Of four iterations two ran without; each micro-step since was one replay.
+    assert sum(r.replays for r in made_up) == 2 * accumulation
+
+
+@on_cpu
+def test_the_made_up_graph_replays_and_does_not_run(made_up, monkeypatch):
+    """What a graph would freeze shows: an input that is not copied, a number from the host."""
+    plain, _ = train(False)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch.Tensor,
+            "copy_",
+            lambda self, other, copy=torch.Tensor.copy_: self if self.dtype == torch.int64 else copy(self, other),
+        )
+        stale, _ = train(True)
+    assert any(not torch.equal(a, b) for a, b in zip(stale, plain, strict=True))
+    numbers = iter(range(1, 100))
+    x = torch.ones(3)
+    recording = Recording()
+    y = recording.record(lambda: x * next(numbers))
+    assert not y.any(), "nothing was computed yet"
+    recording.replay()
+    recording.replay()
+    assert y.tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(RuntimeError, match="waits"):
+        Recording().record(lambda: float(x.sum()))
+
+
+@on_cpu
+@pytest.mark.parametrize("when", ["fresh", "more"])
+def test_what_cannot_be_captured_goes_on_without(made_up, monkeypatch, when):
+    plain, _ = train(False)
+    capture, calls = graphs.capture, []
+
+    def failing(run, pool):
+        calls.append(pool)
+        if len(calls) == (1 if when == "fresh" else 2):
+            capture(run, pool)  # and what it has begun is left lying
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        return capture(run, pool)
+
+    monkeypatch.setattr(graphs, "capture", failing)
+    graphed, said = train(True)
+    assert_same(graphed, plain)
+    reason = (
+        "a micro-step cannot be captured (operation not permitted when stream is capturing); the run goes on without"
+    )
+    assert said[-1] == f"CUDA graphs: {reason}"
+    assert len(calls) == (1 if when == "fresh" else 2), "it is not tried again"
+
+
+@on_cpu
+def test_what_waits_for_the_gpu_is_not_captured(made_up, monkeypatch):
+    modes = []
+    monkeypatch.setattr(graphs, "waits", WAITS)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    import warnings
+
+    run = GPT.forward
+
+    def waiting(self, *args, **kwargs):
+        if modes and modes[-1] == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "forward", waiting)
+    with pytest.warns(UserWarning, match="something else"):
+        _, said = train(True)
+    assert modes[:2] == ["warn", 0]
+    assert len(said) == 1
+    assert f"{Path(__file__).name}:" in said[0]
+    assert "waits for the GPU); the run goes on without" in said[0]
+    assert not made_up
+
+
+WAITS = graphs.waits
+
+
+def losses(out_dir):
+    rows = map(json.loads, (Path(out_dir) / "metrics.jsonl").read_text().splitlines())
+    return [r["loss"] for r in rows if "loss" in r]
+
+
+@on_cpu
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 2), (2, 6), (2, 2)])
+def test_the_trainer_with_graphs_is_the_trainer_without(dataset, processes, accumulation):
+    """Of two processes three micro-steps each: DDP takes part in the last, which runs as it would; of one each, in that."""
+    script = f"""
+import sys
+from contextlib import nullcontext
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from replay import Recording
+from fastgpt import graphs
+def capture(run, pool):
+    recording = Recording()
+    return recording.replay, recording.record(run), None
+graphs.capture, graphs.waits, graphs.stream = capture, lambda: nullcontext([]), lambda world: nullcontext()
+from fastgpt.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+    Path("run.py").write_text(script)
+    flags = [
+        *TINY,
+        "--dataset=letters",
+        "--batch_size=2",
+        "--block_size=8",
+        "--max_iters=4",
+        "--eval_interval=3",
+        "--eval_iters=1",
+    ]
+    flags += [f"--gradient_accumulation_steps={accumulation}", "--warmup_iters=0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    for graphed in (True, False):
+        command = [sys.executable, *launch, "run.py", *flags, f"--cuda_graphs={graphed}", f"--out_dir={graphed}"]
+        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+        assert done.returncode == 0, done.stderr
+        none = graphed and (processes, accumulation) == (2, 2)
+        assert done.stdout.count("CUDA graphs: none, since DDP takes part") == none
+        assert done.stdout.count("CUDA graphs: from here on") == (graphed and not none)
+    assert len(losses("True")) == 4
+    assert losses("True") == losses("False")
+
+
+def test_without_a_gpu_it_is_refused(dataset, fastgpt):
+    status, _, err = fastgpt("train", "--dataset=letters", *TINY, "--cuda_graphs=True")
+    assert status == 2
+    assert err == "fastgpt: error: --cuda_graphs=True: there are none on --device=cpu; leave it out\n"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there are no CUDA graphs without a GPU")
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_real_graph_is_the_same_training(accumulation, dropout):
+    how = dict(kernels="triton", accumulation=accumulation, dtype=torch.bfloat16, shadows=True, dropout=dropout)
+    plain, _ = train(False, **how)
+    graphed, said = train(True, **how)
+    assert said == ["CUDA graphs: from here on a micro-step is one replay"]
+    assert_same(graphed, plain)
