@@ -109,7 +109,7 @@ import sys, torch
 from fastgpt.benchmarks import count
 from fastgpt.model import Block
 forward = Block.forward
-Block.forward = lambda self, x, cache=None: forward(self, (-x[0], x[1]), cache)
+Block.forward = lambda self, x, *rest: forward(self, (-x[0], x[1]), *rest)
 sys.exit(count.main(sys.argv[1:]))
 """
     flags = ["--preset=tiny", "--batch_size=4", "--block_size=64", "--arms=fastgpt,fastgpt-eager", "--json"]
