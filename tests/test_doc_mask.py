@@ -45,7 +45,7 @@ def packed():
     model.set_doc_mask(SEPARATOR)
     idx = torch.randint(SEPARATOR + 1, V, (2, T))
     idx[0, STARTS[1:]] = SEPARATOR
-    idx[1, [0, 20]] = SEPARATOR
+    idx[1, [0, 15]] = SEPARATOR
     return model, idx, torch.randint(V, (2, T))
 
 
@@ -120,14 +120,13 @@ def test_it_runs_under_autocast(packed, kernels, compiled):
     assert all(g.isfinite().all() for g in gradients(model, loss))
 
 
-@pytest.mark.parametrize("mode", ["gelu", "block"])
-def test_recomputing_gives_the_same_bits(packed, kernels, mode):
+def test_recomputing_blocks_gives_the_same_bits(packed, kernels):
     _, idx, targets = packed
     torch.manual_seed(0)
     model = GPT(GPTConfig(T, V, 2, 2, 32, dropout=0.2))
     model.set_doc_mask(SEPARATOR)
     found = []
-    for recompute in ("none", mode):
+    for recompute in ("none", "block"):
         model.set_recompute(recompute)
         torch.manual_seed(1)
         loss = model(idx, targets, return_logits=False)[1]
