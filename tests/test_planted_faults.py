@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,4 @@ def test_the_same_comparisons_hold_without_a_fault(op, shape):
     assert all(c.holds for c in comparisons(op, shape))
     if op == "attention":
         assert all(c.holds for c in comparisons(op, DOCUMENTS))
+        assert all(c.holds for c in comparisons(op, replace(DOCUMENTS, dropout=0.2)))
