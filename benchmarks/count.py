@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import ops
 from fastgpt.benchmarks.peers.plain import PlainGPT
-from fastgpt.config import CountConfig, UserError, parse
+from fastgpt.config import RESIDUAL, CountConfig, UserError, parse
 from fastgpt.model import GPT
 
 ARMS = ("eager", "compiled", "fastgpt", "fastgpt-eager")
@@ -263,20 +263,21 @@ class AsOnCuda(TorchFunctionMode):
 # ---- the arms ----
 
 
-def build(arm, config):
+def build(arm, config, residual):
     """(module, call) of an arm: call(module, idx, targets) gives the outputs that its training step's forward has."""
     if arm.startswith("fastgpt"):
         ops.use("triton")
         model = GPT(config)
         model.keep_shadows(torch.bfloat16)
+        model.set_residual(residual)
         return model, lambda model, idx, targets: model(idx, targets, return_logits=False)[1:]
     return PlainGPT(config), lambda model, idx, targets: model(idx, targets)
 
 
-def count_eager(arm, config, batch_size, recorders):
+def count_eager(arm, config, residual, batch_size, recorders):
     """The launches of an arm, an operator at a time."""
     with FakeTensorMode():
-        model, call = build(arm, config)
+        model, call = build(arm, config, residual)
         idx = torch.zeros((batch_size, config.block_size), dtype=torch.int64)
         with Recorder() as recorder:
             recorders.append(recorder)
@@ -289,7 +290,7 @@ def count_eager(arm, config, batch_size, recorders):
     return recorder.launches
 
 
-def count_compiled(arm, config, batch_size, recorders):
+def count_compiled(arm, config, residual, batch_size, recorders):
     """The launches of an arm as Inductor schedules them."""
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._functorch.aot_autograd import aot_module_simplified
@@ -316,7 +317,7 @@ def count_compiled(arm, config, batch_size, recorders):
     class Step(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.model, self.call = build(arm, config)
+            self.model, self.call = build(arm, config, residual)
 
         def forward(self, idx, targets):
             return self.call(self.model, idx, targets)
@@ -496,7 +497,7 @@ def count(cfg):
     found = {"config": {**vars(config), "preset": cfg.preset, "batch_size": cfg.batch_size}, "torch": torch.__version__}
     for arm in arms:
         counted = count_eager if arm.endswith("eager") else count_compiled
-        found[arm] = summary(counted(arm, config, cfg.batch_size, recorders), cfg.by_kernel)
+        found[arm] = summary(counted(arm, config, RESIDUAL[cfg.residual], cfg.batch_size, recorders), cfg.by_kernel)
     return found
 
 

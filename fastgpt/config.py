@@ -60,6 +60,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
+RESIDUAL = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Residual = Literal["fp32", "bf16"]
 Recompute = Literal["none", "gelu", "block"]
 DType = Literal["float32", "bfloat16", "float16"]
 Preset = Literal["", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "shakespeare-char", "tiny"]
@@ -115,6 +117,8 @@ class TrainConfig(Settings):
     micro_batch: int | str = Field("", description="sequences computed at a time: a multiple of batch_size, or auto for what fills this GPU; the same update")
     cuda_graphs: bool = Field(False, description="replay each micro-step as one CUDA graph; with --compile=False nothing is compiled either")
     recompute: Recompute = Field("none", description="compute again in the backward what it would keep, to save memory: gelu, half of the MLP's; block, all of a block's")
+    doc_mask: bool = Field(False, description="keep attention within documents, which the dataset's separator tokens part")
+    residual: Residual = Field("fp32", description="dtype of the residual stream between blocks; bf16 moves fewer bytes, and rounds")
     preset: Preset = Field("", description="base that the other flags change: " + ", ".join(get_args(Preset)[1:]))
     train_data: str = Field("", description="token file or glob in place of the dataset's train.bin")
     val_data: str = Field("", description="token file or glob in place of the dataset's val.bin")
@@ -180,6 +184,7 @@ with warnings.catch_warnings():
         """Every flag of counting a micro-step's launches and bytes."""
 
         arms: str = Field("eager,compiled,fastgpt,fastgpt-eager", description="which to count")
+        residual: Residual = Field("fp32", description="the residual stream of fastgpt's arms: fp32 or bf16")
         by_kernel: bool = Field(False, description="a row for each kernel instead of for each op")
         json: bool = Field(False, description="print JSON instead of the tables")
 

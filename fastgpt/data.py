@@ -96,6 +96,14 @@ class Tokens:
             )
         return out
 
+    def holds(self, token):
+        """Whether a token is anywhere in the stream; read from its beginning on until one is found."""
+        return any(
+            bool((self._map(shard)[start : start + 2**24] == token).any())
+            for shard, (*_, count) in enumerate(self.layout)
+            for start in range(0, count, 2**24)
+        )
+
     def check_ids(self, most=2**29):
         """Raise UserError for an id at or above vocab_size among the first `most` tokens; `read` checks each batch besides."""
         for shard, (dtype, _, count) in enumerate(self.layout):

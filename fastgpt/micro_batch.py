@@ -9,13 +9,13 @@ from typing import get_args
 
 import torch
 
-from fastgpt.config import Recompute, UserError
+from fastgpt.config import RESIDUAL, Recompute, UserError
 
 TILE = 128  # rows and columns of a GEMM's tile, as cuBLAS and the kernels take them on sm_80 to sm_90
 MEMORY_SHARE = 0.85  # of what is free, for activations: the rest is the allocator's and the estimate's
 
 
-def merge(spec, batch_size, accumulation, config, device, dtype, recompute="none"):
+def merge(spec, batch_size, accumulation, config, device, dtype, recompute="none", stream=4):
     """How many micro-batches of batch_size make one micro-step, a divisor of accumulation.
 
     spec is --micro_batch: "" for one, "auto" for the best of this device, or sequences of a micro-step, an int. Raises UserError.
@@ -36,13 +36,13 @@ def merge(spec, batch_size, accumulation, config, device, dtype, recompute="none
         return 1
     free, _ = torch.cuda.mem_get_info(device)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return best(sizes, config, sms, free, dtype.itemsize, recompute) // batch_size
+    return best(sizes, config, sms, free, dtype.itemsize, recompute, stream) // batch_size
 
 
-def best(sizes, config, sms, free, itemsize, recompute="none"):
+def best(sizes, config, sms, free, itemsize, recompute="none", stream=4):
     """Of sizes in sequences, the one whose GEMMs fill the SMs best within free bytes of memory; of equals, to a percent, the least."""
     room = MEMORY_SHARE * free - state_bytes(config)
-    fitting = [s for s in sizes if s * sequence_bytes(config, itemsize, recompute) <= room] or sizes[:1]
+    fitting = [s for s in sizes if s * sequence_bytes(config, itemsize, recompute, stream) <= room] or sizes[:1]
     most = max(filled(s * config.block_size, config, sms) for s in fitting)
     return next(s for s in fitting if filled(s * config.block_size, config, sms) >= most - 0.01)
 
@@ -59,15 +59,15 @@ def filled(rows, config, sms):
     return ideal / took
 
 
-def sequence_bytes(config, itemsize, recompute="none"):
+def sequence_bytes(config, itemsize, recompute="none", stream=4):
     """Bytes that one sequence's activations take between forward and backward, by what the kernels save.
 
-    Of each block and element of the stream: the stream twice in fp32, and in the compute dtype two norms' outputs, q, k, v, attention's
-    output, and twice the hidden layer of 4 C, or with recompute="gelu" once. With "block" a block keeps the stream and the
+    Of each block and element of the stream: the stream twice, in `stream` bytes, and in the compute dtype two norms' outputs, q, k, v,
+    attention's output, and twice the hidden layer of 4 C, or with recompute="gelu" once. With "block" a block keeps the stream and the
     branch that it begins with, and one block at a time the rest. Of the head: logits, and as much again for what comes and goes.
     """
-    block = 2 * 4 + (2 + 3 + 1 + (4 if recompute == "gelu" else 8)) * itemsize
-    blocks = config.n_layer * (4 + itemsize) + block if recompute == "block" else config.n_layer * block
+    block = 2 * stream + (2 + 3 + 1 + (4 if recompute == "gelu" else 8)) * itemsize
+    blocks = config.n_layer * (stream + itemsize) + block if recompute == "block" else config.n_layer * block
     return config.block_size * (config.n_embd * blocks + 2 * config.vocab_size * itemsize)
 
 
@@ -75,11 +75,11 @@ def what_fits(cfg, config, memory, itemsize):
     """What to give so that a run that does not fit into so many bytes should, as text: recomputing, or fewer sequences at a time."""
     room = MEMORY_SHARE * memory - state_bytes(config) * 18 / 14  # the weights too
     failed = cfg.micro_batch if type(cfg.micro_batch) is int else cfg.batch_size
-    modes = get_args(Recompute)
+    modes, stream = get_args(Recompute), RESIDUAL[cfg.residual].itemsize
     for mode in modes[modes.index(cfg.recompute) + 1 :]:
-        if failed * sequence_bytes(config, itemsize, mode) <= room:
+        if failed * sequence_bytes(config, itemsize, mode, stream) <= room:
             return f"give --recompute={mode}"
-    sequence = sequence_bytes(config, itemsize, cfg.recompute)
+    sequence = sequence_bytes(config, itemsize, cfg.recompute, stream)
     total = cfg.batch_size * cfg.gradient_accumulation_steps
     merged = [n for n in range(cfg.batch_size, failed, cfg.batch_size) if total % n == 0 and n * sequence <= room]
     if merged:

@@ -70,10 +70,12 @@ class CausalSelfAttention(nn.Module):
         self.n_embd = config.n_embd
         self.dropout = config.dropout
 
-    def forward(self, x, cache=None, dropout=True):
-        """Attend within x [B,T,C]. `dropout=False` leaves the output's dropout to the add that follows."""
+    def forward(self, x, cache=None, doc_ids=None, dropout=True):
+        """Attend within x [B,T,C], and within documents where doc_ids [B,T] are given. `dropout=False` leaves the output's dropout
+        to the add that follows."""
         qkv = project(self.c_attn, x)
-        y = project(self.c_proj, ops.attention(qkv, self.n_head, self.dropout if self.training else 0.0, cache))
+        y = ops.attention(qkv, self.n_head, self.dropout if self.training else 0.0, cache, doc_ids)
+        y = project(self.c_proj, y)
         return self.resid_dropout(y) if dropout else y
 
 
@@ -105,17 +107,17 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, doc_ids=None):
         """x is the stream [B,T,C], or the pair (stream, the last block's branch, not yet added); gives back the same kind."""
         if not isinstance(x, tuple):
-            x, branch = self((x, None), cache)
+            x, branch = self((x, None), cache, doc_ids)
             return x + self.mlp.dropout(branch)
         x, branch = x
         if branch is None:  # the first block: the stream is whole
             h = self.ln_1(x)
         else:  # every block's MLP has one and the same dropout, so this block's stands for the last one's
             x, h = self.ln_1(x, branch, dropout_p(self.mlp.dropout))
-        x, h = self.ln_2(x, self.attn(h, cache, dropout=False), dropout_p(self.attn.resid_dropout))
+        x, h = self.ln_2(x, self.attn(h, cache, doc_ids, dropout=False), dropout_p(self.attn.resid_dropout))
         return x, self.mlp(h, dropout=False)
 
 
@@ -147,6 +149,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied: one tensor under both names
         self.recompute_blocks = False
+        self.separator = self.stream_dtype = None
         self._init_weights()
         print(f"number of parameters: {self.get_num_params() / 1e6:.2f}M")
 
@@ -174,6 +177,14 @@ class GPT(nn.Module):
         self.recompute_blocks = mode == "block"
         for block in self.transformer.h:
             block.mlp.recompute = mode == "gelu"
+
+    def set_doc_mask(self, separator):
+        """Keep attention within documents, each of which begins at its separator, a token id; None: across them, as nanoGPT's."""
+        self.separator = separator
+
+    def set_residual(self, dtype):
+        """The dtype of the residual stream between blocks; None: the weights'. One of 16 bits wants autocast to the same."""
+        self.stream_dtype = dtype
 
     @torch.no_grad()
     def keep_shadows(self, dtype):
@@ -237,24 +248,31 @@ class GPT(nn.Module):
         return logits, ops.cross_entropy(logits, targets)
 
     def _hidden(self, idx, caches=None):
-        """(the final LayerNorm's output [B,T,C], the tied head's weight); `caches` holds one KVCache per block, or None."""
+        """(the final LayerNorm's output [B,T,C], the tied head's weight) of idx [B,T].
+
+        `caches` holds one KVCache per block, or None: what they hold of idx is not computed again, and left out of the output.
+        """
         start = caches[0].length if caches else 0
-        end = start + idx.size(1)
-        assert idx.size(1) > 0, "Cannot forward an empty sequence"
+        end = idx.size(1)
+        assert end > start, "Cannot forward an empty sequence"
         assert end <= self.config.block_size, (
             f"Cannot forward sequence of length {end}, block size is only {self.config.block_size}"
         )
+        doc_ids = None
+        if self.separator is not None:
+            # The separator is of the document behind it, which is thereby told that nothing came before.
+            doc_ids = (idx == self.separator).cumsum(1, dtype=torch.int32)
         t = self.transformer
         wpe = t.wpe.weight[start:] if start else t.wpe.weight
-        x, head = ops.embedding(idx, t.wte.weight, wpe, dropout_p(t.drop))
+        x, head = ops.embedding(idx[:, start:], t.wte.weight, wpe, dropout_p(t.drop), self.stream_dtype)
         x = x, None
         for i, block in enumerate(t.h):
             if self.recompute_blocks and self.training and torch.is_grad_enabled():
                 # A CUDA graph cannot hold the reading of a random state: without dropout there is none to keep.
                 drops = max(block.attn.dropout, dropout_p(block.attn.resid_dropout), dropout_p(block.mlp.dropout)) > 0
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=drops)
+                x = checkpoint(block, x, None, doc_ids, use_reentrant=False, preserve_rng_state=drops)
             else:
-                x = block(x, caches[i] if caches else None)
+                x = block(x, caches[i] if caches else None, doc_ids)
         _, h = t.ln_f(*x, dropout_p(t.h[-1].mlp.dropout))
         return h, head
 
@@ -333,9 +351,8 @@ class GPT(nn.Module):
             if self.training or idx.size(1) > block_size:
                 logits, _ = self(idx[:, -block_size:])
             else:
-                new = idx if caches is None else idx[:, -1:]
                 caches = caches or [KVCache(block_size) for _ in self.transformer.h]
-                logits = self.lm_head(self._hidden(new, caches)[0][:, [-1], :])
+                logits = self.lm_head(self._hidden(idx, caches)[0][:, [-1], :])
             idx = torch.cat((idx, sample_token(logits[:, -1, :], temperature, top_k, allowed)), dim=1)
         return idx
 

@@ -130,11 +130,11 @@ def draw_seed(x, dropout_p):
     return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0 else None
 
 
-def embedding(idx, wte, wpe, dropout_p=0.0):
+def embedding(idx, wte, wpe, dropout_p=0.0, dtype=None):
     """See `reference.embedding`."""
     if triton := triton_for("embedding", wte, wpe):
-        return triton.embedding(idx, wte, wpe, dropout_p, draw_seed(wte, dropout_p))
-    return reference.embedding(idx, wte, wpe, dropout_p)
+        return triton.embedding(idx, wte, wpe, dropout_p, draw_seed(wte, dropout_p), dtype)
+    return reference.embedding(idx, wte, wpe, dropout_p, dtype)
 
 
 def layer_norm(x, weight, bias=None, eps=EPS):
@@ -158,7 +158,8 @@ def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None):
             if qkv.is_cuda and doc_ids is None:
                 with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                     return reference.attention(qkv, n_head, dropout_p)
-            warn_once("attention", "cudnn", qkv.device.type, str(qkv.dtype)[6:], qkv.size(-1))
+            size = f"{qkv.size(-1)}" + " within documents" * (doc_ids is not None)
+            warn_once("attention", "cudnn", qkv.device.type, str(qkv.dtype)[6:], size)
     return reference.attention(qkv, n_head, dropout_p, cache, doc_ids)
 
 

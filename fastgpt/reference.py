@@ -15,13 +15,14 @@ from torch.optim.adamw import adamw as functional_adamw
 EPS = 1e-5  # nanoGPT's and GPT-2's LayerNorm epsilon
 
 
-def embedding(idx, wte, wpe, dropout_p=0.0):
-    """(token plus position embeddings [B,T,C] in the weights' dtype, wte again).
+def embedding(idx, wte, wpe, dropout_p=0.0, dtype=None):
+    """(token plus position embeddings [B,T,C] in dtype, None: the weights'; wte again).
 
     idx [B,T] int64; wte [V,C]; wpe [>=T,C], whose row t belongs to column t of idx. The tied head takes its weight from
     here: an implementation may then have the head's gradient come by, and add to it.
     """
     x = F.embedding(idx, wte) + wpe[: idx.size(1)]
+    x = x if dtype is None else x.to(dtype)
     return F.dropout(x, dropout_p, training=dropout_p > 0), wte
 
 
@@ -49,7 +50,8 @@ def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None):
 
     Scale 1/sqrt(C/n_head); dropout falls on the attention probabilities. `cache` is None in training; in
     generation its `append` takes the keys and values of these tokens and gives those of all so far; T is then
-    the whole prompt on the first call, and 1 afterwards. doc_ids [B,T], integers, keep a token to those of its own id.
+    the whole prompt on the first call, and 1 afterwards. doc_ids [B,T], integers, keep a token to those of its own id; with a
+    cache they are [B, all so far].
     """
     B, T, C3 = qkv.shape
     q, k, v = (t.view(B, T, n_head, -1).transpose(1, 2) for t in qkv.split(C3 // 3, dim=2))  # [B,H,T,C/H]
@@ -58,7 +60,7 @@ def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None):
     # A lone new token attends to all that the cache holds: nothing is masked.
     causal, mask = k.size(2) == T, None
     if doc_ids is not None:
-        causal, mask = False, (doc_ids[:, None, :, None] == doc_ids[:, None, None, :]).tril()
+        causal, mask = False, (doc_ids[:, None, -T:, None] == doc_ids[:, None, None, :]).tril(k.size(2) - T)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
     return y.transpose(1, 2).contiguous().view(B, T, C3 // 3)
 

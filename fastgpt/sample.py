@@ -30,8 +30,10 @@ def sample(cfg):
         saved = checkpoints.load(cfg.out_dir)
         model, meta = checkpoints.build_model(saved, cfg.out_dir), find_meta(saved)
     else:
-        model, meta = checkpoints.pretrained(cfg.init_from, 0.0), None
+        saved, model, meta = {}, checkpoints.pretrained(cfg.init_from, 0.0), None
     tok = tokenizer.from_meta(meta)
+    if saved.get("config", {}).get("doc_mask"):  # a prompt of several documents is then read as training read them
+        model.set_doc_mask(tok.end_of_text)
     if tok.n_vocab > model.config.vocab_size:
         raise UserError(
             f"{cfg.out_dir}: the model knows {model.config.vocab_size} tokens and the tokenizer {tok.n_vocab}: "

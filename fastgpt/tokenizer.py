@@ -13,6 +13,7 @@ import torch
 from fastgpt.config import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2_END_OF_TEXT = 50256
 
 
 class Tiktoken:
@@ -121,6 +122,20 @@ def get_tokenizer(name):
             f"tokenizer {name}: its table is fetched from the network on first use, and could not be ({type(e).__name__}); go online "
             "once, point TIKTOKEN_CACHE_DIR at a folder that has it, or prepare the data with --tokenizer=bytes or chars"
         ) from None
+
+
+def separator(meta):
+    """The token id that stands between the documents of a dataset with this meta.pkl. Raises UserError where its tokenizer has none."""
+    if meta is None:
+        return GPT2_END_OF_TEXT  # known without GPT-2's table, which may have to be fetched
+    name = meta.get("tokenizer", "chars")
+    end_of_text = None if name == "chars" else get_tokenizer(name).end_of_text
+    if end_of_text is None:
+        raise UserError(
+            f"--doc_mask=True: the dataset's tokenizer, {name}, has no token between documents; "
+            "prepare the data with --tokenizer=gpt2, or leave the flag out"
+        )
+    return end_of_text
 
 
 def from_meta(meta):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fastgpt import checkpoint as checkpoints
 from fastgpt import data, distributed, graphs, metrics, ops, optim, tokenizer
 from fastgpt.choose import choose
-from fastgpt.config import UserError
+from fastgpt.config import RESIDUAL, UserError
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
 from fastgpt.step import evaluate, micro_step, train_step
@@ -59,6 +59,7 @@ class Run:
         self.wandb = import_wandb() if cfg.wandb_log else None
 
         ops.parse(cfg.kernels)  # a wrong word is said before any work
+        check_residual(cfg, self.cuda)
         torch.manual_seed(cfg.seed + world.rank)
         self.autocast = nullcontext()  # on the CPU and mps float32, as in nanoGPT
         if self.cuda:
@@ -73,6 +74,9 @@ class Run:
             checkpoints.check_dataset(saved, cfg, self.meta)
         self.model = self.build_model(saved, vocab_size).to(world.device)
         self.model.set_recompute(cfg.recompute)
+        self.model.set_residual(RESIDUAL[cfg.residual])
+        if cfg.doc_mask:
+            self.model.set_doc_mask(find_separator(self.meta, train_tokens))
         merged = self.merge_micro_batches()
         self.choose_kernels(merged)
         for tokens in (train_tokens, val_tokens):
@@ -124,14 +128,15 @@ class Run:
         cfg, world = self.cfg, self.world
         dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32
         c = self.model.config
-        merged = merge(cfg.micro_batch, cfg.batch_size, self.accumulation, c, world.device, dtype, cfg.recompute)
+        keeps = cfg.recompute, RESIDUAL[cfg.residual].itemsize
+        merged = merge(cfg.micro_batch, cfg.batch_size, self.accumulation, c, world.device, dtype, *keeps)
         merged = distributed.least(merged, world)
         self.accumulation //= merged
         sequences = merged * cfg.batch_size
         if cfg.micro_batch:
             print(f"micro-steps: {self.accumulation} of {sequences} sequences, {merged} micro-batches in each")
         if self.cuda:
-            takes = sequences * sequence_bytes(c, dtype.itemsize, cfg.recompute)
+            takes = sequences * sequence_bytes(c, dtype.itemsize, *keeps)
             free, _ = torch.cuda.mem_get_info(world.device)
             print(f"activations: about {takes / 1e9:.1f} GB a micro-step, of {free / 1e9:.1f} GB that are free")
         return merged
@@ -147,7 +152,10 @@ class Run:
     def choose_kernels(self, merged):
         """Decide which implementation of each op runs, on this run's shapes. The main process measures, the others read."""
         cfg, c = self.cfg, self.model.config
-        shape = Shape(merged * cfg.batch_size, cfg.block_size, c.n_embd, c.n_head, c.vocab_size, c.bias, c.dropout)
+        shape = Shape(
+            merged * cfg.batch_size, cfg.block_size, c.n_embd, c.n_head, c.vocab_size, c.bias, c.dropout,
+            documents=cfg.doc_mask, narrow=cfg.residual == "bf16",
+        )  # fmt: skip
         dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32
         with distributed.main_first(self.world):
             picks = choose(cfg.kernels, shape, dtype, self.world.device, cfg.compile)
@@ -350,6 +358,7 @@ class Run:
                 print(f"no loss curve: {e}")
         if cfg.sample_tokens and math.isfinite(val_loss):
             self.model.eval()
+            self.model.set_residual(torch.float32)  # as `fastgpt sample` reads the checkpoint
             tok = tokenizer.from_meta(self.meta)
             allowed = tok.decodable(self.model.config.vocab_size).to(self.world.device)
             start, _ = next(self.eval_batches["val"].take(1))
@@ -368,6 +377,24 @@ def shadow_dtype(picks, dtype):
     """The dtype to keep shadow weights in, for the ops chosen and what they compute in; None where nothing would read them."""
     reads = any(picks[op] == "triton" for op in ("linear", "gelu_mlp", "linear_cross_entropy"))
     return dtype if reads and dtype != torch.float32 else None
+
+
+def check_residual(cfg, cuda):
+    """Raise UserError where the stream cannot be of the dtype asked for: what is added to it is as wide as products are."""
+    if cfg.residual == "bf16" and not (cuda and cfg.dtype == "bfloat16"):
+        here = f"with --dtype={cfg.dtype}" if cuda else f"on --device={cfg.device}, which computes in float32"
+        raise UserError(f"--residual=bf16: it needs a CUDA GPU and --dtype=bfloat16, and this is {here}; leave it out")
+
+
+def find_separator(meta, tokens):
+    """The token that --doc_mask parts documents at. Raises UserError where the dataset has none."""
+    separator = tokenizer.separator(meta)
+    if not tokens.holds(separator):
+        raise UserError(
+            f"--doc_mask=True: {tokens.paths[0]} has no separator, token {separator}; it is one document: leave the flag out"
+        )
+    print(f"documents begin at token {separator}, and attention stays within them")
+    return separator
 
 
 def check_writable(out_dir):

@@ -2,8 +2,8 @@
 
     x[b, t] = dropout(wte[idx[b, t]] + wpe[t])
 
-Shapes: idx [B, T] int64; wte [V, C]; wpe [>= T, C]; x [B, T, C] in the weights' dtype. Saved: idx. Recomputed: the dropout
-mask from its seed.
+Shapes: idx [B, T] int64; wte [V, C]; wpe [>= T, C]; x [B, T, C] in the weights' dtype, or in the stream's where that is another.
+Saved: idx. Recomputed: the dropout mask from its seed.
 
 Backward: dwpe[t] is the sum over b of dx[b, t], and dwte[v] that over all (b, t) with idx[b, t] = v. The ids are sorted
 (stable, so equal ids stay in the order of their positions), and the program that stands at the first of a run of equal
@@ -14,8 +14,8 @@ and adds the two. Here the op hands wte on, `x, head = embedding(...)`, the head
 this op, and the rows are added to it in place.
 
 Bytes an element of x, all fp32: forward 8 in (wpe from cache), 4 out; backward 4 in for each of dwpe and dwte, and a read
-and a write of each distinct token's row; nanoGPT's zeros and sum move 16 bytes for each of V C elements. About one FLOP an
-element.
+and a write of each distinct token's row; nanoGPT's zeros and sum move 16 bytes for each of V C elements. Of a bf16 x, 2 out and
+2 in for each. About one FLOP an element.
 """
 
 import torch
@@ -167,11 +167,11 @@ def _embed_backward_wte(
 # ---- launchers ----
 
 
-def embedding_fwd(idx: Tensor, wte: Tensor, wpe: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """x [B, T, C] in wte's dtype, of idx [B, T]."""
+def embedding_fwd(idx: Tensor, wte: Tensor, wpe: Tensor, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [B, T, C] in dtype, of idx [B, T]."""
     (B, T), (V, C) = idx.shape, wte.shape
     config = configs.EMBEDDING
-    x = torch.empty((B, T, C), dtype=wte.dtype, device=wte.device)
+    x = torch.empty((B, T, C), dtype=dtype, device=wte.device)
     if B * T:
         _embed_forward[(B * T,)](
             idx, wte, wpe, seed, x, T, V, C, *idx.stride(), *wte.stride(), *wpe.stride(), p, kept_scale(p),
@@ -210,24 +210,24 @@ def embedding_bwd(dx: Tensor, idx: Tensor, dwte: Tensor, positions: int, p: floa
 
 
 def _setup(ctx, inputs, output):
-    idx, wte, wpe, p, seed = inputs
+    idx, wte, wpe, p, seed, _ = inputs
     ctx.save_for_backward(idx, seed)
     # Not the weights: a backward that does not read them must not mind that they have changed.
-    ctx.V, ctx.positions, ctx.p = wte.size(0), wpe.size(0), p
+    ctx.V, ctx.positions, ctx.p, ctx.w_dtype = wte.size(0), wpe.size(0), p, wte.dtype
 
 
 def _gradients(launch, ctx, dx):
     idx, seed = ctx.saved_tensors
-    dwte = dx.new_zeros((ctx.V, dx.size(-1)))
-    return None, dwte, launch(dx, idx, dwte, ctx.positions, ctx.p, seed), None, None
+    dwte = dx.new_zeros((ctx.V, dx.size(-1)), dtype=ctx.w_dtype)
+    return None, dwte, launch(dx, idx, dwte, ctx.positions, ctx.p, seed), None, None, None
 
 
 _embedding = Op(
     "embedding",
     embedding_fwd,
-    lambda idx, wte, wpe, p, seed: wte.new_empty((*idx.shape, wte.size(1))),
+    lambda idx, wte, wpe, p, seed, dtype: wte.new_empty((*idx.shape, wte.size(1)), dtype=dtype),
     embedding_bwd,
-    lambda dx, idx, dwte, positions, p, seed: dx.new_empty((positions, dx.size(-1))),
+    lambda dx, idx, dwte, positions, p, seed: dwte.new_empty((positions, dx.size(-1))),
     _setup,
     _gradients,
     mutates=("dwte",),
@@ -237,25 +237,25 @@ _embedding = Op(
 def _tied_gradients(ctx, dx, dhead):
     idx, seed = ctx.saved_tensors
     if dx is None:
-        return None, dhead, None, None, None
+        return None, dhead, None, None, None, None
     compiling = torch.compiler.is_compiling()
     if dhead is None:
-        dwte = dx.new_zeros((ctx.V, dx.size(-1)))
+        dwte = dx.new_zeros((ctx.V, dx.size(-1)), dtype=ctx.w_dtype)
     elif not compiling and is_ours(dhead):
         dwte = dhead
     else:  # somebody else may hold it. The compiler leaves the copy out where nobody does.
         dwte = dhead.clone(memory_format=torch.contiguous_format)
     dwpe = (_embedding.custom_backward if compiling else _embedding.backward)(dx, idx, dwte, ctx.positions, ctx.p, seed)
-    return None, dwte, dwpe, None, None
+    return None, dwte, dwpe, None, None, None
 
 
 class _Tied(torch.autograd.Function):
     """The op and the edge that brings the head's gradient back to it."""
 
     @staticmethod
-    def forward(idx, wte, wpe, p, seed):
+    def forward(idx, wte, wpe, p, seed, dtype):
         op = _embedding.custom if torch.compiler.is_compiling() else _embedding.forward
-        return op(idx, wte, wpe, p, seed), wte.view_as(wte)
+        return op(idx, wte, wpe, p, seed, dtype), wte.view_as(wte)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -270,10 +270,10 @@ def takes(wte, wpe):
     return can_run(wte) and wte.dtype == wpe.dtype
 
 
-def embedding(idx, wte, wpe, dropout_p=0.0, seed=None):
+def embedding(idx, wte, wpe, dropout_p=0.0, seed=None, dtype=None):
     """(dropout(wte[idx] + wpe[:T]) [B, T, C], wte again for the tied head) of ids idx [B, T] int64; wte [V, C], wpe [>=T, C].
 
-    x is in the weights' dtype. seed is an int64 tensor of one element, needed for dropout. An id outside the vocabulary
+    x is in dtype, None: the weights'. seed is an int64 tensor of one element, needed for dropout. An id outside the vocabulary
     gives nan. Raises ValueError for shapes that do not match.
     """
     if (
@@ -289,4 +289,4 @@ def embedding(idx, wte, wpe, dropout_p=0.0, seed=None):
         )
     check_dtype(wte)
     check_seed(dropout_p, seed)
-    return _Tied.apply(idx, wte, wpe, dropout_p, seed)
+    return _Tied.apply(idx, wte, wpe, dropout_p, seed, dtype or wte.dtype)

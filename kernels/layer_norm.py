@@ -1,6 +1,6 @@
 """LayerNorm, alone and behind the residual add.
 
-    stream' = stream + dropout(branch)                    the residual stream, fp32 in training
+    stream' = stream + dropout(branch)                    the residual stream, fp32 in training unless --residual=bf16
     mean, rstd = the statistics of a row of stream'       fp32, two passes over registers
     h = (stream' - mean) * rstd * weight + bias           in the compute dtype
 
@@ -17,8 +17,10 @@ Backward, of the gradients dstream' and dh, in one pass over the rows:
 A program takes every PROGRAMS-th row and keeps its sums of dweight and dbias in registers; a second kernel adds the
 programs' sums in their order. No atomics: the same bits every time, whatever the number of SMs.
 
-Bytes an element, fp32 stream and bf16 else: forward 4 + 2 in, 4 + 2 out; backward 4 + 4 + 2 in, 4 + 2 out. About ten
-FLOPs an element: bound by memory, so a row is read once and stays in registers.
+Without dropout, dbranch in the stream's own dtype is dx, and is not written a second time.
+
+Bytes an element, fp32 stream and bf16 else: forward 4 + 2 in, 4 + 2 out; backward 4 + 4 + 2 in, 4 + 2 out; all bf16: 2 + 2 in,
+2 + 2 out; 2 + 2 + 2 in, 2 out. About ten FLOPs an element: bound by memory, so a row is read once and stays in registers.
 """
 
 import torch
@@ -245,11 +247,11 @@ def add_layer_norm_fwd(
 
 def add_layer_norm_bwd(
     dh: Tensor, dstream: Tensor | None, stream: Tensor, stats: Tensor, weight: Tensor, has_bias: bool,
-    p: float, seed: Tensor | None, branch_dtype: torch.dtype,
+    p: float, seed: Tensor | None, branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx in the stream's dtype, dbranch in branch_dtype, dweight, dbias); dbias is empty without a bias."""
-    *grads, dbias = _launch_backward(dh, dstream, stream, stats, weight, has_bias, p, seed, branch_dtype)
-    return *grads, weight.new_empty(0) if dbias is None else dbias
+    """(dx in the stream's dtype, dbranch in branch_dtype, dweight, dbias); dbranch is empty where that is None, dbias without a bias."""
+    grads = _launch_backward(dh, dstream, stream, stats, weight, has_bias, p, seed, branch_dtype)
+    return tuple(weight.new_empty(0) if g is None else g for g in grads)
 
 
 # ---- what torch needs to know ----
@@ -293,10 +295,11 @@ def _add_gradients(launch, ctx, dstream, dh, *_):
     stream, stats, weight, seed = ctx.saved_tensors
     if dh is None:  # h went unused: zeros of stride 0 cost nothing
         dh = stream.new_zeros(1).expand(stream.shape)
+    same = ctx.p == 0 and ctx.branch_dtype == stream.dtype  # dbranch is then dx
     dx, dbranch, dweight, dbias = launch(
-        dh, dstream, stream, stats, weight, ctx.has_bias, ctx.p, seed, ctx.branch_dtype
+        dh, dstream, stream, stats, weight, ctx.has_bias, ctx.p, seed, None if same else ctx.branch_dtype
     )
-    return dx, dbranch, dweight, dbias if ctx.has_bias else None, None, None, None, None
+    return dx, dx if same else dbranch, dweight, dbias if ctx.has_bias else None, None, None, None, None
 
 
 _layer_norm = Op(
@@ -316,7 +319,8 @@ _add_layer_norm = Op(
     lambda x, branch, weight, bias, eps, p, seed, dtype: (like(x, x.dtype), like(x, dtype), _statistics(x)),
     add_layer_norm_bwd,
     lambda dh, dstream, stream, stats, weight, has_bias, p, seed, branch_dtype: (
-        like(stream, stream.dtype), like(stream, branch_dtype), torch.empty_like(weight), _fake_bias(weight, has_bias)
+        like(stream, stream.dtype), weight.new_empty(0) if branch_dtype is None else like(stream, branch_dtype),
+        torch.empty_like(weight), _fake_bias(weight, has_bias),
     ),
     _add_setup,
     _add_gradients,
@@ -354,6 +358,6 @@ def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, dropout_p=0.0, seed=N
     if x.shape != branch.shape:
         raise ValueError(f"add_layer_norm: a branch of {tuple(branch.shape)} for a stream of {tuple(x.shape)}")
     check_seed(dropout_p, seed)
-    if x.dtype != torch.float32:  # the usual stream holds any branch
+    if x.dtype not in (torch.float32, branch.dtype):  # the usual streams hold the branch
         x = x.to(torch.promote_types(x.dtype, branch.dtype))
     return _add_layer_norm(x, branch, *_vectors(x, weight, bias), eps, dropout_p, seed, compute_dtype(x))[:2]

@@ -49,23 +49,26 @@ def cases():
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
 
     for row in configs.LAYER_NORM:
-        for p in (0.0, 0.1):
+        for what, p, stream in (
+            ("", 0.0, torch.float32),
+            (" dropout", 0.1, torch.float32),
+            (" bf16 stream", 0.0, bf16),
+        ):
             C = row.max_width
 
-            def norm(C=C, p=p):
+            def norm(C=C, p=p, stream=stream):
+                x, branch = ones(1, 64, C, dtype=stream), ones(1, 64, C, dtype=bf16)
                 with torch.autocast("cpu", dtype=bf16):
-                    backward(
-                        *layer_norm.add_layer_norm(
-                            ones(1, 64, C), ones(1, 64, C, dtype=bf16), ones(C), ones(C), 1e-5, p, seed
-                        )
-                    )
+                    backward(*layer_norm.add_layer_norm(x, branch, ones(C), ones(C), 1e-5, p, seed))
 
-            yield f"layer_norm C={C}" + " dropout" * (p > 0), norm
-    for p in (0.0, 0.1):
-        ids = torch.zeros(1, 64, dtype=torch.int64)
+            yield f"layer_norm C={C}{what}", norm
+    ids = torch.zeros(1, 64, dtype=torch.int64)
+    for what, p, stream in (("", 0.0, None), (" dropout", 0.1, None), (" bf16 stream", 0.0, bf16)):
         yield (
-            "embedding" + " dropout" * (p > 0),
-            lambda p=p: backward(embedding.embedding(ids, ones(128, 768), ones(64, 768), p, seed)[0]),
+            f"embedding{what}",
+            lambda p=p, stream=stream: backward(
+                embedding.embedding(ids, ones(128, 768), ones(64, 768), p, seed, stream)[0]
+            ),
         )
     targets = torch.zeros(1, 64, dtype=torch.int64)
     loss = cross_entropy.linear_cross_entropy
@@ -97,7 +100,7 @@ def cases():
             for what, p, docs in (
                 ("", 0.0, None),
                 (" dropout", 0.1, None),
-                (" documents", 0.0, torch.zeros(1, 256, dtype=torch.int64)),
+                (" documents", 0.0, torch.zeros(1, 256, dtype=torch.int32)),
             ):
                 if what and (D, dtype) != (64, bf16):
                     continue

@@ -97,6 +97,25 @@ def test_the_page_on_performance_says_what_is_counted():
             assert line == "..." or line in shown.splitlines(), line
 
 
+@pytest.fixture(scope="module")
+def narrow():
+    return json.loads(
+        count("--preset=gpt2", "--batch_size=32", "--residual=bf16", "--arms=fastgpt,fastgpt-eager", "--json")
+    )
+
+
+@pytest.mark.parametrize("arm", RECORDED)
+def test_a_stream_in_bf16_moves_two_bytes_less_wherever_it_passes(gpt2, narrow, arm):
+    """And no launch more. Of an element: the embedding's output; the first norm's input; stream in and out of the other 2 L.
+    Backward, of each of those: the gradient by the stream (but behind the last norm), the stream, dx, and dbranch, which is dx and not
+    written; of the first norm the stream and dx; their sum's two terms and itself; the embedding's two reads."""
+    M, C, _, L = GPT2
+    passes = 1 + 1 + 2 * L * 2 + 2 * L * 4 - 1 + 2 + 3 + 2
+    assert gpt2[arm]["non_gemm_bytes"] - narrow[arm]["non_gemm_bytes"] == passes * M * C * 2
+    for key in ("launches", "gemm_bytes", "attention_bytes"):
+        assert gpt2[arm][key] == narrow[arm][key]
+
+
 def test_gemms_are_the_same_for_all(gpt2):
     arms = ("eager", "compiled", "fastgpt", "fastgpt-eager")
     assert all(gpt2[a]["gemm_bytes"] == pytest.approx(gpt2["eager"]["gemm_bytes"], rel=0.01) for a in arms)
@@ -109,7 +128,7 @@ import sys, torch
 from fastgpt.benchmarks import count
 from fastgpt.model import Block
 forward = Block.forward
-Block.forward = lambda self, x, cache=None: forward(self, (-x[0], x[1]), cache)
+Block.forward = lambda self, x, *rest: forward(self, (-x[0], x[1]), *rest)
 sys.exit(count.main(sys.argv[1:]))
 """
     flags = ["--preset=tiny", "--batch_size=4", "--block_size=64", "--arms=fastgpt,fastgpt-eager", "--json"]
@@ -178,14 +197,18 @@ def touched(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, not in the interpreter")
 @pytest.mark.parametrize(("bias", "dropout"), [(False, 0.0), (True, 0.1)])
-def test_kernels_read_and_write_what_is_counted(touched, bias, dropout):
+@pytest.mark.parametrize("stream", [None, torch.float16])
+def test_kernels_read_and_write_what_is_counted(touched, bias, dropout, stream):
     from fastgpt.benchmarks import count
 
     ops.use("triton")
     try:
         model = GPT(GPTConfig(32, 64, 2, 2, 32, dropout, bias))
         idx = torch.randint(64, (2, 32))
-        model(idx, idx, return_logits=False)[1].backward()
+        model.set_residual(stream)
+        with torch.autocast("cpu", torch.float16, enabled=stream is not None):
+            loss = model(idx, idx, return_logits=False)[1]
+        loss.backward()
     finally:
         ops.use("torch")
     seen = set()

@@ -11,8 +11,14 @@ import pytest
 pytest.importorskip("triton")
 
 
-# Bytes that may spill: LayerNorm at a width that no GPT-2 has, and IEEE fp32, whose products have no tensor cores.
-ALLOWED = {"layer_norm C=8192 dropout": 48, "flash_attention fp32": 24, "gelu_mlp fp32": 24}
+# Bytes that may spill: LayerNorm at a width that no GPT-2 has, and IEEE fp32, whose products have no tensor cores. Of a bf16 stream ptxas
+# keeps to 64 registers on sm_80, eight bytes too few, so that four blocks fit an SM in place of three.
+ALLOWED = {
+    "layer_norm C=8192 dropout": 48,
+    "layer_norm C=2048 bf16 stream": 8,
+    "flash_attention fp32": 24,
+    "gelu_mlp fp32": 24,
+}
 
 
 def allowed(r):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from kernel_case import DEVICE, DTYPES, SEED, VIEWS, far, philox_uniform, randn, same_bits, seed
+from kernel_case import DEVICE, DTYPES, SEED, VIEWS, far, philox_uniform, randn, same_bits, seed, widen
 
 from fastgpt.kernels import configs
 from fastgpt.kernels.cross_entropy import linear_cross_entropy
@@ -23,20 +23,21 @@ def mask_of(shape, p):
     return embedding(idx, torch.ones(1, C, device=DEVICE), torch.zeros(T, C, device=DEVICE), p, seed())[0] != 0
 
 
-def check(B, T, C, V, dtype=torch.float32, p=0.0, idx=None, view=lambda t: t):
+def check(B, T, C, V, dtype=torch.float32, p=0.0, idx=None, view=lambda t: t, stream=None):
     idx = torch.randint(V, (B, T), device=DEVICE) if idx is None else idx
     keep = mask_of((B, T, C), p) if p else None
 
     def reference(wte, wpe):
         x = F.embedding(idx, wte) + wpe[:T]
+        x = widen(x, stream or dtype)
         return x if keep is None else x * keep / (1 - p), wte
 
     three_way.hold(
-        lambda wte, wpe: embedding(idx, wte, wpe, p, seed() if p else None),
+        lambda wte, wpe: embedding(idx, wte, wpe, p, seed() if p else None, stream),
         reference,
         dict(wte=view(randn(V, C, dtype=dtype)), wpe=view(randn(T + 2, C, dtype=dtype))),
         ("x", "head"),
-        [view(randn(B, T, C, dtype=dtype)), randn(V, C, dtype=dtype)],
+        [view(randn(B, T, C, dtype=stream or dtype)), randn(V, C, dtype=dtype)],
     )
 
 
@@ -67,6 +68,20 @@ def test_a_token_that_comes_again(n, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout(dtype):
     check(2, 9, 48, 11, dtype, p=0.2)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("C", [768, 130, 1])
+def test_a_stream_of_16_bits(C, p):
+    check(2, 5, C, 7, p=p, stream=torch.float16)
+
+
+def test_a_stream_of_16_bits_leaves_the_weights_gradients_in_full():
+    wte, wpe = randn(7, 8).requires_grad_(), randn(3, 8).requires_grad_()
+    x, _ = embedding(torch.tensor([[2, 2, 2]], device=DEVICE), wte, wpe, dtype=torch.float16)
+    (x.float() * (1 + 2**-10)).sum().backward()
+    assert (x.dtype, wte.grad.dtype, wpe.grad.dtype) == (torch.float16, torch.float32, torch.float32)
+    assert (wte.grad[2] == 3 * (1 + 2**-10)).all(), "added in fp32: in fp16 the last bit would be lost"
 
 
 def test_the_mask_is_a_host_philoxs():

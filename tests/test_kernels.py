@@ -30,8 +30,11 @@ ARGS = {
     "layer_norm": (_layer_norm, lambda: (leaf(2, 3, 20), leaf(20), leaf(20), 1e-5, torch.float32)),
     "add_layer_norm": (_add_layer_norm, lambda: (leaf(2, 3, 20), leaf(2, 3, 20, dtype=HALF), leaf(20), None, 1e-5, 0.0, None, HALF)),
     "add_layer_norm, dropout": (_add_layer_norm, lambda: (leaf(2, 3, 20), leaf(2, 3, 20), leaf(20), leaf(20), 1e-5, 0.2, seed(), HALF)),
-    "embedding": (_embedding, lambda: (ids(11, 2, 3), leaf(11, 20), leaf(5, 20), 0.0, None)),
-    "embedding, dropout": (_embedding, lambda: (ids(11, 2, 3), leaf(11, 20), leaf(5, 20), 0.2, seed())),
+    "add_layer_norm, all half": (
+        _add_layer_norm, lambda: (leaf(2, 3, 20, dtype=HALF), leaf(2, 3, 20, dtype=HALF), leaf(20), leaf(20), 1e-5, 0.0, None, HALF),
+    ),
+    "embedding": (_embedding, lambda: (ids(11, 2, 3), leaf(11, 20), leaf(5, 20), 0.0, None, torch.float32)),
+    "embedding, dropout": (_embedding, lambda: (ids(11, 2, 3), leaf(11, 20), leaf(5, 20), 0.2, seed(), HALF)),
     "flash_attention": (_flash_attention, lambda: (leaf(2, 5, 48), 2, 0.0, None, None)),
     "flash_attention, all": (_flash_attention, lambda: (leaf(2, 5, 48, dtype=HALF), 2, 0.2, seed(), ids(2, 2, 5))),
     "flash_attention, transposed": (_flash_attention, lambda: (randn(5, 2, 48).transpose(0, 1).requires_grad_(), 2, 0.0, None, None)),

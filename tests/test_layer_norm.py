@@ -34,14 +34,17 @@ def reference(dtype, keep=None, p=0.0):
     return f
 
 
-def check(shape, dtype, bias=True, p=0.0, scale=1.0, shift=0.0, view=lambda t: t):
-    """An fp32 stream, a branch and an answer in dtype, as in training; `view` gives inputs and gradients other strides."""
+def check(shape, dtype, bias=True, p=0.0, scale=1.0, shift=0.0, view=lambda t: t, stream=torch.float32):
+    """A stream in its dtype, a branch and an answer in dtype, as in training; `view` gives inputs and gradients other strides."""
     N = shape[-1]
-    x, branch = view(randn(*shape, scale=scale, shift=shift)), view(randn(*shape, dtype=dtype, scale=scale))
+    x, branch = (
+        view(randn(*shape, dtype=stream, scale=scale, shift=shift)),
+        view(randn(*shape, dtype=dtype, scale=scale)),
+    )
     if x.stride(-1) == 0:  # a row of one value has no spread: its LayerNorm is rounding, magnified
-        x = randn(*shape)
+        x = randn(*shape, dtype=stream)
     weight, b = randn(N, shift=1.0), randn(N) if bias else None
-    dstream, dh = view(randn(*shape)), view(randn(*shape, dtype=dtype))
+    dstream, dh = view(randn(*shape, dtype=stream)), view(randn(*shape, dtype=dtype))
     key = seed() if p else None
     keep = mask_of(key, x.shape, p) if p else None
 
@@ -57,6 +60,30 @@ def check(shape, dtype, bias=True, p=0.0, scale=1.0, shift=0.0, view=lambda t: t
 @pytest.mark.parametrize("bias", [True, False])
 def test_widths(N, dtype, bias):
     check((2, 3, N), dtype, bias)
+
+
+@pytest.mark.parametrize("N", [768, 130, 1])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_a_stream_of_16_bits(N, p):
+    check((2, 3, N), torch.float16, p=p, stream=torch.float16)
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_stream_of_16_bits_and_any_stride(view):
+    check((3, 4, 40), torch.float16, view=view, stream=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "p", "written"), [(torch.float16, 0.0, False), (torch.float16, 0.2, True), (torch.float32, 0.0, True)]
+)
+def test_equal_gradients_of_stream_and_branch_are_written_once(dtype, p, written, monkeypatch):
+    launch, asked = module._launch_backward, []
+    monkeypatch.setattr(module, "_launch_backward", lambda *args: asked.append(args[-1]) or launch(*args))
+    x, branch = randn(1, 2, 16, dtype=dtype).requires_grad_(), randn(1, 2, 16, dtype=torch.float16).requires_grad_()
+    stream, h = _add_layer_norm(x, branch, randn(16), None, 1e-5, p, seed(), torch.float16)[:2]
+    (stream.float().sum() + h.float().square().sum()).backward()
+    assert asked == [torch.float16 if written else None]
+    assert torch.equal(x.grad.half(), branch.grad) or p
 
 
 @pytest.mark.parametrize("T", [1, 17, 63, 64, 65, 100, 128] + [1023] * (DEVICE == "cuda"))

@@ -8,7 +8,7 @@ import torch
 
 from fastgpt import ops
 from fastgpt.config import GPTConfig, TrainConfig
-from fastgpt.micro_batch import best, filled, merge, sequence_bytes, state_bytes, what_fits
+from fastgpt.micro_batch import MEMORY_SHARE, best, filled, merge, sequence_bytes, state_bytes, what_fits
 from fastgpt.model import GPT
 
 GPT2 = GPTConfig(bias=False)
@@ -80,6 +80,57 @@ def test_the_memory_of_gpt2_is_as_counted_by_hand():
     """17.5 GB of activations at B=32 are what compiled nanoGPT keeps of GPT-2 124M; the kernels keep two logits' worth less."""
     assert 32 * sequence_bytes(GPT2, 2) == 1024 * 32 * (12 * 768 * 36 + 2 * 50304 * 2)
     assert state_bytes(GPT2) == pytest.approx(14 * 124.4e6, rel=0.01)
+
+
+def test_a_stream_of_16_bits_takes_two_bytes_less_an_element():
+    """Twice a block and element; once a block where blocks are recomputed, and twice of the one at hand."""
+    for recompute, elements in (("none", 2 * 12), ("gelu", 2 * 12), ("block", 12 + 2)):
+        saved = sequence_bytes(GPT2, 2, recompute) - sequence_bytes(GPT2, 2, recompute, stream=2)
+        assert saved == 1024 * 768 * elements * 2
+    big = TrainConfig(batch_size=32, residual="bf16")
+    memory = 1e9 * next(
+        m for m in range(20, 40) if what_fits(TrainConfig(batch_size=32), GPT2, m * 1e9, 2).endswith("=gelu")
+    )
+    assert what_fits(big, GPT2, memory - 1e9, 2) == "give --recompute=gelu"
+    assert best(SIZES, GPT2, 132, 24e9, 2, stream=2) >= best(SIZES, GPT2, 132, 24e9, 2)
+
+
+# ---- what one GPU of 80 GB holds, by this count ----
+
+XL = GPTConfig(n_layer=48, n_head=25, n_embd=1600, bias=False)
+
+
+def fits_80_gb(sequences, config, recompute):
+    weights = state_bytes(config) * 18 / 14  # with the weights themselves
+    return weights + sequences * sequence_bytes(config, 2, recompute) <= MEMORY_SHARE * 80e9
+
+
+def test_gpt2_xl_fits_one_gpu():
+    assert fits_80_gb(12, XL, "block"), "nanoGPT's micro-batch"
+    assert not fits_80_gb(24, XL, "none"), "else nothing would be recomputed for"
+    assert fits_80_gb(24, XL, "block")
+    assert what_fits(TrainConfig(batch_size=24), XL, 80e9, 2) == "give --recompute=block"
+
+
+def test_gpt2_fits_one_gpu_at_8192_tokens():
+    long = GPTConfig(block_size=8192, bias=False)
+    assert fits_80_gb(12, long, "none")
+    assert fits_80_gb(24, long, "block")
+    assert not fits_80_gb(24, long, "none")
+
+
+def test_8192_tokens_are_trained_on():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8192, 65, 2, 2, 8))
+    idx = torch.randint(65, (1, 8192))
+    logits, loss = model(idx, idx)
+    loss.backward()
+    torch.testing.assert_close(model(idx[:, :70], idx[:, :70])[0], logits[:, :70], rtol=1e-4, atol=1e-6)
+    last = model(torch.cat((idx[:, 1:], idx[:, :1]), 1))[0]
+    assert not torch.allclose(last, logits[:, -1:])
+    gradient = model.transformer.wpe.weight.grad
+    assert gradient.isfinite().all()
+    assert (gradient.abs().sum(1) > 0).all(), "every position has its share"
 
 
 # ---- recomputation ----

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
          "tl.where(keep(seed_ptr, row * N + cols, p), branch, 0.0)", DROPOUT),
         ("another mask in the backward", "tl.where(keep(seed_ptr, row * N + cols, p), dx * scale",
          "tl.where(keep(seed_ptr, row * N + cols + 1, p), dx * scale", DROPOUT),
+        ("the stream's gradient for the branch's, though dropout fell on that", "ctx.p == 0 and ", "", DROPOUT),
     ],
     "embedding": [
         ("positions off by one", "wpe_ptr + t * stride_pt", "wpe_ptr + (t + 1) * stride_pt", SHAPE),
@@ -144,3 +146,4 @@ def test_the_same_comparisons_hold_without_a_fault(op, shape):
     assert all(c.holds for c in comparisons(op, shape))
     if op == "attention":
         assert all(c.holds for c in comparisons(op, DOCUMENTS))
+        assert all(c.holds for c in comparisons(op, replace(DOCUMENTS, dropout=0.2)))
