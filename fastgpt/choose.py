@@ -68,6 +68,7 @@ def remembered(op, shape, dtype, device, compiled, measure=None):
         "op": op, "shape": asdict(shape), "dtype": str(dtype), "compiled": compiled, "source": source_hash(),
         "gpu": torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none",
         "fp32": ops.kernels("gelu_mlp").precision(), **versions(),
+        "blas": str(torch.backends.cuda.preferred_blas_library()),
         "tuned": repr(ops.configs().tuned.get(tuned.lookup(op, shape, dtype, device))),
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

@@ -197,7 +197,7 @@ class TuneConfig(StepShape):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
     device: str = Field("cuda", description="cuda, cuda:1")
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype")
-    only: str = Field("", description="ops, with commas: gelu_mlp, attention, layer_norm, linear_cross_entropy, embedding; all of them otherwise")
+    only: str = Field("", description="ops, with commas: gelu_mlp, attention, layer_norm, linear_cross_entropy, embedding, products; all of them otherwise")
     budget: int = Field(300, gt=0, description="seconds for everything, the op that takes most of a step first")
     out: str = Field("", description="file to write in place of the one that runs take")
 

@@ -3,7 +3,8 @@
 Around the shipped row of an op `configs.GRIDS` are walked one by one, from what the last has found. A candidate is held to `verify`'s
 rule at a small size, then all that hold are timed in turn, round by round. At the end of an op the best is timed beside the
 shipped row once more, since the least of many times is low by luck: it is kept where it is faster in every round, and by 1% in
-the median. What is kept is in a file, which later runs take (`tuned`).
+the median. What is kept is in a file, which later runs take (`tuned`). Last, the matrix products that are a library's are timed by
+cuBLAS and by cuBLASLt; which of them runs is PyTorch's setting for a whole process, so it is said, and not taken.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from fastgpt.verify import Shape, problem
 # Triton compiles other sizes on their own.
 SMALL = 2, 528
 GAIN = 0.99  # the most of the shipped row's time that is worth another
+PRODUCTS = "products"  # not an op: the matrix products that a library computes
 
 
 def tune(cfg, measure=time_rounds):
@@ -30,26 +32,34 @@ def tune(cfg, measure=time_rounds):
     c, dtype, device = cfg.gpt_config(), getattr(torch, cfg.dtype), cfg.device
     times = {"gelu_mlp": c.n_layer, "attention": c.n_layer, "layer_norm": 2 * c.n_layer}
     times |= {"linear_cross_entropy": 1, "embedding": 1}  # of an op in a step
-    chosen = cfg.only.split(",") if cfg.only else list(times)
+    chosen = cfg.only.split(",") if cfg.only else [*times, PRODUCTS]
     for op in chosen:
-        if op not in times:
-            raise UserError(f"--only={cfg.only}: {op!r} is none of {', '.join(times)}")
+        if op not in times and op != PRODUCTS:
+            raise UserError(f"--only={cfg.only}: {op!r} is none of {', '.join(times)}, {PRODUCTS}")
     needs_gpu(device)
     shape = Shape(cfg.batch_size, c.block_size, c.n_embd, c.n_head, c.vocab_size, c.bias, cfg.dropout)
     file = Path(cfg.out) if cfg.out else tuned.path(shape, dtype, device)
     report = {"where": tuned.conditions(shape, dtype, device), "ops": {}}
     with contextlib.suppress(OSError, ValueError):  # else there is nothing to add to
-        report["ops"] = tuned.read(file, shape, dtype, device)[0]["ops"]  # of another --only
+        report, _ = tuned.read(file, shape, dtype, device)  # of another --only
     write(file, report)  # before the work
     print(f"tuning for {shape.B} x {shape.T} tokens in {cfg.dtype} on {report['where']['gpu']}, {cfg.budget} s")
     deadline, before = monotonic() + cfg.budget, dict(ops.chosen)
     ops.use("triton")
-    shares = {op: times[op] * shipped_ms(op, shape, dtype, device, measure) for op in chosen}
+    shares = {op: times[op] * shipped_ms(op, shape, dtype, device, measure) for op in chosen if op != PRODUCTS}
     print(f"  {'op':22}{'shipped ms':>11}{'best ms':>9}{'ratio':>7}  configuration")
     late = []
-    for op in sorted(chosen, key=shares.get, reverse=True):
+    for op in sorted(chosen, key=lambda op: shares.get(op, 0), reverse=True):
         if monotonic() >= deadline:
             late.append(op)
+            continue
+        if op == PRODUCTS:
+            report[op] = found = libraries(shape, c.n_layer, dtype, device, measure)
+            said = "cuBLASLt; TORCH_BLAS_PREFER_CUBLASLT=1 gives it to a run" if found["kept"] else "cuBLAS, as shipped"
+            print(
+                f"  {op:22}{found['cublas']:11.3f}{found['cublaslt']:9.3f}{found['ratio']:7.2f}  {said}; ms of a step"
+            )
+            write(file, report)
             continue
         found = search(op, shape, dtype, device, deadline, measure)
         for row, why in found["rejected"].items():
@@ -132,11 +142,56 @@ def search(op, shape, dtype, device, deadline, measure):
             best = min(sound, key=lambda row: statistics.median(ms[row]))
     again = measure({row: by(row) for row in {shipped: None, best: None}})
     ms, shipped_ms = (statistics.median(again[row]) for row in (best, shipped))
-    kept = ms <= GAIN * shipped_ms and all(a < b for a, b in zip(again[best], again[shipped], strict=True))
+    kept = surely_less(again[best], again[shipped])
     row, ms = (best, ms) if kept else (shipped, shipped_ms)
     return {
         "kept": kept, "row": asdict(row), "repr": repr(row), "ms": ms, "shipped": repr(shipped), "shipped_ms": shipped_ms,
         "ratio": ms / shipped_ms, "at": asdict(shape), "tried": len(seen), "rejected": rejected, "left": left,
+    }  # fmt: skip
+
+
+def surely_less(times, others):
+    """Whether times, a round each, are less than others by more than their noise."""
+    by_median = statistics.median(times) <= GAIN * statistics.median(others)
+    return by_median and all(a < b for a, b in zip(times, others, strict=True))
+
+
+def products(shape, n_layer, dtype, device):
+    """{name: (times in a step, function)} of the matrix products of each linear at a Shape: forward, dx, and dw in fp32."""
+    M, C, mm, found = shape.B * shape.T, shape.n_embd, ops.kernels("linear").mm, {}
+    sizes = {"c_attn": (3 * C, C), "attn.c_proj": (C, C), "c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    for name, (N, K) in {**sizes, "lm_head": (shape.vocab_size, C)}.items():
+        times = n_layer if name in sizes else 1
+        x, w, dy = (torch.randn(size, dtype=dtype, device=device) for size in ((M, K), (N, K), (M, N)))
+        found[f"{name} forward"] = times, lambda x=x, w=w: torch.mm(x, w.t())
+        found[f"{name} dx"] = times, lambda dy=dy, w=w: torch.mm(dy, w)
+        found[f"{name} dw"] = times, lambda dy=dy, x=x: mm(dy.t(), x, torch.float32)
+    return found
+
+
+def libraries(shape, n_layer, dtype, device, measure):
+    """The milliseconds of a step's products by cuBLAS and cuBLASLt, and whether the latter is surely faster, as the file has it."""
+    prefer, names = torch.backends.cuda.preferred_blas_library, ("cublas", "cublaslt")
+    before, found = prefer(), products(shape, n_layer, dtype, device)
+
+    def by(library, f):
+        def g():
+            prefer(library)
+            f()
+
+        return g
+
+    rounds = measure({(library, what): by(library, f) for what, (_, f) in found.items() for library in names})
+    prefer(before)
+    totals = {}
+    for library in names:
+        weighted = ([times * ms for ms in rounds[library, what]] for what, (times, _) in found.items())
+        totals[library] = [sum(of_round) for of_round in zip(*weighted, strict=True)]
+    cublas, cublaslt = (statistics.median(totals[library]) for library in names)
+    medians = {key: statistics.median(ms) for key, ms in rounds.items()}
+    return {
+        "kept": surely_less(totals["cublaslt"], totals["cublas"]), "cublas": cublas, "cublaslt": cublaslt,
+        "ratio": cublaslt / cublas, "ratios": {what: medians["cublaslt", what] / medians["cublas", what] for what in found},
     }  # fmt: skip
 
 

@@ -228,7 +228,7 @@ def cross_entropy():
 # What is tried around a row: grid by grid, the rest of the row as it was found so far. Forward and backward share few fields.
 GRIDS = {
     MLPConfig: (
-        dict(block_m=(64, 128, 256), block_n=(64, 128, 256), warps=(4, 8)),
+        dict(block_m=(64, 128, 256), block_n=(64, 128, 256), warps=(4, 8), stages=(2, 3)),  # the largest fit in two
         dict(block_k=(32, 64, 128), stages=(2, 3, 4)),
         dict(flatten=(False, True), programs_per_sm=(1, 2)),
         dict(group=(4, 8, 16)),

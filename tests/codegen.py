@@ -212,7 +212,10 @@ def candidates(every=1):
     for sm in (80, 90, 100, 120):
         found, seen = {}, set()
         launches = recorded(sm, candidate_cases)
-        taken = set(list(dict.fromkeys(what for what, _ in launches))[::every])
+        of = {}
+        for what, _ in launches:
+            of.setdefault(what.split()[0], {})[what] = None
+        taken = {what for rows in of.values() for what in list(rows)[::every]}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = {}
             for (what, name), (kernel, arguments, options) in launches.items():
