@@ -18,6 +18,7 @@ import torch
 from fastgpt import ops, tuned
 from fastgpt.choose import check, has_triton, is_cuda, prepared, time_rounds
 from fastgpt.config import UserError
+from fastgpt.distributed import check_device
 from fastgpt.verify import Shape, problem
 
 # Sequences and tokens that a candidate is checked at: whole and partial tiles; and a multiple of 16 as in most runs, since
@@ -46,6 +47,7 @@ def tune(cfg, measure=time_rounds):
     print(f"tuning for {shape.B} x {shape.T} tokens in {cfg.dtype} on {report['where']['gpu']}, {cfg.budget} s")
     deadline, before = monotonic() + cfg.budget, dict(ops.chosen)
     ops.use("triton")
+    ops.configs().use({})
     shares = {op: times[op] * shipped_ms(op, shape, dtype, device, measure) for op in chosen if op != PRODUCTS}
     print(f"  {'op':22}{'shipped ms':>11}{'best ms':>9}{'ratio':>7}  configuration")
     late = []
@@ -79,9 +81,11 @@ def needs_gpu(device):
     """Make device the current one. Raises UserError where the kernels do not run natively."""
     if not (is_cuda(device) and torch.cuda.is_available() and has_triton() and not torch.version.hip):
         raise UserError("tune: needs an NVIDIA GPU and Triton")
+    check_device(device)
     if torch.cuda.get_device_capability(device) < (8, 0):
         raise UserError(f"tune: needs an NVIDIA GPU from sm_80 on, and this is {torch.cuda.get_device_name(device)}")
-    torch.cuda.set_device(device)
+    if device != "cuda":
+        torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = True  # as the trainer does
 
 
@@ -120,14 +124,14 @@ def search(op, shape, dtype, device, deadline, measure):
 
         return f
 
-    best, seen, rejected, left = shipped, {shipped}, {}, 0
+    best, seen, rejected, left = shipped, {shipped}, {}, set()
     for grid in configs.GRIDS[type(shipped)]:
         sound = [best]
         for row in configs.around(best, grid):
             if row in seen:
                 continue
             if monotonic() >= deadline:
-                left += 1
+                left.add(row)
                 continue
             seen.add(row)
             try:
@@ -146,7 +150,7 @@ def search(op, shape, dtype, device, deadline, measure):
     row, ms = (best, ms) if kept else (shipped, shipped_ms)
     return {
         "kept": kept, "row": asdict(row), "repr": repr(row), "ms": ms, "shipped": repr(shipped), "shipped_ms": shipped_ms,
-        "ratio": ms / shipped_ms, "at": asdict(shape), "tried": len(seen), "rejected": rejected, "left": left,
+        "ratio": ms / shipped_ms, "at": asdict(shape), "tried": len(seen), "rejected": rejected, "left": len(left),
     }  # fmt: skip
 
 

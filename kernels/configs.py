@@ -178,14 +178,14 @@ def tunable(lookup):
     """A lookup that answers what `use` was given for its arguments, else what the table has."""
 
     @functools.wraps(lookup)
-    def look_up(*args):
-        return tuned.get((lookup.__name__, *args)) or lookup(*args)
+    def look_up(*args, **named):
+        return tuned.get((lookup.__name__, *args, *named.values())) or lookup(*args, **named)
 
     return look_up
 
 
 @tunable
-def gelu_mlp(device, dtype, aligned=True):
+def gelu_mlp(device, dtype, aligned):
     """The MLPConfig for a device, a compute dtype, and whether all rows begin on 16 bytes."""
     sm = architecture(device)
     if sm and not aligned:

@@ -10,7 +10,7 @@ from kernel_case import DEVICE
 
 pytest.importorskip("triton")
 from fastgpt import choose, ops, tune, tuned
-from fastgpt.config import TuneConfig, parse
+from fastgpt.config import TuneConfig, UserError, parse
 from fastgpt.kernels import configs
 from fastgpt.verify import Shape
 
@@ -173,8 +173,13 @@ def test_ops_tuned_one_after_the_other_are_in_one_file(few, tmp_path):
     assert list(json.loads(file.read_text())["ops"]) == ["layer_norm", "embedding"]
     tuned.take(*RUN)
     assert [shipped(op) == farthest(op) for op in ("layer_norm", "embedding")] == [True, True]
-    run(nearer(farthest("embedding")), "--only=embedding", f"--out={tmp_path / 'a' / 'b.json'}")
-    assert list(json.loads((tmp_path / "a" / "b.json").read_text())["ops"]) == ["embedding"]
+    before = file.read_text()
+    configs.use({tuned.lookup("embedding", *RUN): replace(shipped("embedding"), backward_tile=128)})
+    run(lambda row: [1.0], "--only=embedding", f"--out={tmp_path / 'a' / 'b.json'}")
+    found = json.loads((tmp_path / "a" / "b.json").read_text())["ops"]
+    assert list(found) == ["embedding"]
+    assert found["embedding"]["shipped"] == repr(configs.EMBEDDING), "whatever a run before took"
+    assert file.read_text() == before
 
 
 def test_a_file_that_does_not_hold_here_is_not_taken_and_says_so(few, monkeypatch, capsys):
@@ -360,6 +365,32 @@ def test_without_a_gpu_it_is_one_line(monkeypatch, fastgpt):
     if DEVICE == "cpu":
         assert fastgpt("tune") == (2, "", "fastgpt: error: tune: needs an NVIDIA GPU and Triton\n")
     assert fastgpt("tune", "--device=cpu") == (2, "", "fastgpt: error: tune: needs an NVIDIA GPU and Triton\n")
+
+
+def test_the_gpu_that_is_asked_for(monkeypatch):
+    monkeypatch.undo()
+    current = []
+    answers = dict(is_available=True, device_count=2, get_device_capability=(9, 0), get_device_name="a GPU")
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        tune.needs_gpu("cuda")
+        tune.needs_gpu("cuda:1")
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert current == ["cuda:1"]
+    with pytest.raises(UserError, match="this machine has 2"):
+        tune.needs_gpu("cuda:2")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UserError, match="from sm_80 on, and this is a GPU"):
+        tune.needs_gpu("cuda")
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    with pytest.raises(UserError, match="an NVIDIA GPU"):
+        tune.needs_gpu("cuda")
 
 
 def test_what_a_user_can_mend_is_one_line(monkeypatch, fastgpt, tmp_path):
