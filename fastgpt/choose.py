@@ -6,16 +6,15 @@ file, by GPU, versions, source, op and shape. Never slower: PyTorch's own implem
 
 import hashlib
 import json
-import os
 import statistics
 import warnings
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
-from fastgpt import ops, reference
+from fastgpt import ops, tuned
 from fastgpt.config import cache_folder
+from fastgpt.tuned import source_hash
 from fastgpt.verify import compare, problem, run, versions
 
 PARITY_TOKENS = 4096  # the fp64 side of the comparison takes the memory of many times as much
@@ -25,6 +24,7 @@ ROUNDS, CALLS = 7, 5
 def choose(spec, shape, dtype, device, compiled):
     """{op: implementation} for a --kernels spec and a run's Shape, dtype and device; prints what was measured.
 
+    Kernels run by the launch configurations that `fastgpt tune` found for such a run, where it did, from here on.
     Without a CUDA GPU, "auto" is "torch": nothing there is to be won. compiled: whether the run is under torch.compile.
     Raises UserError for a wrong spec.
     """
@@ -32,6 +32,8 @@ def choose(spec, shape, dtype, device, compiled):
     auto = [op for op, pick in picks.items() if pick == "auto"]
     if not is_cuda(device) or not has_triton():
         return picks | dict.fromkeys(auto, "torch")
+    if auto or "triton" in picks.values():
+        tuned.take(shape, dtype, device)
     if auto:
         print(f"choosing kernels for {shape.B} x {shape.T} tokens in {str(dtype)[6:]} (once; --kernels=torch skips it)")
         print(f"  {'op':22}" + "".join(f"{i + ' ms':>11}" for i in ("torch", "cudnn", "triton")) + "  chosen")
@@ -66,6 +68,8 @@ def remembered(op, shape, dtype, device, compiled, measure=None):
         "op": op, "shape": asdict(shape), "dtype": str(dtype), "compiled": compiled, "source": source_hash(),
         "gpu": torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none",
         "fp32": ops.kernels("gelu_mlp").precision(), **versions(),
+        "blas": str(torch.backends.cuda.preferred_blas_library()),
+        "tuned": repr(ops.configs().tuned.get(tuned.lookup(op, shape, dtype, device))),
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = cache_folder() / "kernels" / f"{digest}.json"
@@ -77,10 +81,7 @@ def remembered(op, shape, dtype, device, compiled, measure=None):
         pass  # none yet, or a damaged one: it is measured anew and overwritten
     found = {"key": key, **decide(op, shape, dtype, device, compiled, measure or time_together)}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(found, indent=1))
-        part.replace(file)
+        tuned.save(file, found)
     except OSError as e:
         print(f"  (not kept for the next run: {file.parent}: {e.strerror})")
     return found
@@ -143,7 +144,12 @@ def prepared(op, implementation, it, compiled):
 
 
 def time_together(functions):
-    """Median milliseconds of each function on the GPU: all in turn, round by round, so that clocks and heat are shared."""
+    """Median milliseconds of each function on the GPU."""
+    return {name: statistics.median(times) for name, times in time_rounds(functions).items()}
+
+
+def time_rounds(functions):
+    """Milliseconds of each function on the GPU, one for each round: all in turn in a round, so that clocks and heat are shared."""
     times = {name: [] for name in functions}
     for _ in range(ROUNDS):
         for name, f in functions.items():
@@ -156,15 +162,4 @@ def time_together(functions):
             end.record()
             torch.cuda.synchronize()
             times[name].append(start.elapsed_time(end) / CALLS)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def source_hash():
-    """A hash of all that computes: the kernels' sources, what chooses among them, and PyTorch's side."""
-    files = [
-        *sorted(Path(ops.kernels("layer_norm").__file__).parent.glob("*.py")),
-        ops.__file__,
-        reference.__file__,
-        __file__,
-    ]
-    return hashlib.sha256(b"".join(Path(f).read_bytes() for f in files)).hexdigest()[:16]
+    return times

@@ -1,9 +1,9 @@
-"""The command `fastgpt`: train, sample, prepare, verify, bench. What a user can mend is one line on stderr and exit status 2."""
+"""The command `fastgpt`: train, sample, prepare, verify, tune, bench. What a user can mend is one line on stderr and exit status 2."""
 
 import os
 import sys
 
-from fastgpt.config import PrepareConfig, SampleConfig, UserError, VerifyConfig, parse, parse_train
+from fastgpt.config import PrepareConfig, SampleConfig, TuneConfig, UserError, VerifyConfig, parse, parse_train
 
 USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
 
@@ -11,6 +11,7 @@ USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
   sample    continue a prompt with a trained model
   prepare   turn a text file or folder into a dataset
   verify    hold every kernel to PyTorch on this machine; exit status 1 if one fails
+  tune      search this GPU's fastest launch configurations of the kernels, for later runs
   bench     measure this machine: steps and kernels against their peers; also compare, count, roofline, report
 
 fastgpt COMMAND --help lists every flag with its default.
@@ -69,6 +70,10 @@ def run(command, argv):
         from fastgpt.verify import verify
 
         return verify(parse(VerifyConfig, argv, "fastgpt verify")[0].json)
+    elif command == "tune":
+        from fastgpt.tune import tune
+
+        tune(parse(TuneConfig, argv, "fastgpt tune")[0])
     elif command == "bench":
         from fastgpt.benchmarks.command import bench
 

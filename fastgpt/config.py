@@ -197,6 +197,17 @@ class RooflineConfig(StepShape):
     bandwidth: float | None = Field(None, gt=0, description="bytes/s of memory; None: the data sheet's")
 
 
+class TuneConfig(StepShape):
+    """Every flag of tuning the kernels' launch configurations, at the shapes of a run."""
+
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
+    device: str = Field("cuda", description="cuda, cuda:1")
+    dtype: DType = Field(default_factory=default_dtype, description="autocast dtype")
+    only: str = Field("", description="ops, with commas: gelu_mlp, attention, layer_norm, linear_cross_entropy, embedding, adamw, products; all of them otherwise")
+    budget: int = Field(300, gt=0, description="seconds for everything, the op that takes most of a step first")
+    out: str = Field("", description="file to write in place of the one that runs take")
+
+
 class BenchConfig(Settings):
     """Every flag of a benchmark run."""
 

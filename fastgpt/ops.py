@@ -89,6 +89,11 @@ def kernels(op):
     return loaded[op]
 
 
+def configs():
+    """The module of the kernels' launch configurations."""
+    return importlib.import_module("fastgpt.kernels.configs")
+
+
 @functools.cache
 def warn_once(op, implementation, device, dtype, size):
     hint = " (without a GPU, kernels run where TRITON_INTERPRET=1 is set)" if device == "cpu" else ""

@@ -182,7 +182,7 @@ def table_of(groups, counts, device):
 
 def update(params, groups, max_norm, found_inf):
     """See `adamw`; params are those of all groups."""
-    config, device = configs.ADAMW, params[0].device
+    config, device = configs.adamw(), params[0].device
     counts, rows = chunks_of(tuple(p.numel() for p in params), config.chunk, device)
     table, aligned = table_of(groups, counts, device)
     norm = scale = None

@@ -2,15 +2,34 @@
 
 A table's rows are tried in order; the first whose bound holds is taken. Not measured on a GPU yet: the rows were chosen
 by the registers and barriers of the generated code, which tests/codegen.py compiles for every architecture (docs/codegen.md).
+`GRIDS` is what `fastgpt tune` tries around a row on a GPU; `use` puts what it found before the tables.
 """
 
-from dataclasses import dataclass
+import functools
+import itertools
+from dataclasses import dataclass, fields, replace
 
 import torch
 
+ANY_COUNT = ("stages", "backward_stages", "programs_per_sm", "min_chunk")  # all other numbers are powers of two
+
+
+class Config:
+    """Base of the rows. Raises ValueError where a kernel cannot be launched so."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            value, kinds = getattr(self, field.name), getattr(field.type, "__args__", (field.type,))
+            if int in kinds and type(value) is int:
+                right = value > 0 and (field.name in ANY_COUNT or value & (value - 1) == 0)
+            else:
+                right = type(value) in kinds or (float in kinds and type(value) is int)
+            if not right:
+                raise ValueError(f"{type(self).__name__}: {field.name}={value!r}")
+
 
 @dataclass(frozen=True)
-class NormConfig:
+class NormConfig(Config):
     """LayerNorm: the widest row that this is for, and the warps that share a row."""
 
     max_width: int
@@ -29,7 +48,7 @@ LAYER_NORM = (
 
 
 @dataclass(frozen=True)
-class EmbeddingConfig:
+class EmbeddingConfig(Config):
     """The embedding: columns and warps of a program, and the elements that its backward reads at once, as rows of them."""
 
     block: int = 1024
@@ -42,7 +61,7 @@ EMBEDDING = EmbeddingConfig()
 
 
 @dataclass(frozen=True)
-class CrossEntropyConfig:
+class CrossEntropyConfig(Config):
     """The loss: columns of a row that are in registers at once, warps of a row, and how the rows are cut into chunks."""
 
     block: int = 8192  # GPT-2's 50,304 are 6.1 of these; 65,536 at once would spill
@@ -57,7 +76,7 @@ CROSS_ENTROPY = CrossEntropyConfig()
 
 
 @dataclass(frozen=True)
-class AdamWConfig:
+class AdamWConfig(Config):
     """The update: elements of a program, and how many of them are in registers at once."""
 
     chunk: int = 8192
@@ -70,7 +89,7 @@ ADAMW = AdamWConfig()
 
 
 @dataclass(frozen=True)
-class MLPConfig:
+class MLPConfig(Config):
     """gelu_mlp's two GEMMs: the tile of the output, the step along K, and how a program runs."""
 
     block_m: int
@@ -84,6 +103,13 @@ class MLPConfig:
     group: int = 8  # rows of tiles that share a column of weights in L2
     sum_rows: int = 32  # of the bias gradient's second kernel
     sum_columns: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.block_m * self.block_n > 128 * 32 * self.warps:
+            raise ValueError(
+                f"MLPConfig: a thread cannot hold its share of {self.block_m} x {self.block_n} in registers"
+            )
 
 
 # By (lowest architecture, bytes of an element), newest first; 0 is the interpreter, whose tests are of few rows.
@@ -100,7 +126,7 @@ UNALIGNED = MLPConfig(64, 64, 32, warps=4, stages=3)  # rows that are read eleme
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(Config):
     """flash_attention: the forward's blocks of queries and of keys; the backward's block and its step."""
 
     block_m: int
@@ -113,6 +139,11 @@ class AttentionConfig:
     backward_stages: int
     gated_inner: int | None = None  # the step with dropout or documents, where the usual one would spill
     delta_rows: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.outer % self.inner or self.outer % (self.gated_inner or self.inner):
+            raise ValueError(f"AttentionConfig: outer={self.outer} is walked over in steps of {self.inner}")
 
 
 # By (lowest architecture, bytes of an element, largest head size), newest first.
@@ -147,7 +178,27 @@ def architecture(device):
     return major * 10 + minor
 
 
-def gelu_mlp(device, dtype, aligned=True):
+tuned = {}  # (lookup, *its arguments) -> the row that it answers in place of its table's
+
+
+def use(rows):
+    """Answer these rows from now on, {(lookup, *its arguments): row}, and elsewhere the tables'; {} is the tables alone."""
+    tuned.clear()
+    tuned.update(rows)
+
+
+def tunable(lookup):
+    """A lookup that answers what `use` was given for its arguments, else what the table has."""
+
+    @functools.wraps(lookup)
+    def look_up(*args, **named):
+        return tuned.get((lookup.__name__, *args, *named.values())) or lookup(*args, **named)
+
+    return look_up
+
+
+@tunable
+def gelu_mlp(device, dtype, aligned):
     """The MLPConfig for a device, a compute dtype, and whether all rows begin on 16 bytes."""
     sm = architecture(device)
     if sm and not aligned:
@@ -155,6 +206,7 @@ def gelu_mlp(device, dtype, aligned=True):
     return next(config for (least, size), config in GELU_MLP.items() if least <= sm and size == dtype.itemsize)
 
 
+@tunable
 def attention(device, dtype, head_size):
     """The AttentionConfig for a device, a compute dtype and a head size to 128."""
     sm = architecture(device)
@@ -165,9 +217,73 @@ def attention(device, dtype, head_size):
     )
 
 
+@tunable
 def layer_norm(width):
     """The NormConfig of a row width. Raises ValueError above the widest."""
     for config in LAYER_NORM:
         if width <= config.max_width:
             return config
     raise ValueError(f"layer_norm: rows of {width} are wider than {LAYER_NORM[-1].max_width}")
+
+
+@tunable
+def embedding():
+    """The EmbeddingConfig."""
+    return EMBEDDING
+
+
+@tunable
+def cross_entropy():
+    """The CrossEntropyConfig."""
+    return CROSS_ENTROPY
+
+
+@tunable
+def adamw():
+    """The AdamWConfig."""
+    return ADAMW
+
+
+# What is tried around a row: grid by grid, the rest of the row as it was found so far. Forward and backward share few fields.
+GRIDS = {
+    MLPConfig: (
+        dict(block_m=(64, 128, 256), block_n=(64, 128, 256), warps=(4, 8), stages=(2, 3)),  # the largest fit in two
+        dict(block_k=(32, 64, 128), stages=(2, 3, 4)),
+        dict(flatten=(False, True), programs_per_sm=(1, 2)),
+        dict(group=(4, 8, 16)),
+    ),
+    AttentionConfig: (
+        dict(block_m=(64, 128), block_n=(32, 64, 128), warps=(4, 8)),
+        dict(stages=(1, 2, 3, 4)),
+        dict(outer=(64, 128), inner=(32, 64), backward_warps=(4, 8)),
+        dict(backward_stages=(1, 2, 3)),
+    ),
+    NormConfig: (
+        dict(forward_warps=(1, 2, 4, 8)),
+        dict(backward_warps=(4, 8, 16)),
+        dict(reduce_columns=(16, 32, 64), reduce_rows=(32, 64, 128)),
+    ),
+    CrossEntropyConfig: (
+        dict(block=(2048, 4096, 8192, 16384), warps=(4, 8, 16)),
+        dict(scale_block=(1024, 2048, 4096, 8192)),
+    ),
+    AdamWConfig: (
+        dict(block=(512, 1024, 2048), warps=(4, 8)),
+        dict(chunk=(4096, 8192, 16384)),
+    ),
+    EmbeddingConfig: (
+        dict(block=(512, 1024), forward_warps=(2, 4, 8)),
+        dict(backward_tile=(4096, 8192, 16384), backward_warps=(4, 8)),
+    ),
+}
+
+
+def around(row, grid):
+    """The rows that a grid gives where the rest is a row's, a list; what no kernel can be launched with is left out."""
+    rows = []
+    for values in itertools.product(*grid.values()):
+        try:
+            rows.append(replace(row, **dict(zip(grid, values, strict=True))))
+        except ValueError:  # of a grid's corners, some are no row
+            continue
+    return rows

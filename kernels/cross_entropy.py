@@ -117,7 +117,7 @@ def _loss_scale(
 
 def chunk_rows(M, V, itemsize, memory):
     """Rows of a chunk: as many as have their logits in a share of the device's memory, in chunks of one size."""
-    config = configs.CROSS_ENTROPY
+    config = configs.cross_entropy()
     most = max(config.min_chunk, int(memory * config.memory_share) // (V * itemsize))
     return triton.cdiv(M, triton.cdiv(M, most)) if M else 1
 
@@ -129,7 +129,7 @@ def linear_cross_entropy_fwd(
 
     h [..., C] and cast, which is weight [V, C], are in the compute dtype.
     """
-    config, device = configs.CROSS_ENTROPY, h.device
+    config, device = configs.cross_entropy(), h.device
     V, C = weight.shape
     h2, targets = h.reshape(-1, C), targets.reshape(-1)
     M = h2.size(0)
@@ -175,7 +175,7 @@ def linear_cross_entropy_bwd(
 ) -> tuple[Tensor, Tensor]:
     """dh and dweight (the latter in dtype) times dloss / n."""
     outs = like(dh, dh.dtype), like(dweight, dtype)
-    block = configs.CROSS_ENTROPY.scale_block
+    block = configs.cross_entropy().scale_block
     for x, out in zip((dh, dweight), outs, strict=True):
         if x.numel():
             _loss_scale[(triton.cdiv(x.numel(), block),)](x, dloss, share, out, x.numel(), BLOCK=block)

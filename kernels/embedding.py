@@ -170,7 +170,7 @@ def _embed_backward_wte(
 def embedding_fwd(idx: Tensor, wte: Tensor, wpe: Tensor, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x [B, T, C] in dtype, of idx [B, T]."""
     (B, T), (V, C) = idx.shape, wte.shape
-    config = configs.EMBEDDING
+    config = configs.embedding()
     x = torch.empty((B, T, C), dtype=dtype, device=wte.device)
     if B * T:
         _embed_forward[(B * T,)](
@@ -183,7 +183,7 @@ def embedding_fwd(idx: Tensor, wte: Tensor, wpe: Tensor, p: float, seed: Tensor 
 def embedding_bwd(dx: Tensor, idx: Tensor, dwte: Tensor, positions: int, p: float, seed: Tensor | None) -> Tensor:
     """Add dx's rows to dwte [V, C] in place; dwpe [positions, C]."""
     (B, T), (V, C) = idx.shape, dwte.shape
-    config = configs.EMBEDDING
+    config = configs.embedding()
     dwpe = torch.empty((positions, C), dtype=dwte.dtype, device=dwte.device)
     if positions > T:
         dwpe[T:].zero_()

@@ -2,6 +2,7 @@
 
     python tests/codegen.py              a JSON object for each kernel and architecture, a line each
     python tests/codegen.py --markdown   docs/codegen.md
+    python tests/codegen.py --candidates [N]   of all that `fastgpt tune` may try, or every N-th, what spills or does not fit
 
 The ops run on CPU tensors whose launches are recorded instead of carried out, so what is compiled is what would be launched:
 the same constants, and the same knowledge of what is 1 or a multiple of 16. Run as a script in a process of its own:
@@ -28,6 +29,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.kernels import adamw, configs, cross_entropy, embedding, flash_attention, gelu_mlp, layer_norm
+from fastgpt.tune import difference
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -112,7 +114,35 @@ def cases():
                 )
 
 
-def recorded(architecture):
+TUNED = {  # case: the lookup whose rows `fastgpt tune` tries around the shipped one
+    "gelu_mlp bf16": ("gelu_mlp", torch.device("cpu"), torch.bfloat16, True),
+    "flash_attention bf16 D=64": ("attention", torch.device("cpu"), torch.bfloat16, 64),
+    "layer_norm C=1024": ("layer_norm", 1024),
+    "cross_entropy": ("cross_entropy",),
+    "embedding": ("embedding",),
+}
+
+
+def candidate_cases():
+    """As `cases`, of every row of every grid around the shipped rows."""
+    for case, launch in cases():
+        if case in TUNED:
+            name, *args = key = TUNED[case]
+            shipped = getattr(configs, name)(*args)
+            for row in dict.fromkeys(
+                row for grid in configs.GRIDS[type(shipped)] for row in configs.around(shipped, grid)
+            ):
+
+                def tried(launch=launch, key=key, row=row):
+                    configs.use({key: row})
+                    launch()
+                    configs.use({})
+
+                if row != shipped:
+                    yield f"{name} {difference(row, shipped)}", tried
+
+
+def recorded(architecture, cases=cases):
     """{(what, kernel): (its arguments by name, its options)} of all launches for an architecture."""
     found = {}
     what = None
@@ -189,6 +219,40 @@ def rows(only=""):
             yield job.result()
 
 
+def candidates(every=1):
+    """Print for each op and architecture how many of the candidates compile, and which spill or do not fit; a JSON object each."""
+    for sm in (80, 90, 100, 120):
+        found, seen = {}, set()
+        launches = recorded(sm, candidate_cases)
+        of = {}
+        for what, _ in launches:
+            of.setdefault(what.split()[0], {})[what] = None
+        taken = {what for rows in of.values() for what in list(rows)[::every]}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = {}
+            for (what, name), (kernel, arguments, options) in launches.items():
+                src = source(kernel, arguments)
+                same = repr((kernel.__name__, src.signature, src.constants, src.attrs, options))
+                if what in taken and same not in seen:  # what a grid of the backward leaves as it is, is compiled once
+                    jobs[what, name] = pool.submit(compiled, what, name, sm, kernel, arguments, options)
+                    seen.add(same)
+        for what in sorted(taken):
+            op, _, row = what.partition(" ")
+            of_op = found.setdefault(op, dict(op=op, architecture=sm, candidates=0, spill={}, no_fit=[], fail={}))
+            of_op["candidates"] += 1
+            for (case, name), job in jobs.items():
+                if case != what:
+                    continue
+                if job.exception():
+                    of_op["fail"][f"{row}: {name}"] = str(job.exception())
+                elif job.result()["spilled"]:
+                    of_op["spill"][f"{row}: {name}"] = job.result()["spilled"]
+                elif job.result()["shared"] > job.result()["limit"]:
+                    of_op["no_fit"].append(f"{row}: {name}")
+        for of_op in found.values():
+            print(json.dumps(of_op), flush=True)
+
+
 def markdown():
     versions = (
         f"Triton {triton.__version__}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
@@ -217,6 +281,8 @@ sm_120), and the matrix and copy instructions. Warps are a bound, not a measurem
 if __name__ == "__main__":
     if sys.argv[1:] == ["--markdown"]:
         markdown()
+    elif sys.argv[1:2] == ["--candidates"]:
+        candidates(*map(int, sys.argv[2:]))
     else:
         for r in rows(*sys.argv[1:]):
             print(json.dumps(r))

@@ -72,6 +72,20 @@ def test_products_run_on_the_tensor_cores_and_copies_on_tma(rows):
             assert r["tma"] == (r["architecture"] >= 90), r
 
 
+def test_what_tune_may_try_compiles():
+    """A sample of it; `python tests/codegen.py --candidates` compiles all, in minutes."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("codegen.py"), "--candidates", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {r["architecture"] for r in found} == {80, 90, 100, 120}
+    assert {r["op"] for r in found} == {"gelu_mlp", "attention", "layer_norm", "cross_entropy", "embedding"}
+    for r in found:
+        assert r["candidates"] >= 1
+        assert r["fail"] == {}, r
+
+
 def test_the_page_is_of_this_code():
     """docs/codegen.md names every case; its figures are written by the command that it names."""
     page = (Path(__file__).parent.parent / "docs/codegen.md").read_text()

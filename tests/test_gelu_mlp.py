@@ -62,7 +62,7 @@ def test_more_rows_of_tiles_than_the_bias_sum_reads_at_once():
 @pytest.mark.parametrize("tma", [False, True])
 def test_descriptors_and_pointers(tma, monkeypatch):
     """On the pointers' path too where TMA would be taken; and through descriptors in the interpreter."""
-    config = configs.gelu_mlp(torch.device(DEVICE), torch.float16)
+    config = configs.gelu_mlp(torch.device(DEVICE), torch.float16, True)
     entry = type(config)(**{**vars(config), "tma": tma})
     monkeypatch.setattr(configs, "gelu_mlp", lambda device, dtype, aligned: entry if aligned else config)
     check((2, 35), 48, torch.float16)

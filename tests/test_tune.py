@@ -1,0 +1,419 @@
+"""`fastgpt tune`: a made-up clock's fastest configuration wins if it is right, and later runs take it. The kernels are real."""
+
+import json
+import types
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+from kernel_case import DEVICE
+
+pytest.importorskip("triton")
+from fastgpt import choose, ops, tune, tuned
+from fastgpt.config import TuneConfig, UserError, parse
+from fastgpt.kernels import configs
+from fastgpt.verify import Shape
+
+FLAGS = f"--preset=tiny --batch_size=1 --block_size=16 --vocab_size=65 --dtype=float32 --device={DEVICE}".split()
+SHAPE = Shape(1, 16, 64, 2, 65, bias=False)
+RUN = SHAPE, torch.float32, DEVICE
+OPS = ["gelu_mlp", "attention", "layer_norm", "linear_cross_entropy", "embedding", "adamw"]
+
+
+@pytest.fixture(autouse=True)
+def gpu(workdir, monkeypatch):
+    """A machine whose GPU is made up, and one where nothing is tuned afterwards."""
+    monkeypatch.setattr(tune, "needs_gpu", lambda device: None)
+    monkeypatch.setattr(choose, "is_cuda", lambda device: True)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices, fork=torch.random.fork_rng: fork(devices=[]))
+    yield
+    configs.use({})
+    ops.use("torch")
+
+
+def run(rounds, *flags):
+    """Tune where a row takes rounds(row), milliseconds in turn: the file that runs take."""
+    cfg, _ = parse(TuneConfig, [*FLAGS, *flags], "fastgpt tune")
+    tune.tune(cfg, lambda functions: {row: rounds(row) for row in functions})
+    return tuned.path(*RUN)
+
+
+def shipped(op):
+    name, *args = tuned.lookup(op, *RUN)
+    return getattr(configs, name)(*args)
+
+
+def farthest(op):
+    """The last row of every grid in turn: a search that goes wrong does not end there."""
+    row = shipped(op)
+    for grid in configs.GRIDS[type(row)]:
+        row = configs.around(row, grid)[-1]
+    return row
+
+
+def nearer(target):
+    """A clock by which a row is the faster, the more it has in common with the target."""
+
+    def rounds(row):
+        same = row != "shipped" and sum(getattr(row, f.name) == getattr(target, f.name) for f in fields(target))
+        return [2 - same / 20] * 3
+
+    return rounds
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Few candidates, where not the search is in question but what comes of it."""
+    grid = dict(block=(512, 1024), forward_warps=(4, 8))
+    monkeypatch.setitem(configs.GRIDS, configs.EmbeddingConfig, (grid,))
+    monkeypatch.setitem(configs.GRIDS, configs.NormConfig, (dict(backward_warps=(4, 16)),))
+    monkeypatch.setitem(configs.GRIDS, configs.AttentionConfig, (dict(inner=(16, 32, 64)),))
+
+
+# On a GPU some of these rows do not fit, and are rejected for that.
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="of rows that all can be launched, as in the interpreter")
+
+
+@interpreted
+@pytest.mark.parametrize("op", OPS)
+def test_the_fastest_wins_and_runs_take_it(op, capsys):
+    target = farthest(op)
+    assert target != shipped(op)
+    file = run(nearer(target), f"--only={op}")
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if line.split()[0] == op)
+    assert line.endswith(f"  {target!r}")
+    found = json.loads(file.read_text())["ops"][op]
+    assert found["row"] == asdict(target)
+    assert found["ms"] < found["shipped_ms"]
+    assert f"{found['shipped_ms']:.3f}" in line
+    assert shipped(op) != target, "a command changes nothing that runs"
+    tuned.take(*RUN)
+    assert shipped(op) == target
+    said = capsys.readouterr().out
+    assert said == f"launch configurations: {tuned.lookup(op, *RUN)[0]} as tuned, the others as shipped, by {file}\n"
+    choose.check(op, *RUN, "kernel")  # what a run then launches
+    assert all(shipped(other) != farthest(other) for other in OPS if other != op)
+
+
+@pytest.mark.parametrize(
+    ("times", "kept"),
+    [
+        ((2.0, [2.0, 2.0, 2.0]), False),
+        ((2.0, [1.99, 1.99, 1.99]), False),
+        ((2.0, [1.0, 1.0, 2.1]), False),
+        ((2.0, [1.9, 1.9, 1.9]), True),
+    ],
+    ids=["a tie", "half a percent", "slower in one round", "five percent"],
+)
+def test_the_shipped_row_stays_unless_another_is_surely_faster(few, times, kept, capsys):
+    row = shipped("embedding")
+    file = run(lambda r: [times[0]] * 3 if r in (row, "shipped") else times[1], "--only=embedding")
+    found = json.loads(file.read_text())["ops"]["embedding"]
+    assert (found["kept"], found["row"] != asdict(row)) == (kept, kept)
+    assert found["rejected"] == {}
+    tuned.take(*RUN)
+    assert (shipped("embedding") == row) != kept
+    capsys.readouterr()
+
+
+def test_a_lucky_time_is_measured_again(few):
+    row, times = shipped("embedding"), {}
+
+    def rounds(r):
+        times[r] = times.get(r, 0) + 1
+        return [2.0 if r in (row, "shipped") else 1.0 if times[r] == 1 else 3.0] * 3
+
+    file = run(rounds, "--only=embedding")
+    assert json.loads(file.read_text())["ops"]["embedding"]["kept"] is False
+
+
+@interpreted
+def test_what_is_wrong_or_does_not_run_is_rejected_with_its_reason(monkeypatch, capsys):
+    sound = ops.kernels("gelu_mlp")
+    wrong = types.SimpleNamespace(**vars(sound))
+
+    def gelu_mlp(h, *args):
+        row = shipped("gelu_mlp")
+        if row.group == 16:
+            raise RuntimeError("out of resource: shared memory\nand more")
+        return sound.gelu_mlp(h, *args) * (1.001 if row.block_m == 128 else 1)
+
+    wrong.gelu_mlp = gelu_mlp
+    monkeypatch.setattr(ops, "kernels", lambda op, others=ops.kernels: wrong if op == "gelu_mlp" else others(op))
+
+    def rounds(row):  # what is wrong would be the fastest
+        return [1.0 if row != "shipped" and (row.block_m == 128 or row.group == 16) else 2.0] * 3
+
+    found = json.loads(run(rounds, "--only=gelu_mlp").read_text())["ops"]["gelu_mlp"]
+    assert found["kept"] is False
+    assert found["rejected"]["group=16"] == "out of resource: shared memory"
+    unequal = [row for row, why in found["rejected"].items() if "is not equal: y has" in why]
+    assert {"block_m=128", "group=16"} <= {row.split()[0] for row in found["rejected"]}
+    assert len(unequal) == len(found["rejected"]) - 1 >= 3
+    assert all("block_m=128" in row for row in unequal)
+    out = capsys.readouterr().out
+    for row, why in found["rejected"].items():
+        assert f"    {row}: {why}\n" in out
+
+
+def test_the_budget_ends_the_search_and_what_is_left_is_named(monkeypatch, capsys):
+    """The op that takes most of a step is first: here attention, of two layers, before the embedding."""
+    clock = iter([0.0] * 8 + [1e9] * 1000)
+    monkeypatch.setattr(tune, "monotonic", lambda: next(clock))
+    file = run(lambda row: [1.0], "--only=embedding,attention")
+    out = capsys.readouterr().out
+    found = json.loads(file.read_text())["ops"]
+    assert list(found) == ["attention"]
+    grids = configs.GRIDS[configs.AttentionConfig]
+    tried = {row for grid in grids for row in configs.around(shipped("attention"), grid)} - {shipped("attention")}
+    assert 1 < found["attention"]["tried"] < 8
+    assert found["attention"]["left"] == len(tried) + 1 - found["attention"]["tried"]
+    assert f"; {found['attention']['left']} candidates not reached" in out
+    assert "the budget of 300 s is spent; not reached: embedding\n" in out
+
+
+def test_ops_tuned_one_after_the_other_are_in_one_file(few, tmp_path):
+    for op in ("layer_norm", "embedding"):
+        file = run(nearer(farthest(op)), f"--only={op}")
+    assert list(json.loads(file.read_text())["ops"]) == ["layer_norm", "embedding"]
+    tuned.take(*RUN)
+    assert [shipped(op) == farthest(op) for op in ("layer_norm", "embedding")] == [True, True]
+    before = file.read_text()
+    configs.use({tuned.lookup("embedding", *RUN): replace(shipped("embedding"), backward_tile=128)})
+    run(lambda row: [1.0], "--only=embedding", f"--out={tmp_path / 'a' / 'b.json'}")
+    found = json.loads((tmp_path / "a" / "b.json").read_text())["ops"]
+    assert list(found) == ["embedding"]
+    assert found["embedding"]["shipped"] == repr(configs.EMBEDDING), "whatever a run before took"
+    assert file.read_text() == before
+
+
+def test_a_file_that_does_not_hold_here_is_not_taken_and_says_so(few, monkeypatch, capsys):
+    tuned.take(*RUN)
+    assert capsys.readouterr().out == "", "nobody tuned"
+    file = run(nearer(farthest("embedding")), "--only=embedding")
+    good = file.read_text()
+
+    def refused():
+        capsys.readouterr()
+        tuned.take(*RUN)
+        assert configs.tuned == {}
+        out = capsys.readouterr().out
+        assert out.startswith(f"launch configurations: the shipped ones; {file} is not taken: ")
+        assert out.count("\n") == 1
+        return out
+
+    saved = json.loads(good)
+    file.write_text(json.dumps(saved | {"where": saved["where"] | {"gpu": "another"}}))
+    assert "its gpu is not this run's" in refused()
+    found = saved["ops"]["embedding"]
+    for damaged in ("", "[]", "{}", good[:-9], good.replace('"block": ', '"black": ')):
+        file.write_text(damaged)
+        assert "it is damaged" in refused(), damaged
+    file.write_text(json.dumps(saved | {"ops": {"embedding": found | {"row": found["row"] | {"block": 1000}}}}))
+    assert "it is damaged" in refused()
+    file.write_text(good)
+    monkeypatch.setattr(tuned, "source_hash", lambda: "another")
+    monkeypatch.setattr(tuned, "versions", lambda: {"torch": "another"})
+    assert "its source, torch are not this run's" in refused()
+
+
+@pytest.mark.parametrize(
+    "other", [dict(T=33), dict(n_embd=32), dict(n_head=4), dict(dropout=0.1)], ids=lambda other: next(iter(other))
+)
+def test_another_model_is_not_tuned_by_it(few, other, capsys):
+    run(nearer(farthest("embedding")), "--only=embedding")
+    tuned.take(*RUN)
+    assert configs.tuned
+    capsys.readouterr()
+    tuned.take(replace(SHAPE, **other), *RUN[1:])
+    assert configs.tuned == {}
+    assert capsys.readouterr().out == ""
+    tuned.take(replace(SHAPE, B=7, vocab_size=11), *RUN[1:])
+    assert configs.tuned, "a batch and a vocabulary may be others"
+
+
+def test_a_choice_is_measured_anew_with_a_tuned_configuration(few, monkeypatch, capsys):
+    measured = []
+
+    def measure(functions):
+        measured.append(shipped("embedding"))
+        return dict(zip(functions, [2.0, 1.0, 3.0], strict=False))
+
+    monkeypatch.setattr(choose, "time_together", measure)
+
+    def ask():
+        return choose.choose("auto", *RUN, False)["embedding"]
+
+    before = shipped("embedding")
+    assert (ask(), ask()) == ("triton", "triton")
+    assert len(measured) == len(ops.KERNELS), "the second was remembered"
+    file = run(nearer(farthest("embedding")), "--only=embedding")
+    capsys.readouterr()
+    ask()
+    assert capsys.readouterr().out.startswith(
+        f"launch configurations: embedding as tuned, the others as shipped, by {file}\n"
+    )
+    assert len(measured) == len(ops.KERNELS) + 1, "of the other ops nothing changed"
+    assert (measured[0], measured[-1]) == (before, farthest("embedding"))
+    file.unlink()
+    ask()
+    assert len(measured) == len(ops.KERNELS) + 1
+    assert shipped("embedding") == before
+
+
+def test_with_dropout_attention_is_tuned_in_the_step_that_runs(few, capsys):
+    """gated_inner stands in for inner then: a grid of inner alone would try one thing many times."""
+    row = replace(shipped("attention"), outer=64, inner=64, gated_inner=16)
+    key = tuned.lookup("attention", *RUN)
+    inner = set()
+
+    def rounds(functions):
+        inner.update((r.inner, r.gated_inner) for r in functions)
+        return {r: [1.0] for r in functions}
+
+    configs.use({key: row})
+    tune.search("attention", replace(SHAPE, dropout=0.1), *RUN[1:], float("inf"), rounds)
+    assert inner == {(16, None), (32, None), (64, None)}
+
+
+def test_products_are_timed_by_both_libraries_and_the_setting_stays(monkeypatch, capsys):
+    """A product of a layer counts as often as there are layers. The setting is made up: a CPU's PyTorch refuses cuBLASLt."""
+    setting, seen = ["cublas"], []
+    monkeypatch.setattr(
+        torch.backends.cuda,
+        "preferred_blas_library",
+        lambda new=None: setting.append(new or setting[-1]) or setting[-1],
+    )
+
+    def measure(functions):
+        for key, f in functions.items():
+            out = f()
+            assert out is None
+            seen.append((key, setting[-1]))
+        return {
+            (library, what): [1.0 if library == "cublas" else 0.5 if "head" in what else 0.9] * 3
+            for library, what in functions
+        }
+
+    cfg, _ = parse(TuneConfig, [*FLAGS, "--only=products"], "fastgpt tune")
+    tune.tune(cfg, measure)
+    found = json.loads(tuned.path(*RUN).read_text())["products"]
+    layers, head = 2 * 4 * 3, 3
+    assert found["cublas"] == pytest.approx(layers + head)
+    assert found["cublaslt"] == pytest.approx(0.9 * layers + 0.5 * head)
+    assert found["kept"] is True
+    assert len(found["ratios"]) == 15
+    assert (found["ratios"]["c_attn dw"], found["ratios"]["lm_head dx"]) == (0.9, 0.5)
+    assert {library for (library, _), _ in seen} == {"cublas", "cublaslt"}
+    assert all(library == during for (library, _), during in seen)
+    assert setting[-1] == "cublas"
+    line = next(line for line in capsys.readouterr().out.splitlines() if "products" in line)
+    assert line.split()[1:4] == ["27.000", "23.100", "0.86"]
+    assert "cuBLASLt; TORCH_BLAS_PREFER_CUBLASLT=1" in line
+    tuned.take(*RUN)
+    assert configs.tuned == {}
+
+
+def test_the_products_are_a_steps():
+    found = tune.products(SHAPE, 7, torch.float32, "cpu")
+    shapes = {what: tuple(f().shape) for what, (_, f) in found.items()}
+    assert shapes["c_attn forward"] == (16, 192)
+    assert shapes["mlp.c_proj dx"] == (16, 256)
+    assert shapes["lm_head dw"] == (65, 64)
+    assert [times for times, _ in found.values()] == [7] * 12 + [1] * 3
+
+
+@pytest.mark.parametrize("sm", [80, 86, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_grids_are_around_the_shipped_rows(sm, dtype, monkeypatch):
+    monkeypatch.setattr(configs, "architecture", lambda device: sm)
+    for n_embd, n_head in ((768, 12), (1600, 25), (768, 6), (771, 3)):
+        if n_embd // n_head > 128:
+            continue
+        for op in OPS:
+            name, *args = tuned.lookup(op, Shape(1, 16, n_embd, n_head, 65), dtype, DEVICE)
+            row = getattr(configs, name)(*args)
+            grids = configs.GRIDS[type(row)]
+            for grid in grids:
+                found = configs.around(row, grid)
+                assert 3 <= len(set(found)) == len(found) <= 28
+                assert all(
+                    type(r) is type(row) and set(tune.difference(r, row).replace("=", " ").split()[::2]) <= set(grid)
+                    for r in found
+                )
+                if dtype == torch.bfloat16 and n_embd // n_head == 64 and n_embd % 8 == 0:
+                    assert all(getattr(row, field) in values for field, values in grid.items()), (op, grid)
+
+
+def test_what_cannot_be_launched_is_no_row():
+    for kind, wrong in (
+        (configs.MLPConfig, dict(block_m=100)),
+        (configs.MLPConfig, dict(block_m=256, block_n=256)),
+        (configs.MLPConfig, dict(stages=0)),
+        (configs.MLPConfig, dict(tma=1)),
+        (configs.AttentionConfig, dict(inner=256)),
+        (configs.AttentionConfig, dict(gated_inner=256)),
+        (configs.AttentionConfig, dict(outer="128")),
+        (configs.NormConfig, dict(forward_warps=True)),
+        (configs.CrossEntropyConfig, dict(memory_share=None)),
+    ):
+        row = {
+            configs.MLPConfig: configs.GELU_MLP[90, 2], configs.AttentionConfig: configs.ATTENTION[90, 2, 64],
+            configs.NormConfig: configs.LAYER_NORM[0], configs.CrossEntropyConfig: configs.CROSS_ENTROPY,
+        }[kind]  # fmt: skip
+        with pytest.raises(ValueError, match=kind.__name__):
+            replace(row, **wrong)
+
+
+def test_without_a_gpu_it_is_one_line(monkeypatch, fastgpt):
+    monkeypatch.undo()
+    if DEVICE == "cpu":
+        assert fastgpt("tune") == (2, "", "fastgpt: error: tune: needs an NVIDIA GPU and Triton\n")
+    assert fastgpt("tune", "--device=cpu") == (2, "", "fastgpt: error: tune: needs an NVIDIA GPU and Triton\n")
+
+
+def test_the_gpu_that_is_asked_for(monkeypatch):
+    monkeypatch.undo()
+    current = []
+    answers = dict(is_available=True, device_count=2, get_device_capability=(9, 0), get_device_name="a GPU")
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        tune.needs_gpu("cuda")
+        tune.needs_gpu("cuda:1")
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert current == ["cuda:1"]
+    with pytest.raises(UserError, match="this machine has 2"):
+        tune.needs_gpu("cuda:2")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UserError, match="from sm_80 on, and this is a GPU"):
+        tune.needs_gpu("cuda")
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    with pytest.raises(UserError, match="an NVIDIA GPU"):
+        tune.needs_gpu("cuda")
+
+
+def test_what_a_user_can_mend_is_one_line(monkeypatch, fastgpt, tmp_path):
+    status, _, err = fastgpt("tune", *FLAGS, "--only=attention,layernorm")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--only=attention,layernorm: 'layernorm' is none of gelu_mlp, attention" in err
+    (tmp_path / "file").touch()
+    status, _, err = fastgpt("tune", *FLAGS, f"--out={tmp_path}/file/a.json")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith(f"fastgpt: error: --out={tmp_path}/file/a.json: ")
+
+    def full(*args):
+        raise torch.OutOfMemoryError("of memory there is none")
+
+    monkeypatch.setattr(tune, "problem", full)
+    status, _, err = fastgpt("tune", *FLAGS)
+    assert (status, err) == (
+        2,
+        "fastgpt: error: tune: gelu_mlp of 1 x 16 tokens does not fit; give a smaller --batch_size\n",
+    )
