@@ -17,13 +17,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgpt import metrics, ops
+from fastgpt import graphs, metrics, ops, step
 from fastgpt.benchmarks import harness, profile
 from fastgpt.benchmarks.harness import (
     CUDA,
     DEVICE,
     DTYPE,
     Failed,
+    NotHere,
     Timing,
     ceilings,
     clock,
@@ -38,7 +39,6 @@ from fastgpt.choose import choose
 from fastgpt.config import GPTConfig, preset
 from fastgpt.model import GPT
 from fastgpt.optim import adamw
-from fastgpt.step import train_step
 from fastgpt.trainer import shadow_dtype
 from fastgpt.verify import Shape
 
@@ -81,7 +81,11 @@ CASES = (
     else [Case("tiny", 8, 2, 0)]
 )
 # Arms are measured in waves, each beside the baseline: what the budget cuts off is then the least that is missed.
-WAVES = (("eager", "compiled", "fastgpt"), ("strongest",), ("fastgpt-eager", "fastgpt-triton", "liger", "huggingface"))
+WAVES = (
+    ("eager", "compiled", "fastgpt"),
+    ("strongest", "fastgpt-graphs"),
+    ("fastgpt-eager", "fastgpt-triton", "liger", "huggingface"),
+)
 
 
 class Tokens:
@@ -144,12 +148,16 @@ class Setup:
 
 
 class Arm:
-    """A way to take the step: call(idx, targets) gives (anything, loss); module holds the parameters; picks are fastgpt's kernels."""
+    """A way to take the step: call(idx, targets) gives (anything, loss); module holds the parameters; picks are fastgpt's kernels.
+
+    graphed: whether micro-steps are replays of CUDA graphs.
+    """
 
     running = None  # the arm that went last: all use one table of kernels, and most one optimizer and its weights
 
-    def __init__(self, module, call, optimizer, picks=None):
+    def __init__(self, module, call, optimizer, picks=None, graphed=False):
         self.module, self.call, self.optimizer, self.picks = module, call, optimizer, picks
+        self.graphed, self.graphs = graphed, {}
 
     def __call__(self, idx, targets, return_logits=False):
         return self.call(idx, targets)
@@ -165,6 +173,19 @@ class Arm:
             self.optimizer.shadows = self.module.shadows() if self.picks else {}
             if self.picks:
                 self.module.refresh_shadows()
+
+    def graphs_of(self, shape, scaler, accumulation, context):
+        """The Graphs of micro-steps of a shape, which are so many to an iteration; None where none are wanted."""
+        if not self.graphed:
+            return None
+        settings = scaler, accumulation, context
+        made = graphs.Graphs(lambda x, y: step.micro_step(self, x, y, *settings), self.parameters(), self.say)
+        return self.graphs.setdefault((shape, accumulation), made)
+
+    def say(self, line):
+        """What graphs say: that there are none is a failure here, where they are what is measured."""
+        if "goes on without" in line:
+            raise RuntimeError(line)
 
     def weights(self):
         """By nanoGPT's names."""
@@ -272,7 +293,16 @@ def fastgpt_triton(setup):
     return ours(setup, "triton", True)
 
 
-def ours(setup, spec, compile_):
+@arm("fastgpt-graphs")
+def fastgpt_graphs(setup):
+    """Without a compiler, each micro-step the replay of a CUDA graph."""
+    needs_gpu("a CUDA graph")
+    if setup.case.model != "gpt2":
+        raise NotHere("its graphs' memory beside the other arms' is for the smallest model")
+    return ours(setup, "auto", False, graphed=True)
+
+
+def ours(setup, spec, compile_, graphed=False):
     c = setup.config
     module = setup.adopt(lambda: GPT(c))
     inner = torch.compile(module, dynamic=False) if compile_ else module
@@ -280,7 +310,7 @@ def ours(setup, spec, compile_):
     picks = choose(spec, shape, DTYPE, DEVICE, compile_)
     if dtype := shadow_dtype(picks, DTYPE):
         module.keep_shadows(dtype)
-    return Arm(module, lambda idx, targets: inner(idx, targets, return_logits=False), setup.optimizer, picks)
+    return Arm(module, lambda idx, targets: inner(idx, targets, return_logits=False), setup.optimizer, picks, graphed)
 
 
 @arm("liger")
@@ -311,7 +341,9 @@ def iterate(arm, tokens, accumulation, context=None):
     """One iteration of an arm: its loss, on the device."""
     arm.take_over()
     scaler = torch.amp.GradScaler("cuda", enabled=False)
-    loss, _ = train_step(arm, arm.optimizer, scaler, tokens, accumulation, context or autocast(), 1.0)
+    context = context or autocast()
+    replays = arm.graphs_of(tokens.get()[0].shape, scaler, accumulation, context)
+    loss, _ = step.train_step(arm, arm.optimizer, scaler, tokens, accumulation, context, 1.0, replays)
     if arm.picks:
         arm.module.mark_shadows()
     return loss
@@ -466,9 +498,9 @@ class Group:
         batches = self.data[self.batch_sizes[name]]
         self.facts[name] = profile.facts(functools.partial(micro_step, self.arms[name], batches))
         if self.trace_to:
-            step = functools.partial(iterate, self.arms[name], batches, 1)
+            turn = functools.partial(iterate, self.arms[name], batches, 1)
             path = f"{self.trace_to}/{self.case} {name}".replace(" ", "-")
-            profile.write(step, self.setup.config, self.batch_sizes[name], path)
+            profile.write(turn, self.setup.config, self.batch_sizes[name], path)
 
 
 def wall(turn, repeats):

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 pytest.importorskip("pytest_benchmark")
+from replay import Recording
 
+from fastgpt import graphs
 from fastgpt.benchmarks import bench_train, compare, harness, machine, profile, roofline
 from fastgpt.benchmarks.peers.huggingface import HuggingFaceGPT
 from fastgpt.benchmarks.peers.plain import PlainGPT
@@ -220,6 +222,28 @@ def test_steps_on_a_gpu_have_their_memory_and_each_its_best_batch(made_up_gpu, g
     assert not best.failed
     assert best.batch_sizes["eager"] in (16, 32, 64, 128, 256)
     assert len(best.timings["eager"].seconds) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has graphs of its own, which the suite holds equal there")
+def test_an_arm_of_graphs_is_held_equal_among_others(group, monkeypatch):
+    """On graphs that are made up: its gradients are where the graphs have them, whatever the other arms did between."""
+    recordings = []
+
+    def capture(run, pool):
+        recordings.append(Recording())
+        return recordings[-1].replay, recordings[-1].record(run), None
+
+    def frozen(run, pool):
+        capture(run, pool)
+        return lambda: None, torch.zeros(()), None
+
+    graphed = lambda setup: bench_train.ours(setup, "torch", False, graphed=True)  # noqa: E731
+    monkeypatch.setattr(graphs, "waits", lambda: contextlib.nullcontext([]))
+    monkeypatch.setattr(graphs, "capture", capture)
+    assert not group(graphed=graphed).failed
+    assert min(r.replays for r in recordings) > 0
+    monkeypatch.setattr(graphs, "capture", frozen)
+    assert "not equal" in group(graphed=graphed).failed["graphed"].reason
 
 
 # ---- the run ----

@@ -45,6 +45,7 @@ def test_arrows_run_one_way():
         "step",
         "checkpoint",
         "distributed",
+        "graphs",
         "tune",
         "trainer",
         "sample",
