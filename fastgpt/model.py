@@ -50,11 +50,11 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(ndim))
         self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
 
-    def forward(self, x, branch=None, dropout_p=0.0):
-        """Normalise x [...,C]. With a branch [...,C] due, (x + dropout(branch), its normalisation)."""
-        if branch is None:
+    def forward(self, x, *branch, dropout_p=0.0):
+        """Normalise x [...,C]. With a branch [...,C] due, or None, (x + dropout(branch), its normalisation)."""
+        if not branch:
             return ops.layer_norm(x, self.weight, self.bias)
-        return ops.add_layer_norm(x, branch, self.weight, self.bias, dropout_p=dropout_p)
+        return ops.add_layer_norm(x, *branch, self.weight, self.bias, dropout_p=dropout_p)
 
 
 class CausalSelfAttention(nn.Module):
@@ -112,12 +112,10 @@ class Block(nn.Module):
         if not isinstance(x, tuple):
             x, branch = self((x, None), cache, doc_ids)
             return x + self.mlp.dropout(branch)
-        x, branch = x
-        if branch is None:  # the first block: the stream is whole
-            h = self.ln_1(x)
-        else:  # every block's MLP has one and the same dropout, so this block's stands for the last one's
-            x, h = self.ln_1(x, branch, dropout_p(self.mlp.dropout))
-        x, h = self.ln_2(x, self.attn(h, cache, doc_ids, dropout=False), dropout_p(self.attn.resid_dropout))
+        # To the first block comes no branch. Every block's MLP has one and the same dropout, so this block's stands for the last one's.
+        x, h = self.ln_1(*x, dropout_p=dropout_p(self.mlp.dropout))
+        branch = self.attn(h, cache, doc_ids, dropout=False)
+        x, h = self.ln_2(x, branch, dropout_p=dropout_p(self.attn.resid_dropout))
         return x, self.mlp(h, dropout=False)
 
 
@@ -273,7 +271,7 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, None, doc_ids, use_reentrant=False, preserve_rng_state=drops)
             else:
                 x = block(x, caches[i] if caches else None, doc_ids)
-        _, h = t.ln_f(*x, dropout_p(t.h[-1].mlp.dropout))
+        _, h = t.ln_f(*x, dropout_p=dropout_p(t.h[-1].mlp.dropout))
         return h, head
 
     def crop_block_size(self, block_size):

@@ -150,7 +150,8 @@ def layer_norm(x, weight, bias=None, eps=EPS):
 def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0):
     """See `reference.add_layer_norm`."""
     if triton := triton_for("layer_norm", x, branch):
-        return triton.add_layer_norm(x, branch, weight, bias, eps, dropout_p, draw_seed(x, dropout_p))
+        seed = None if branch is None else draw_seed(x, dropout_p)
+        return triton.add_layer_norm(x, branch, weight, bias, eps, dropout_p, seed)
     return reference.add_layer_norm(x, branch, weight, bias, eps, dropout_p)
 
 

@@ -34,9 +34,10 @@ def layer_norm(x, weight, bias=None, eps=EPS):
 def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0):
     """Add a branch to the residual stream, and normalise the sum: (new stream, normalised), each [B,T,C].
 
-    Dropout falls on the branch before it is added.
+    Dropout falls on the branch before it is added. Where there is none, None, the stream stays as it is.
     """
-    x = x + F.dropout(branch, dropout_p, training=dropout_p > 0)
+    if branch is not None:
+        x = x + F.dropout(branch, dropout_p, training=dropout_p > 0)
     return x, layer_norm(x, weight, bias, eps)
 
 

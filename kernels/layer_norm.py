@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import Op, can_run, check_seed, compute_dtype, keep, kept_scale, like, rows
+from fastgpt.kernels.common import Op, can_run, check_seed, compute_dtype, keep, kept_scale, like, once, rows
 
 # Rows are shared by a fixed number of programs, so that the order of the sums does not depend on the GPU: about four a
 # SM on an H100, and 3 MB of partial sums at C = 768.
@@ -231,10 +231,10 @@ def layer_norm_fwd(
 
 
 def layer_norm_bwd(
-    dh: Tensor, x: Tensor, stats: Tensor, weight: Tensor, has_bias: bool
+    dh: Tensor, dstream: Tensor | None, x: Tensor, stats: Tensor, weight: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias); dbias is empty without a bias."""
-    dx, _, dweight, dbias = _launch_backward(dh, None, x, stats, weight, has_bias, 0.0, None, None)
+    """(dx, dweight, dbias); dbias is empty without a bias. dstream, x's gradient by another way, is added to dx."""
+    dx, _, dweight, dbias = _launch_backward(dh, dstream, x, stats, weight, has_bias, 0.0, None, None)
     return dx, dweight, weight.new_empty(0) if dbias is None else dbias
 
 
@@ -278,7 +278,7 @@ def _gradients(launch, ctx, dh, *_):
     x, stats, weight = ctx.saved_tensors
     if dh is None:
         return (None,) * 5
-    dx, dweight, dbias = launch(dh, x, stats, weight, ctx.has_bias)
+    dx, dweight, dbias = launch(dh, None, x, stats, weight, ctx.has_bias)
     return dx, dweight, dbias if ctx.has_bias else None, None, None
 
 
@@ -307,7 +307,7 @@ _layer_norm = Op(
     layer_norm_fwd,
     lambda x, weight, bias, eps, dtype: (like(x, dtype), _statistics(x)),
     layer_norm_bwd,
-    lambda dh, x, stats, weight, has_bias: (
+    lambda dh, dstream, x, stats, weight, has_bias: (
         like(x, x.dtype), torch.empty_like(weight), _fake_bias(weight, has_bias)
     ),
     _setup,
@@ -325,6 +325,30 @@ _add_layer_norm = Op(
     _add_setup,
     _add_gradients,
 )  # fmt: skip
+
+
+def _keeping_gradients(ctx, dstream, dh, *_):
+    x, stats, weight = ctx.saved_tensors
+    if dh is None:
+        return dstream, None, None, None, None
+    launch = _layer_norm.custom_backward if torch.compiler.is_compiling() else _layer_norm.backward
+    dx, dweight, dbias = launch(dh, dstream, x, stats, weight, ctx.has_bias)
+    return dx, dweight, dbias if ctx.has_bias else None, None, None
+
+
+class _Keeping(torch.autograd.Function):
+    """layer_norm, and x again for the stream that goes on: its gradient comes back this way, and is added where dx is made."""
+
+    @staticmethod
+    def forward(x, weight, bias, eps, dtype):
+        op = _layer_norm.custom if torch.compiler.is_compiling() else _layer_norm.forward
+        return x.view_as(x), *op(x, weight, bias, eps, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _setup(ctx, inputs, output[1:])
+
+    backward = staticmethod(once("layer_norm", _keeping_gradients))
 
 
 def takes(x, branch=None):
@@ -353,8 +377,11 @@ def layer_norm(x, weight, bias=None, eps=1e-5):
 def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, dropout_p=0.0, seed=None):
     """(x + dropout(branch), its LayerNorm), each [..., C]: the first in the wider of their dtypes, the second as `layer_norm`'s.
 
-    seed is an int64 tensor of one element, needed for dropout. Raises ValueError for shapes that do not match.
+    Without a branch, None, the first is x. seed is an int64 tensor of one element, needed for dropout. Raises ValueError for shapes
+    that do not match.
     """
+    if branch is None:
+        return _Keeping.apply(x, *_vectors(x, weight, bias), eps, compute_dtype(x))[:2]
     if x.shape != branch.shape:
         raise ValueError(f"add_layer_norm: a branch of {tuple(branch.shape)} for a stream of {tuple(x.shape)}")
     check_seed(dropout_p, seed)

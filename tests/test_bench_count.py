@@ -39,7 +39,7 @@ def gpt2():
 
 # The recorded figures of an exact micro-step of GPT-2 124M at 32 x 1024. A change that raises one adds a pass over memory or a
 # kernel: lower them where it lowers, and raise them only with the reason in the commit.
-RECORDED = {"fastgpt": (30.14e9, 268), "fastgpt-eager": (30.14e9, 269)}
+RECORDED = {"fastgpt": (29.94e9, 267), "fastgpt-eager": (29.94e9, 268)}
 # So that the peer is not slowed down unseen: what plain PyTorch and Inductor of these versions come to.
 PEERS = {"eager": (114.9e9, 492), "compiled": (56.3e9, 414)}
 

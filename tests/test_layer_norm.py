@@ -155,6 +155,38 @@ def test_gradients_that_are_missing_or_of_stride_zero(used):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("used", ["both", "stream", "h"])
+def test_without_a_branch_both_gradients_are_one(dtype, used):
+    """The first block's: the stream goes on as it is, and its gradient is added where LayerNorm's is made."""
+
+    def f(op):
+        def call(x, weight, bias):
+            stream, h = op(x, None, weight, bias)
+            return stream, widen(h, dtype)
+
+        return call
+
+    def same(x, branch, weight, bias):
+        return x, F.layer_norm(x, weight.shape, weight, bias, 1e-5)
+
+    def op(x, branch, weight, bias):
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            stream, h = add_layer_norm(x, branch, weight, bias)
+        assert h.dtype == dtype
+        assert stream.data_ptr() == x.data_ptr(), "nothing is copied"
+        return stream, h
+
+    inputs = dict(x=randn(2, 70, 48), weight=randn(48, shift=1.0), bias=randn(48))
+    grads = [randn(2, 70, 48) if used != "h" else None, randn(2, 70, 48, dtype=dtype) if used != "stream" else None]
+    if used != "stream":
+        three_way.hold(f(op), f(same), inputs, ("stream", "h"), grads)
+        return
+    x = inputs["x"].requires_grad_()
+    add_layer_norm(x, None, inputs["weight"], inputs["bias"])[0].backward(grads[0])
+    assert torch.equal(x.grad, grads[0])
+
+
 def test_layer_norm_alone():
     for dtype in DTYPES:
         x, weight, bias = randn(2, 5, 130), randn(130, shift=1.0), randn(130)
