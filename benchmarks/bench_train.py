@@ -170,7 +170,7 @@ class Arm:
         if Arm.running is not self:
             Arm.running = self
             ops.use(self.picks or "torch")
-            self.optimizer.shadows = self.module.shadows() if self.picks else {}
+            self.optimizer.keeper = self.module if self.picks else None
             if self.picks:
                 self.module.refresh_shadows()
 
@@ -343,10 +343,7 @@ def iterate(arm, tokens, accumulation, context=None):
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     context = context or autocast()
     replays = arm.graphs_of(tokens.get()[0].shape, scaler, accumulation, context)
-    loss, _ = step.train_step(arm, arm.optimizer, scaler, tokens, accumulation, context, 1.0, replays)
-    if arm.picks:
-        arm.module.mark_shadows()
-    return loss
+    return step.train_step(arm, arm.optimizer, scaler, tokens, accumulation, context, 1.0, replays)[0]
 
 
 def micro_step(arm, tokens):

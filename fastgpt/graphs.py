@@ -68,7 +68,9 @@ class Graphs:
             self.inputs = x.clone(), y.clone()
         try:
             replay, loss, self.pool = capture(lambda: self.run(*self.inputs), self.pool)
-        except Exception as e:  # whatever stops it: the run goes on without
+        except UserError:
+            raise
+        except Exception as e:  # whatever else stops it: the run goes on without
             if fresh:
                 for p in self.parameters:
                     p.grad = None
@@ -83,20 +85,40 @@ class Graphs:
         """Go on without graphs."""
         self.failed = True
         self.captured.clear()
-        self.say(
-            f"CUDA graphs: a micro-step cannot be captured ({reason.strip().splitlines()[0]}); the run goes on without"
-        )
+        self.inputs = self.gradients = self.pool = None
+        self.say(f"CUDA graphs: a micro-step cannot be captured ({first_line(reason)}); the run goes on without")
 
 
 def capture(run, pool):
-    """(a function that replays what run() launches, run's answer, the pool of its memory); pool is that of an earlier one, or None."""
+    """(a function that replays what run() launches, run's answer, the pool of its memory); pool is that of an earlier one, or None.
+
+    Raises what run raises, and UserError where CUDA gave the capture up: PyTorch's generator and allocator are then left in its midst,
+    and nothing more can be computed.
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     # The default stream cannot be captured: PyTorch then takes one of its own. Another thread reads the next batch meanwhile, and
     # what it does is not this capture's to forbid.
-    stream = None if stream == torch.cuda.default_stream() else stream
-    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-        answer = run()
+    own = None if stream == torch.cuda.default_stream() else stream
+    failure = None
+    try:
+        with torch.cuda.graph(graph, pool, own, capture_error_mode="thread_local"):
+            try:
+                answer = run()
+            except Exception as e:
+                failure = e
+    except Exception as e:
+        torch.cuda.set_stream(stream)
+        raise UserError(
+            f"--cuda_graphs=True: a micro-step cannot be captured ({first_line(str(failure or e))}); leave it out"
+        ) from e
+    if failure is not None:
+        raise failure
     return graph.replay, answer, graph.pool()
+
+
+def first_line(reason):
+    """An error's message without what follows it."""
+    return next(iter(reason.strip().splitlines()), "no reason given")
 
 
 @contextmanager
@@ -111,7 +133,7 @@ def waits():
         finally:
             torch.cuda.set_sync_debug_mode(before)
     for w in caught:
-        if "synchroniz" in str(w.message):
+        if "called a synchronizing" in str(w.message):
             seen.append(f"{w.filename}:{w.lineno} waits for the GPU")
-        else:
+        elif "Synchronization debug mode" not in str(w.message):  # PyTorch's notice that this mode is young
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)

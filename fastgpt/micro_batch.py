@@ -15,8 +15,8 @@ TILE = 128  # rows and columns of a GEMM's tile, as cuBLAS and the kernels take 
 MEMORY_SHARE = 0.85  # of what is free, for activations: the rest is the allocator's and the estimate's
 
 
-def merge(spec, batch_size, accumulation, config, device, dtype, recompute="none", stream=4):
-    """How many micro-batches of batch_size make one micro-step, a divisor of accumulation.
+def merge(spec, batch_size, accumulation, config, device, dtype, recompute="none", stream=4, held=1):
+    """How many micro-batches of batch_size make one micro-step, a divisor of accumulation; held: micro-steps in memory at a time.
 
     spec is --micro_batch: "" for one, "auto" for the best of this device, or sequences of a micro-step, an int. Raises UserError.
     """
@@ -36,13 +36,13 @@ def merge(spec, batch_size, accumulation, config, device, dtype, recompute="none
         return 1
     free, _ = torch.cuda.mem_get_info(device)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return best(sizes, config, sms, free, dtype.itemsize, recompute, stream) // batch_size
+    return best(sizes, config, sms, free, dtype.itemsize, recompute, stream, held) // batch_size
 
 
-def best(sizes, config, sms, free, itemsize, recompute="none", stream=4):
+def best(sizes, config, sms, free, itemsize, recompute="none", stream=4, held=1):
     """Of sizes in sequences, the one whose GEMMs fill the SMs best within free bytes of memory; of equals, to a percent, the least."""
     room = MEMORY_SHARE * free - state_bytes(config)
-    fitting = [s for s in sizes if s * sequence_bytes(config, itemsize, recompute, stream) <= room] or sizes[:1]
+    fitting = [s for s in sizes if s * held * sequence_bytes(config, itemsize, recompute, stream) <= room] or sizes[:1]
     most = max(filled(s * config.block_size, config, sms) for s in fitting)
     return next(s for s in fitting if filled(s * config.block_size, config, sms) >= most - 0.01)
 
@@ -76,10 +76,12 @@ def what_fits(cfg, config, memory, itemsize):
     room = MEMORY_SHARE * memory - state_bytes(config) * 18 / 14  # the weights too
     failed = cfg.micro_batch if type(cfg.micro_batch) is int else cfg.batch_size
     modes, stream = get_args(Recompute), RESIDUAL[cfg.residual].itemsize
+    sequence = sequence_bytes(config, itemsize, cfg.recompute, stream)
+    if cfg.cuda_graphs and failed * sequence <= room:  # beside whose memory what is not replayed has its own
+        return "leave out --cuda_graphs"
     for mode in modes[modes.index(cfg.recompute) + 1 :]:
         if failed * sequence_bytes(config, itemsize, mode, stream) <= room:
             return f"give --recompute={mode}"
-    sequence = sequence_bytes(config, itemsize, cfg.recompute, stream)
     total = cfg.batch_size * cfg.gradient_accumulation_steps
     merged = [n for n in range(cfg.batch_size, failed, cfg.batch_size) if total % n == 0 and n * sequence <= room]
     if merged:

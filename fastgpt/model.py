@@ -188,28 +188,30 @@ class GPT(nn.Module):
     def keep_shadows(self, dtype):
         """Keep the weight of every Linear in a dtype too, so that no step casts it; state_dict knows nothing of it.
 
-        After each change of the weights call `refresh_shadows`, or where an optimizer has `shadows()` to write, `mark_shadows`. Under
-        DDP keep them after it was made, when all processes have the same weights.
+        After each change of the weights call `refresh_shadows`, or have an `optim.AdamW` write them (its `keeper`). Under DDP keep them
+        after it was made, when all processes have the same weights.
         """
         for linear in self._linears():
             linear.register_buffer("shadow", torch.empty_like(linear.weight, dtype=dtype), persistent=False)
         self.refresh_shadows()
 
     def shadows(self):
-        """{weight: its shadow} of all that are kept."""
-        return {m.weight: m.shadow for m in self._linears() if getattr(m, "shadow", None) is not None}
+        """{weight: its shadow} of all that are kept and not seen to be behind their weights."""
+        return {m.weight: m.shadow for m in self._linears() if shadow(m) is not None}
 
     @torch.no_grad()
     def refresh_shadows(self):
         """Make the shadows equal to the weights again."""
-        if kept := self.shadows():
+        kept = {m.weight: m.shadow for m in self._linears() if getattr(m, "shadow", None) is not None}
+        if kept:
             torch._foreach_copy_(list(kept.values()), list(kept))
-        self.mark_shadows()
+        self.mark_shadows(kept)
 
-    def mark_shadows(self):
-        """Take the shadows to be equal to the weights as they are now."""
+    def mark_shadows(self, weights):
+        """Take these weights' shadows to be equal to them as they are now."""
         for linear in self._linears():
-            linear.shadow_of = state_of(linear.weight)
+            if linear.weight in weights:
+                linear.shadow_of = state_of(linear.weight)
 
     def _apply(self, *args, **kwargs):
         """After .to(), .half() and the like, shadows are made anew in their own dtype."""

@@ -107,7 +107,8 @@ def warn_once(op, implementation, device, dtype, size):
 def adding_in_place():
     """Within it a backward that runs eagerly may add a weight's gradient to its .grad in the GEMM that makes it.
 
-    It is for `loss.backward()` where nobody but the weights waits for gradients: no DDP, whose hooks would not hear of them.
+    It is for a `loss.backward()` that is for all weights, and where nobody but they waits for gradients: DDP's hooks, say, would be
+    called without one.
     """
     common = importlib.import_module("fastgpt.kernels.common") if loaded else None
     if common is None:

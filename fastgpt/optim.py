@@ -8,43 +8,51 @@ from fastgpt import ops
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW whose step can clip and write shadow weights on the way, by `ops.adamw`; state and settings are torch's.
+    """torch.optim.AdamW whose step can clip and write shadow weights on the way, by `ops.adamw`; its state and state_dict are torch's.
 
-    `max_norm` is the global norm to clip to (None: `step` leaves the gradients alone, as torch's does), `grad_norm` what it was
-    before, [] fp32, after a step that clipped. `shadows` {weight: the same in 16 bits} are rewritten with their weights. `in_order`
-    are the parameters as their norms are added up.
+    `max_norm` is the global norm to clip to (None: `step` leaves the gradients alone, as torch's does; infinity: it is measured),
+    `grad_norm` what it was before, [] fp32, after such a step. `keeper` is a GPT whose shadows are rewritten with their weights.
+    `in_order` are the parameters as their norms are added up; others come behind. Raises ValueError for what nanoGPT's has no use
+    for: amsgrad, maximize, capturable, differentiable.
     """
 
-    max_norm = grad_norm = None
-
-    def __init__(self, groups, **settings):
-        super().__init__(groups, **settings)
-        self.shadows = {}
-        self.in_order = [p for group in self.param_groups for p in group["params"]]
+    max_norm = grad_norm = keeper = None
+    in_order = ()
 
     @torch.no_grad()
     def step(self, closure=None):
         """One update, of the parameters that have a gradient; closure's answer, which is called first, or None."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "an update cannot be captured in a CUDA graph: it reads addresses and its learning rate on the host"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        shadows = self.keeper.shadows() if self.keeper else {}
         groups = []
         for group in self.param_groups:
+            if unknown := [k for k in ("amsgrad", "maximize", "capturable", "differentiable") if group[k]]:
+                raise ValueError(f"this AdamW has no {unknown[0]}: take torch.optim.AdamW")
             params, grads, exp_avgs, exp_avg_sqs, steps = tensors = [[] for _ in range(5)]
             self._init_group(
                 group, params, grads, exp_avgs, exp_avg_sqs, [], steps
             )  # makes moments where there are none
             names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
-            shadows = [self.shadows.get(p) for p in params]
-            groups.append({**group, **dict(zip(names, tensors, strict=True)), "shadows": shadows})
+            kept = [shadows.get(p) for p in params]
+            groups.append({**group, **dict(zip(names, tensors, strict=True)), "shadows": kept})
+        order = {p: i for i, p in enumerate(self.in_order)}
+        params = sorted((p for group in groups for p in group["params"]), key=lambda p: order.get(p, len(order)))
+        grads = [p.grad for p in params]
         # Where torch.amp.GradScaler finds a fused optimizer, it leaves these two to it.
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        grads = [p.grad for p in self.in_order if p.grad is not None]
         if scale is not None:
             torch._foreach_div_(grads, scale)
         if grads:
             self.grad_norm = ops.adamw(groups, grads, self.max_norm, found_inf)
+        if self.keeper:
+            self.keeper.mark_shadows(shadows)
         return loss
 
 

@@ -8,6 +8,8 @@ Shapes: B sequences, T tokens each, C = n_embd, V = vocab_size. Source: the GPT-
 (github.com/karpathy/nanoGPT, model.py) writes it.
 """
 
+import math
+
 import torch
 from torch.nn import functional as F
 from torch.optim.adamw import adamw as functional_adamw
@@ -87,8 +89,9 @@ def cross_entropy(logits, targets, ignore_index=-1):
 
 @torch.no_grad()
 def adamw(groups, grads, max_norm=None, found_inf=None):
-    """Clip to a global norm of max_norm (None: not) and update by AdamW, in place: the norm before clipping [] fp32, or None.
+    """Clip to a global norm of max_norm and update by AdamW, in place: the norm before clipping [] fp32, or None where max_norm is.
 
+    To infinity nothing is clipped, and the norm measured.
     groups: dicts with lists of tensors, params, grads, exp_avgs, exp_avg_sqs, steps ([] fp32, updates done so far) and shadows (a
     weight in 16 bits, which the update writes too, or None), and lr, betas, eps, weight_decay, fused. found_inf [] fp32 (fused alone),
     or None: where it is not 0, no weight changes. grads are all groups', in the order in which their norms are added up; they
@@ -97,7 +100,8 @@ def adamw(groups, grads, max_norm=None, found_inf=None):
     norm = None
     if max_norm is not None:
         norm = torch.nn.utils.get_total_norm(grads)
-        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        if max_norm < math.inf:
+            torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     for g in groups:
         functional_adamw(
             g["params"], g["grads"], g["exp_avgs"], g["exp_avg_sqs"], [], g["steps"], fused=g["fused"], found_inf=found_inf,

@@ -12,8 +12,8 @@ def train_step(model, optimizer, scaler, batches, accumulation, autocast, grad_c
 
     Both are fp32 scalars on the device: nothing here waits for the GPU. `batches` has its next batch under way, and
     is left so. model(x, y, return_logits=False) gives (None, loss); `scaler` is a torch.amp.GradScaler, enabled for
-    float16 only; `optimizer` is an optim.AdamW; grad_clip 0 clips nothing. `graphs`, a graphs.Graphs of `micro_step` on the model
-    itself, takes the micro-steps in which DDP averages nothing.
+    float16 only; `optimizer` is an optim.AdamW; grad_clip 0 clips nothing. `graphs`, a graphs.Graphs of `micro_step` on the model,
+    takes the micro-steps in which DDP averages nothing.
     """
     total = 0.0
     for i in range(accumulation):

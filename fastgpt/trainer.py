@@ -108,8 +108,7 @@ class Run:
         self.parallel = distributed.wrap(self.compiled, world)
         if self.shadows:  # after DDP has given all processes the same weights; of buffers this new it sends nothing
             self.model.keep_shadows(self.shadows)
-            self.optimizer.shadows = self.model.shadows()
-            self.optimizer.register_step_post_hook(lambda *_: self.model.mark_shadows())
+            self.optimizer.keeper = self.model
 
         self.graphs = self.make_graphs() if cfg.cuda_graphs else None
 
@@ -129,16 +128,19 @@ class Run:
         dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32
         c = self.model.config
         keeps = cfg.recompute, RESIDUAL[cfg.residual].itemsize
-        merged = merge(cfg.micro_batch, cfg.batch_size, self.accumulation, c, world.device, dtype, *keeps)
+        held = (
+            2 if cfg.cuda_graphs and world.size > 1 else 1
+        )  # a graph keeps its memory, and the last micro-step takes its own
+        merged = merge(cfg.micro_batch, cfg.batch_size, self.accumulation, c, world.device, dtype, *keeps, held)
         merged = distributed.least(merged, world)
         self.accumulation //= merged
         sequences = merged * cfg.batch_size
         if cfg.micro_batch:
             print(f"micro-steps: {self.accumulation} of {sequences} sequences, {merged} micro-batches in each")
         if self.cuda:
-            takes = sequences * sequence_bytes(c, dtype.itemsize, *keeps)
+            takes = held * sequences * sequence_bytes(c, dtype.itemsize, *keeps)
             free, _ = torch.cuda.mem_get_info(world.device)
-            print(f"activations: about {takes / 1e9:.1f} GB a micro-step, of {free / 1e9:.1f} GB that are free")
+            print(f"activations: about {takes / 1e9:.1f} GB, of {free / 1e9:.1f} GB that are free")
         return merged
 
     def make_graphs(self):
@@ -147,7 +149,7 @@ class Run:
             print("CUDA graphs: none, since DDP takes part in the only micro-step of an iteration")
             return None
         settings = self.scaler, self.accumulation, self.autocast
-        return graphs.Graphs(lambda x, y: micro_step(self.compiled, x, y, *settings), self.model.parameters())
+        return graphs.Graphs(lambda x, y: micro_step(self.parallel, x, y, *settings), self.model.parameters())
 
     def choose_kernels(self, merged):
         """Decide which implementation of each op runs, on this run's shapes. The main process measures, the others read."""

@@ -192,6 +192,8 @@ def update(params, groups, max_norm, found_inf):
         partial = torch.empty(len(rows), dtype=torch.float32, device=device)
         _adamw_norm[(len(rows),)](table, rows, partial, **constants)
         _adamw_clip[(1,)](partial, norm, scale, len(rows), float(max_norm), BLOCK=config.clip_block, num_warps=8)
+        if max_norm == math.inf:  # only measured: infinity over a norm that overflowed would be nan
+            scale = None
     steps = [t for group in groups for t in group["steps"]]
     torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
     first, done = 0, 0
@@ -219,20 +221,27 @@ def log(beta):
 
 
 def takes(p, groups):
-    """Whether all tensors are dense fp32 where Triton runs, and a group's shadows of one dtype."""
-    tensors = [t for g in groups for name, ts in lists(g).items() if name != "shadow" for t in ts]
-    shadows = [[t for t in g["shadows"] if t is not None] for g in groups]
-    return (
-        can_run(p)
-        and all(t.dtype == torch.float32 and t.is_contiguous() and t.device == p.device for t in tensors)
-        and all(t.is_contiguous() for ts in shadows for t in ts)
-        and all(len({t.dtype for t in ts}) <= 1 for ts in shadows)
-    )
+    """Whether all tensors are dense fp32 where Triton runs, each of its parameter's shape, and a group's shadows of one dtype."""
+
+    def fits(t, p, dtype, shape):
+        return t.dtype == dtype and t.shape == shape and t.is_contiguous() and t.device == p.device
+
+    if not can_run(p):
+        return False
+    for group in groups:
+        shadow_dtype = next((t.dtype for t in group["shadows"] if t is not None), None)
+        for *tensors, step, shadow in zip(*lists(group).values(), strict=True):
+            whole = all(fits(t, p, torch.float32, tensors[1].shape) for t in tensors)
+            if not (whole and fits(step, p, torch.float32, ())):
+                return False
+            if shadow is not None and not fits(shadow, p, shadow_dtype, tensors[1].shape):
+                return False
+    return True
 
 
 @torch.no_grad()
 def adamw(groups, grads, max_norm=None, found_inf=None):
-    """Clip to a global norm of max_norm (None: not), and update in place: the norm before clipping [] fp32, or None.
+    """Clip to a global norm of max_norm, and update in place: the norm before clipping [] fp32, or None where max_norm is.
 
     groups: dicts with lists of tensors, params, grads, exp_avgs, exp_avg_sqs, steps ([] fp32, updates done so far) and shadows (None
     where there is none), and lr, betas, eps, weight_decay. found_inf [] fp32, or None: where it is not 0, nothing changes. grads are

@@ -139,10 +139,15 @@ adding = False  # whether a backward may add to weights' gradients by itself: fa
 
 def grad_of(weight):
     """The gradient of a weight that a GEMM may add to, fp32; None where there is none yet, or where somebody else must hear of it."""
-    if not adding or torch.compiler.is_compiling() or weight.grad is None:
+    if (
+        not adding
+        or torch.compiler.is_compiling()
+        or not (weight.is_leaf and weight.requires_grad)
+        or weight.grad is None
+    ):
         return None
     heard = weight._backward_hooks or weight._post_accumulate_grad_hooks
-    mine = weight.is_leaf and not heard and weight.grad.dtype == torch.float32 and weight.grad.is_contiguous()
+    mine = not heard and weight.grad.dtype == torch.float32 and weight.grad.is_contiguous()
     return weight.grad if mine else None
 
 

@@ -24,7 +24,7 @@ class Recording(TorchDispatchMode):
         self.launches, self.before, self.replays, self.inside = [], [], 0, False
 
     def record(self, run):
-        """run's answer, whose memory holds zeros until a replay; whatever it wrote to is as it was."""
+        """run's answer, whose memory holds nan until a replay; whatever it wrote to is as it was."""
         execute, self.made = GridExecutor.__call__, []
         random = torch.get_rng_state()
 
@@ -48,12 +48,14 @@ class Recording(TorchDispatchMode):
                 t.copy_(values)
         for t in self.made:
             if not t.requires_grad:
-                t.zero_()
+                t.fill_(float("nan") if t.is_floating_point() else 0)
         return answer
 
     def keep(self, written):
         """Remember the values of what will be written to."""
-        self.before += [(t.detach(), t.detach().clone()) for t in written]
+        self.before += [
+            (t.data, t.detach().clone()) for t in written
+        ]  # .data: PyTorch does not count what is put back as a change
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -11,6 +11,7 @@ from kernel_case import DEVICE
 
 from fastgpt import ops, optim
 from fastgpt.kernels import configs
+from fastgpt.model import GPT, GPTConfig
 
 FUSED = DEVICE == "cuda"
 SIZES = [(40, 7), (1,), (0,), (513,), (3, 5, 2)]  # a chunk and a bit, elements that no vector divides, one, none
@@ -96,17 +97,74 @@ def test_its_state_is_pytorchs_in_both_directions():
     assert_near(found, expected)
 
 
+class Keeper:
+    """Shadows, as a GPT keeps them."""
+
+    def __init__(self, *params):
+        self.kept = {p: torch.full_like(p, float("nan"), dtype=torch.float16) for p in params}
+        self.marked = []
+
+    def shadows(self):
+        return self.kept
+
+    def mark_shadows(self, weights):
+        self.marked += weights
+
+
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 def test_shadows_are_the_new_weights(implementation):
     ops.use({"adamw": implementation})
     params = parameters()
     a = ours(params, lr=0.5)
-    a.shadows = {p: torch.full_like(p, float("nan"), dtype=torch.float16) for p in (params[0], params[3])}
+    a.keeper = Keeper(params[0], params[3])
     for step in range(2):
         set_gradients(params, step)
         a.step()
-        for p, shadow in a.shadows.items():
+        for p, shadow in a.keeper.kept.items():
             assert torch.equal(shadow, p.detach().half())
+    assert len(a.keeper.marked) == 4
+
+
+def small_model():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, 31, n_layer=1, n_head=1, n_embd=16)).to(DEVICE)
+    model.keep_shadows(torch.float16)
+    optimizer = model.configure_optimizers(0.1, 0.1, (0.9, 0.95), DEVICE)
+    optimizer.keeper = model
+    return model, optimizer
+
+
+def set_all(model, value):
+    for p in model.parameters():
+        p.grad = torch.full_like(p, value)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_a_models_shadows_follow_its_weights_and_what_is_behind_stays_behind(implementation):
+    ops.use({"adamw": implementation})
+    model, optimizer = small_model()
+
+    def equal():
+        shadows = model.shadows()
+        assert all(torch.equal(s, w.detach().half()) for w, s in shadows.items())
+        return len(shadows)
+
+    assert equal() == 5  # four of the block, and the head
+    set_all(model, 1.0)
+    optimizer.step()
+    assert equal() == 5
+    model.float()  # makes them anew
+    set_all(model, -1.0)
+    optimizer.step()
+    assert equal() == 5
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert equal() == 4
+    model.transformer.h[0].mlp.c_fc.weight.grad = None
+    optimizer.step()
+    assert equal() == 4, "changed behind the shadow's back: not taken before it is refreshed"
+    model.refresh_shadows()
+    assert equal() == 5
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
@@ -141,11 +199,92 @@ def test_odd_addresses_and_what_it_does_not_take():
     with pytest.warns(UserWarning, match="adamw: triton does not take float16"):
         optim.AdamW([half], lr=0.1, fused=FUSED).step()
     assert (half < 1).all()
-    wide = torch.nn.Parameter(torch.ones(4, 3, device=DEVICE))
-    wide.grad = torch.arange(12.0, device=DEVICE).view(3, 4).t()
-    assert not ops.kernels("adamw").takes(
-        wide, [dict(params=[wide], grads=[wide.grad], exp_avgs=[], exp_avg_sqs=[], steps=[], shadows=[])]
-    )
+
+
+def test_nothing_is_read_or_written_beyond_its_tensor():
+    """The kernel has addresses alone: what is of another shape, layout, dtype or device than it takes it for is PyTorch's."""
+    p, takes = torch.ones(4, 3, device=DEVICE), ops.kernels("adamw").takes
+    good = dict(grads=p, exp_avgs=p, exp_avg_sqs=p, steps=torch.zeros((), device=DEVICE), shadows=p.half())
+
+    def taken(other=None, **changed):
+        group = {"params": [p], **{k: [t] for k, t in (good | changed).items()}}
+        return takes(p, [group] if other is None else [group, other])
+
+    assert taken()
+    assert taken(shadows=None)
+    for name in ("grads", "exp_avgs", "exp_avg_sqs"):
+        for wrong in (p[:3], p.half(), torch.ones(3, 4, device=DEVICE).t(), p.double(), p.to("meta")):
+            assert not taken(**{name: wrong}), (name, wrong.dtype, wrong.shape)
+    for wrong in (
+        torch.zeros(1, device=DEVICE),
+        torch.zeros((), dtype=torch.float64, device=DEVICE),
+        torch.zeros((), device="meta"),
+    ):
+        assert not taken(steps=wrong)
+    for wrong in (p[:3].half(), torch.ones(3, 4, device=DEVICE).t().half(), p.half().to("meta")):
+        assert not taken(shadows=wrong)
+    two = {"params": [p, p], **{k: [t, t] for k, t in good.items()}}
+    assert takes(p, [two])
+    two["shadows"] = [p.half(), p.bfloat16()]
+    assert not takes(p, [two])
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_a_norm_beyond_fp32_is_measured_and_clips_nothing_where_nothing_is_to_be(implementation):
+    ops.use({"adamw": implementation})
+    params = parameters()
+    a = ours(params)
+    a.max_norm = float("inf")
+    set_gradients(params, 0)
+    params[3].grad[0] = 3e19
+    a.step()
+    assert not any(p.isnan().any() for p in params)
+    assert a.grad_norm > 1e19
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_copies_and_groups_that_come_later_train_on(implementation):
+    ops.use({"adamw": implementation})
+    (first, later), (same, same_later) = (parameters()[:2] for _ in range(2))
+    a, b = optim.AdamW([first], lr=0.1, fused=FUSED), torch.optim.AdamW([same], lr=0.1, fused=FUSED)
+    for optimizer, p in ((a, later), (b, same_later)):
+        optimizer.add_param_group({"params": [p]})
+    a.max_norm = 1.0
+    for step in range(2):
+        for pair in ((first, later), (same, same_later)):
+            set_gradients(pair, step, 10.0)
+        norm = torch.nn.utils.clip_grad_norm_([same, same_later], 1.0)
+        a.step()
+        b.step()
+        torch.testing.assert_close(a.grad_norm, norm)
+    assert_near((first, later), (same, same_later))
+    copy = deepcopy(a)
+    copied = [p for group in copy.param_groups for p in group["params"]]
+    set_gradients(copied, 3)
+    set_gradients((first, later), 3)
+    a.max_norm = None
+    for optimizer in (a, copy):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(copied, (first, later), strict=True))
+
+
+@pytest.mark.parametrize("setting", ["amsgrad", "maximize", "capturable", "differentiable"])
+def test_what_it_would_pass_over_is_refused(setting):
+    params = parameters()[:1]
+    set_gradients(params, 0)
+    before = params[0].detach().clone()
+    with pytest.raises(ValueError, match=f"this AdamW has no {setting}: take torch.optim.AdamW"):
+        optim.AdamW(params, **{setting: True}).step()
+    assert torch.equal(params[0], before)
+
+
+def test_a_capture_of_an_update_is_refused(monkeypatch):
+    params = parameters()[:1]
+    set_gradients(params, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        optim.AdamW(params).step()
 
 
 def test_where_an_infinity_was_found_nothing_changes():
@@ -224,7 +363,7 @@ def test_34_bytes_an_element_move(monkeypatch):
     p = torch.nn.Parameter(torch.randn(n))
     p.grad = torch.randn(n)
     a = optim.AdamW([p], lr=0.1)
-    a.max_norm, a.shadows = 1.0, {p: torch.empty(n, dtype=torch.float16)}
+    a.max_norm, a.keeper = 1.0, Keeper(p)
     a.step()
     assert moved["load"] == pytest.approx(20 * n, rel=0.01)
     assert moved["store"] == pytest.approx(14 * n, rel=0.01)

@@ -23,7 +23,7 @@ from fastgpt.verify import compared
 triton = pytest.importorskip("triton")
 from kernel_case import DEVICE  # noqa: E402
 
-from fastgpt.kernels import cross_entropy, embedding, flash_attention, gelu_mlp, layer_norm, linear  # noqa: E402
+from fastgpt.kernels import common, cross_entropy, embedding, flash_attention, gelu_mlp, layer_norm, linear  # noqa: E402
 
 # The interpreter takes milliseconds a row.
 FEW_ROWS = ["--batch_size=1", "--block_size=8", "--gradient_accumulation_steps=1", "--eval_iters=1"]
@@ -134,6 +134,21 @@ def test_a_second_micro_step_adds_nothing_but_in_the_gemm(tiny):
     )
     assert added == elsewhere
     assert all(p.grad is before[n] for n, p in model.named_parameters()), "one memory, as a CUDA graph needs it"
+
+
+def test_a_frozen_weight_keeps_what_gradient_it_has(tiny):
+    model, idx, targets = tiny
+    ops.use("triton")
+    gradients(*tiny)
+    frozen = model.transformer.h[0].attn.c_attn.weight.requires_grad_(False)
+    before = frozen.grad.clone()
+    _, loss = model(idx, targets, return_logits=False)
+    with ops.adding_in_place():
+        loss.backward()
+    assert torch.equal(frozen.grad, before)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"), ops.adding_in_place():
+        loss.backward()
+    assert not common.adding, "after an error too"
 
 
 def test_whoever_waits_for_a_gradient_gets_it(tiny):
