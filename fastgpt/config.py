@@ -201,6 +201,8 @@ class TuneConfig(StepShape):
     """Every flag of tuning the kernels' launch configurations, at the shapes of a run."""
 
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
+    doc_mask: bool = Field(False, description="for runs with --doc_mask")
+    residual: Residual = Field("fp32", description="for runs with this --residual")
     device: str = Field("cuda", description="cuda, cuda:1")
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype")
     only: str = Field("", description="ops, with commas: gelu_mlp, attention, layer_norm, linear_cross_entropy, embedding, adamw, products; all of them otherwise")

@@ -72,6 +72,10 @@ class Run:
             train_tokens, val_tokens, self.meta, vocab_size = data.load_dataset(cfg)
         if saved:
             checkpoints.check_dataset(saved, cfg, self.meta)
+            for name in ("doc_mask", "residual"):  # what a run computes, and a model without its own memory of
+                before, now = saved.get("config", {}).get(name), getattr(cfg, name)
+                if before not in (None, now):
+                    print(f"--{name}={now}: the checkpoint was trained with {before}")
         self.model = self.build_model(saved, vocab_size).to(world.device)
         self.model.set_recompute(cfg.recompute)
         self.model.set_residual(RESIDUAL[cfg.residual])

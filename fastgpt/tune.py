@@ -33,18 +33,33 @@ def tune(cfg, measure=time_rounds):
     c, dtype, device = cfg.gpt_config(), getattr(torch, cfg.dtype), cfg.device
     times = {"gelu_mlp": c.n_layer, "attention": c.n_layer, "layer_norm": 2 * c.n_layer}
     times |= {"linear_cross_entropy": 1, "embedding": 1, "adamw": 1}  # of an op in a step
-    chosen = cfg.only.split(",") if cfg.only else [*times, PRODUCTS]
+    chosen = list(dict.fromkeys(map(str.strip, cfg.only.split(",")))) if cfg.only else [*times, PRODUCTS]
     for op in chosen:
         if op not in times and op != PRODUCTS:
             raise UserError(f"--only={cfg.only}: {op!r} is none of {', '.join(times)}, {PRODUCTS}")
     needs_gpu(device)
-    shape = Shape(cfg.batch_size, c.block_size, c.n_embd, c.n_head, c.vocab_size, c.bias, cfg.dropout)
+    shape = Shape(
+        cfg.batch_size, c.block_size, c.n_embd, c.n_head, c.vocab_size, c.bias, cfg.dropout,
+        documents=cfg.doc_mask, narrow=cfg.residual == "bf16",
+    )  # fmt: skip
     file = Path(cfg.out) if cfg.out else tuned.path(shape, dtype, device)
-    report = {"where": tuned.conditions(shape, dtype, device), "ops": {}}
-    with contextlib.suppress(OSError, ValueError):  # else there is nothing to add to
-        report, _ = tuned.read(file, shape, dtype, device)  # of another --only
-    write(file, report)  # before the work
-    print(f"tuning for {shape.B} x {shape.T} tokens in {cfg.dtype} on {report['where']['gpu']}, {cfg.budget} s")
+
+    def write(**found):
+        """Add what was found to the file, beside what other runs found meanwhile. Raises UserError where it cannot be written."""
+        report = {"where": tuned.conditions(shape, dtype, device), "ops": {}}
+        with contextlib.suppress(OSError, ValueError):  # else there is nothing to add to
+            report, _ = tuned.read(file, shape, dtype, device)
+        report |= {PRODUCTS: found.pop(PRODUCTS)} if PRODUCTS in found else {}
+        report["ops"] |= found
+        try:
+            tuned.save(file, report)
+        except (OSError, ValueError) as e:
+            raise UserError(f"--out={file}: {getattr(e, 'strerror', None) or e}") from None
+
+    write()  # before the work
+    print(
+        f"tuning for {shape.B} x {shape.T} tokens in {cfg.dtype} on {tuned.conditions(shape, dtype, device)['gpu']}, {cfg.budget} s"
+    )
     deadline, before = monotonic() + cfg.budget, dict(ops.chosen)
     ops.use("triton")
     ops.configs().use({})
@@ -56,20 +71,19 @@ def tune(cfg, measure=time_rounds):
             late.append(op)
             continue
         if op == PRODUCTS:
-            report[op] = found = libraries(shape, c.n_layer, dtype, device, measure)
+            found = libraries(shape, c.n_layer, dtype, device, measure)
             said = "cuBLASLt; TORCH_BLAS_PREFER_CUBLASLT=1 gives it to a run" if found["kept"] else "cuBLAS, as shipped"
             print(
                 f"  {op:22}{found['cublas']:11.3f}{found['cublaslt']:9.3f}{found['ratio']:7.2f}  {said}; ms of a step"
             )
-            write(file, report)
+            write(**{op: found})
             continue
         found = search(op, shape, dtype, device, deadline, measure)
         for row, why in found["rejected"].items():
             print(f"    {row}: {why}")
         left = f"; {found['left']} candidates not reached" if found["left"] else ""
         print(f"  {op:22}{found['shipped_ms']:11.3f}{found['ms']:9.3f}{found['ratio']:7.2f}  {found['repr']}{left}")
-        report["ops"][op] = found
-        write(file, report)
+        write(**{op: found})
     ops.use(before)
     ops.configs().use({})
     if late:
@@ -87,14 +101,6 @@ def needs_gpu(device):
     if device != "cuda":
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = True  # as the trainer does
-
-
-def write(file, report):
-    """Save the report. Raises UserError where the file cannot be written."""
-    try:
-        tuned.save(file, report)
-    except OSError as e:
-        raise UserError(f"--out={file}: {e.strerror}") from None
 
 
 def shipped_ms(op, shape, dtype, device, measure):

@@ -1,6 +1,7 @@
 """What `fastgpt tune` found: the files, and the launch configurations that a run takes from its own.
 
-A file is of one GPU, dtype and kind of model: width, heads, length, and whether it drops out. The batch and the vocabulary may be
+A file is of one GPU, dtype and kind of model: width, heads, length, and whether it drops out, keeps to documents, or has a stream of
+16 bits. The batch and the vocabulary may be
 others than it was measured at. It holds for the sources and versions that it names, and is else not taken.
 """
 
@@ -37,6 +38,7 @@ def conditions(shape, dtype, device):
         "architecture": ops.configs().architecture(torch.device(device)), "source": source_hash(), **versions(),
         "fp32": ops.kernels("gelu_mlp").precision(), "dtype": str(dtype)[6:], "n_embd": shape.n_embd,
         "n_head": shape.n_head, "block_size": shape.T, "dropout": shape.dropout > 0,
+        "documents": shape.documents, "narrow": shape.narrow,
     }  # fmt: skip
 
 
@@ -44,7 +46,8 @@ def path(shape, dtype, device):
     """Where a run looks for its file."""
     c = conditions(shape, dtype, device)
     gpu = re.sub(r"[^a-z0-9]+", "-", c["gpu"].lower()).strip("-")
-    model = f"{c['n_embd']}x{c['n_head']}-{c['block_size']}{'-dropout' * c['dropout']}"
+    modes = "".join(f"-{mode}" for mode in ("dropout", "documents", "narrow") if c[mode])
+    model = f"{c['n_embd']}x{c['n_head']}-{c['block_size']}{modes}"
     return cache_folder() / "tuned" / f"{gpu}-{c['dtype']}-{model}.json"
 
 
@@ -59,7 +62,7 @@ def read(file, shape, dtype, device):
             if found["kept"]:
                 name, *args = key = lookup(op, shape, dtype, device)
                 rows[key] = type(getattr(configs, name)(*args))(**found["row"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("it is damaged") from None
     if differs:
         raise ValueError(f"its {', '.join(differs)} {'is' if len(differs) == 1 else 'are'} not this run's")
@@ -86,9 +89,12 @@ def take(shape, dtype, device):
 def save(file, contents):
     """Write JSON to a file, whole or not at all. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(contents, indent=1))
-    part.replace(file)
+    part = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        part.write_text(json.dumps(contents, indent=1))
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def source_hash():

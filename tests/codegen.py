@@ -120,6 +120,7 @@ TUNED = {  # case: the lookup whose rows `fastgpt tune` tries around the shipped
     "layer_norm C=1024": ("layer_norm", 1024),
     "cross_entropy": ("cross_entropy",),
     "embedding": ("embedding",),
+    "adamw": ("adamw",),
 }
 
 

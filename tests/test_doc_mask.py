@@ -88,6 +88,25 @@ FAULTS = {
 }
 
 
+def test_evaluation_masks_as_training_does(packed, kernels):
+    model, idx, targets = packed
+    torch.testing.assert_close(model.eval()(idx, targets)[1], alone(model, idx, targets), rtol=1e-5, atol=1e-6)
+
+
+def test_more_documents_than_a_byte_counts():
+    """A token's document is not the one 256 before it, whose number has the same last byte."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(300, V, 1, 1, 16)).eval()
+    model.set_doc_mask(SEPARATOR)
+    idx = torch.full((1, 300), SEPARATOR)
+    idx[0, 1:40] = 5  # of the first document
+    targets = torch.zeros_like(idx)
+    changed = idx.clone()
+    changed[0, 1:40] = 7
+    at = 40 + 255  # the 257th
+    assert torch.equal(model(idx, targets)[0][0, at], model(changed, targets)[0][0, at])
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_mask_is_found(packed, kernels, fault, monkeypatch):
     attention = ops.attention

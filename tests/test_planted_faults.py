@@ -68,7 +68,7 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
     "linear": [
         ("a bias left out", "project(x.reshape(-1, x.size(-1)), low, bias,", "project(x.reshape(-1, x.size(-1)), low, None,", SHAPE),
         ("an input's gradient by half of the weight", "torch.mm(dy2, low)", "torch.mm(dy2, low / 2)", SHAPE),
-        ("a row dropped from the weight's gradient", "mm(dy2.t(), x2, w_dtype)", "mm(dy2[1:].t(), x2[1:], w_dtype)", SHAPE),
+        ("a row dropped from the weight's gradient", "mm(dy2.t(), x2, w_dtype, into)", "mm(dy2[1:].t(), x2[1:], w_dtype, into)", SHAPE),
         ("a bias's gradient of one row", "row_sums(dy2, b_dtype)", "row_sums(dy2[:1], b_dtype)", SHAPE),
     ],
     "adamw": [

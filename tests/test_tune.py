@@ -96,6 +96,61 @@ def test_the_fastest_wins_and_runs_take_it(op, capsys):
     assert all(shipped(other) != farthest(other) for other in OPS if other != op)
 
 
+@interpreted
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_tuned_is_what_a_launch_looks_up(op, monkeypatch):
+    """A row under another key would never reach the kernel."""
+    asked = []
+
+    class Asked(dict):
+        def get(self, key):
+            asked.append(key)
+
+    monkeypatch.setattr(configs, "tuned", Asked())
+    choose.check(op, *RUN, "kernel")
+    assert tuned.lookup(op, *RUN) in asked
+
+
+def test_a_file_is_of_all_that_it_was_measured_under(monkeypatch):
+    here = tuned.conditions(*RUN)
+    for other in (
+        dict(dropout=0.1), dict(documents=True), dict(narrow=True), dict(n_embd=32), dict(n_head=4), dict(T=8),
+    ):  # fmt: skip
+        shape = replace(SHAPE, **other)
+        assert tuned.conditions(shape, *RUN[1:]) != here
+        assert tuned.path(shape, *RUN[1:]) != tuned.path(*RUN)
+    for place, name in ((configs, "architecture"), (ops.kernels("gelu_mlp"), "precision"), (tuned, "source_hash")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, lambda *args: "another")
+            assert tuned.conditions(*RUN) != here, name
+
+
+def test_another_runs_findings_are_kept(few):
+    """Two commands at a time: what one finds while the other searches stays in the file."""
+
+    def rounds(row):
+        if not inner:
+            inner.append(row)
+            run(lambda row: [1.0] * 3, "--only=layer_norm")
+        return [1.0] * 3
+
+    inner = []
+    chosen = dict(ops.chosen)
+    file = run(rounds, "--only=embedding, embedding")
+    assert list(json.loads(file.read_text())["ops"]) == ["layer_norm", "embedding"]
+    assert ops.chosen == chosen
+    assert [f.name for f in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("out", ["..", "/", "folder"])
+def test_a_place_that_is_no_file_is_a_line_and_leaves_nothing(workdir, out):
+    (workdir / "folder").mkdir()
+    before = sorted(workdir.parent.rglob("*"))
+    with pytest.raises(UserError, match="--out="):
+        run(lambda row: [1.0] * 3, f"--out={out}", "--only=embedding")
+    assert [p for p in sorted(workdir.parent.rglob("*")) if p not in before and "cache" not in p.parts] == []
+
+
 @pytest.mark.parametrize(
     ("times", "kept"),
     [
