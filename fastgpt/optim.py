@@ -36,9 +36,8 @@ class AdamW(torch.optim.AdamW):
             if unknown := [k for k in ("amsgrad", "maximize", "capturable", "differentiable") if group[k]]:
                 raise ValueError(f"this AdamW has no {unknown[0]}: take torch.optim.AdamW")
             params, grads, exp_avgs, exp_avg_sqs, steps = tensors = [[] for _ in range(5)]
-            self._init_group(
-                group, params, grads, exp_avgs, exp_avg_sqs, [], steps
-            )  # makes moments where there are none
+            # Gathers them, and makes moments where there are none.
+            self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps)
             names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
             kept = [shadows.get(p) for p in params]
             groups.append({**group, **dict(zip(names, tensors, strict=True)), "shadows": kept})

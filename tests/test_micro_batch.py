@@ -74,6 +74,8 @@ def test_auto_fills_the_gpu_and_fits_the_memory():
         assert size * sequence_bytes(GPT2, 2) + state_bytes(GPT2) <= free
         assert filled(size * 1024, GPT2, 132) <= filled(roomy * 1024, GPT2, 132) + 0.01
     assert best(SIZES, GPT2, 132, 1e9, 2) == 12  # as written, where nothing fits
+    twice = best(SIZES, GPT2, 132, 24e9, 2, held=2)  # a graph's micro-step, and beside it one that is none
+    assert twice * 2 * sequence_bytes(GPT2, 2) + state_bytes(GPT2) <= 24e9
 
 
 def test_the_memory_of_gpt2_is_as_counted_by_hand():
@@ -214,6 +216,8 @@ def test_out_of_memory_is_answered_with_what_fits(dataset, fastgpt, monkeypatch)
     [
         (dict(batch_size=32), 24e9, "give --recompute=gelu"),
         (dict(batch_size=32), 16e9, "give --recompute=block"),
+        (dict(batch_size=32, cuda_graphs=True), 16e9, "give --recompute=block"),
+        (dict(batch_size=32, cuda_graphs=True), 40e9, "leave out --cuda_graphs"),  # in whose memory nothing else can be
         (dict(batch_size=32, recompute="block"), 8e9, "give --batch_size=8 --gradient_accumulation_steps=160"),
         (dict(batch_size=12, micro_batch=240), 40e9, "give --micro_batch=48"),
         (dict(batch_size=12, micro_batch=24), 141e9, "give --recompute=gelu"),  # though it should have fitted
