@@ -80,7 +80,7 @@ def test_what_tune_may_try_compiles():
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {r["architecture"] for r in found} == {80, 90, 100, 120}
-    assert {r["op"] for r in found} == {"gelu_mlp", "attention", "layer_norm", "cross_entropy", "embedding"}
+    assert {r["op"] for r in found} == {"gelu_mlp", "attention", "layer_norm", "cross_entropy", "embedding", "adamw"}
     for r in found:
         assert r["candidates"] >= 1
         assert r["fail"] == {}, r
