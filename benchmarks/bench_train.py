@@ -306,8 +306,7 @@ def ours(setup, spec, compile_, graphed=False):
     c = setup.config
     module = setup.adopt(lambda: GPT(c))
     inner = torch.compile(module, dynamic=False) if compile_ else module
-    shape = Shape(setup.case.batch_size or 32, c.block_size, c.n_embd, c.n_head, c.vocab_size, c.bias, c.dropout)
-    picks = choose(spec, shape, DTYPE, DEVICE, compile_)
+    picks = choose(spec, Shape.of(setup.case.batch_size or 32, c), DTYPE, DEVICE, compile_)
     if dtype := shadow_dtype(picks, DTYPE):
         module.keep_shadows(dtype)
     return Arm(module, lambda idx, targets: inner(idx, targets, return_logits=False), setup.optimizer, picks, graphed)

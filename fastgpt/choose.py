@@ -14,8 +14,7 @@ import torch
 
 from fastgpt import ops, tuned
 from fastgpt.config import cache_folder
-from fastgpt.tuned import source_hash
-from fastgpt.verify import compare, problem, run, versions
+from fastgpt.verify import compare, problem, run
 
 PARITY_TOKENS = 4096  # the fp64 side of the comparison takes the memory of many times as much
 ROUNDS, CALLS = 7, 5
@@ -65,9 +64,7 @@ def has_triton():
 def remembered(op, shape, dtype, device, compiled, measure=None):
     """What `decide` finds, from the file of an earlier run where everything that matters is the same."""
     key = {
-        "op": op, "shape": asdict(shape), "dtype": str(dtype), "compiled": compiled, "source": source_hash(),
-        "gpu": torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none",
-        "fp32": ops.kernels("gelu_mlp").precision(), **versions(),
+        "op": op, "shape": asdict(shape), "dtype": str(dtype), "compiled": compiled, **tuned.here(device),
         "blas": str(torch.backends.cuda.preferred_blas_library()),
         "tuned": repr(ops.configs().tuned.get(tuned.lookup(op, shape, dtype, device))),
     }  # fmt: skip
@@ -129,9 +126,9 @@ def check(op, shape, dtype, device, which):
 
 def prepared(op, implementation, it, compiled):
     """A function of no arguments that runs an op forward and backward as the run would."""
-    call = it.timed or (
-        torch.compile(it.chosen, dynamic=False) if compiled else it.chosen
-    )  # the update is never compiled
+    call = it.timed  # the update, which is never compiled
+    if call is None:
+        call = torch.compile(it.chosen, dynamic=False) if compiled else it.chosen
     if op == "embedding":  # the head's gradient comes marked as the loss's backward marks it
         it.grads[1].is_fastgpts = True
 

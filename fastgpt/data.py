@@ -229,9 +229,8 @@ class Batches:
         with torch.cuda.device(self.device):  # a thread begins on GPU 0, where pinning would make a context
             if self.stream is None:
                 self.stream = torch.cuda.Stream()
-            with torch.cuda.stream(
-                self.stream
-            ):  # so that the copy waits for no kernel, and none for it before it is needed
+            # So that the copy waits for no kernel, and none for it before it is needed.
+            with torch.cuda.stream(self.stream):
                 return xy.pin_memory().to(self.device, non_blocking=True), self.stream.record_event()
 
     def get(self):

@@ -15,8 +15,8 @@ TILE = 128  # rows and columns of a GEMM's tile, as cuBLAS and the kernels take 
 MEMORY_SHARE = 0.85  # of what is free, for activations: the rest is the allocator's and the estimate's
 
 
-def merge(spec, batch_size, accumulation, config, device, dtype, recompute="none", stream=4, held=1):
-    """How many micro-batches of batch_size make one micro-step, a divisor of accumulation; held: micro-steps in memory at a time.
+def merge(spec, batch_size, accumulation, config, device, takes):
+    """How many micro-batches of batch_size make one micro-step, a divisor of accumulation, where a sequence takes so many bytes.
 
     spec is --micro_batch: "" for one, "auto" for the best of this device, or sequences of a micro-step, an int. Raises UserError.
     """
@@ -36,13 +36,14 @@ def merge(spec, batch_size, accumulation, config, device, dtype, recompute="none
         return 1
     free, _ = torch.cuda.mem_get_info(device)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return best(sizes, config, sms, free, dtype.itemsize, recompute, stream, held) // batch_size
+    return best(sizes, config, sms, free, takes) // batch_size
 
 
-def best(sizes, config, sms, free, itemsize, recompute="none", stream=4, held=1):
-    """Of sizes in sequences, the one whose GEMMs fill the SMs best within free bytes of memory; of equals, to a percent, the least."""
+def best(sizes, config, sms, free, takes):
+    """Of sizes in sequences, each of which takes so many bytes, the one whose GEMMs fill the SMs best within free bytes of memory; of
+    equals, to a percent, the least."""
     room = MEMORY_SHARE * free - state_bytes(config)
-    fitting = [s for s in sizes if s * held * sequence_bytes(config, itemsize, recompute, stream) <= room] or sizes[:1]
+    fitting = [s for s in sizes if s * takes <= room] or sizes[:1]
     most = max(filled(s * config.block_size, config, sms) for s in fitting)
     return next(s for s in fitting if filled(s * config.block_size, config, sms) >= most - 0.01)
 

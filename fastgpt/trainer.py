@@ -131,20 +131,18 @@ class Run:
         cfg, world = self.cfg, self.world
         dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32
         c = self.model.config
-        keeps = cfg.recompute, RESIDUAL[cfg.residual].itemsize
-        held = (
-            2 if cfg.cuda_graphs and world.size > 1 else 1
-        )  # a graph keeps its memory, and the last micro-step takes its own
-        merged = merge(cfg.micro_batch, cfg.batch_size, self.accumulation, c, world.device, dtype, *keeps, held)
+        takes = sequence_bytes(c, dtype.itemsize, cfg.recompute, RESIDUAL[cfg.residual].itemsize)
+        if cfg.cuda_graphs and world.size > 1:
+            takes *= 2  # a graph keeps its memory, and the last micro-step takes its own
+        merged = merge(cfg.micro_batch, cfg.batch_size, self.accumulation, c, world.device, takes)
         merged = distributed.least(merged, world)
         self.accumulation //= merged
         sequences = merged * cfg.batch_size
         if cfg.micro_batch:
             print(f"micro-steps: {self.accumulation} of {sequences} sequences, {merged} micro-batches in each")
         if self.cuda:
-            takes = held * sequences * sequence_bytes(c, dtype.itemsize, *keeps)
             free, _ = torch.cuda.mem_get_info(world.device)
-            print(f"activations: about {takes / 1e9:.1f} GB, of {free / 1e9:.1f} GB that are free")
+            print(f"activations: about {sequences * takes / 1e9:.1f} GB, of {free / 1e9:.1f} GB that are free")
         return merged
 
     def make_graphs(self):
@@ -157,11 +155,9 @@ class Run:
 
     def choose_kernels(self, merged):
         """Decide which implementation of each op runs, on this run's shapes. The main process measures, the others read."""
-        cfg, c = self.cfg, self.model.config
-        shape = Shape(
-            merged * cfg.batch_size, cfg.block_size, c.n_embd, c.n_head, c.vocab_size, c.bias, c.dropout,
-            documents=cfg.doc_mask, narrow=cfg.residual == "bf16",
-        )  # fmt: skip
+        cfg = self.cfg
+        modes = dict(documents=cfg.doc_mask, narrow=cfg.residual == "bf16")
+        shape = Shape.of(merged * cfg.batch_size, self.model.config, **modes)
         dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32
         with distributed.main_first(self.world):
             picks = choose(cfg.kernels, shape, dtype, self.world.device, cfg.compile)

@@ -38,19 +38,16 @@ def tune(cfg, measure=time_rounds):
         if op not in times and op != PRODUCTS:
             raise UserError(f"--only={cfg.only}: {op!r} is none of {', '.join(times)}, {PRODUCTS}")
     needs_gpu(device)
-    shape = Shape(
-        cfg.batch_size, c.block_size, c.n_embd, c.n_head, c.vocab_size, c.bias, cfg.dropout,
-        documents=cfg.doc_mask, narrow=cfg.residual == "bf16",
-    )  # fmt: skip
+    shape = Shape.of(cfg.batch_size, c, dropout=cfg.dropout, documents=cfg.doc_mask, narrow=cfg.residual == "bf16")
     file = Path(cfg.out) if cfg.out else tuned.path(shape, dtype, device)
 
-    def write(**found):
-        """Add what was found to the file, beside what other runs found meanwhile. Raises UserError where it cannot be written."""
+    def write(op=None, found=None):
+        """Add what was found for an op to the file, beside what others found meanwhile. Raises UserError where it cannot be written."""
         report = {"where": tuned.conditions(shape, dtype, device), "ops": {}}
         with contextlib.suppress(OSError, ValueError):  # else there is nothing to add to
             report, _ = tuned.read(file, shape, dtype, device)
-        report |= {PRODUCTS: found.pop(PRODUCTS)} if PRODUCTS in found else {}
-        report["ops"] |= found
+        if op is not None:
+            (report if op == PRODUCTS else report["ops"])[op] = found
         try:
             tuned.save(file, report)
         except (OSError, ValueError) as e:
@@ -76,14 +73,14 @@ def tune(cfg, measure=time_rounds):
             print(
                 f"  {op:22}{found['cublas']:11.3f}{found['cublaslt']:9.3f}{found['ratio']:7.2f}  {said}; ms of a step"
             )
-            write(**{op: found})
+            write(op, found)
             continue
         found = search(op, shape, dtype, device, deadline, measure)
         for row, why in found["rejected"].items():
             print(f"    {row}: {why}")
         left = f"; {found['left']} candidates not reached" if found["left"] else ""
         print(f"  {op:22}{found['shipped_ms']:11.3f}{found['ms']:9.3f}{found['ratio']:7.2f}  {found['repr']}{left}")
-        write(**{op: found})
+        write(op, found)
     ops.use(before)
     ops.configs().use({})
     if late:

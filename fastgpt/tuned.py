@@ -1,8 +1,8 @@
 """What `fastgpt tune` found: the files, and the launch configurations that a run takes from its own.
 
 A file is of one GPU, dtype and kind of model: width, heads, length, and whether it drops out, keeps to documents, or has a stream of
-16 bits. The batch and the vocabulary may be
-others than it was measured at. It holds for the sources and versions that it names, and is else not taken.
+16 bits. The batch and the vocabulary may be others than it was measured at. It holds for the sources and versions that it names, and
+is else not taken.
 """
 
 import hashlib
@@ -31,13 +31,17 @@ def lookup(op, shape, dtype, device):
     }.get(op)
 
 
+def here(device):
+    """What must be the same for a time to hold, whatever was timed: the GPU, the sources, the versions, how fp32 is multiplied."""
+    gpu = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
+    return {"gpu": gpu, "source": source_hash(), **versions(), "fp32": ops.kernels("gelu_mlp").precision()}
+
+
 def conditions(shape, dtype, device):
     """All that must be the same for a file to hold."""
     return {
-        "gpu": torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none",
-        "architecture": ops.configs().architecture(torch.device(device)), "source": source_hash(), **versions(),
-        "fp32": ops.kernels("gelu_mlp").precision(), "dtype": str(dtype)[6:], "n_embd": shape.n_embd,
-        "n_head": shape.n_head, "block_size": shape.T, "dropout": shape.dropout > 0,
+        **here(device), "architecture": ops.configs().architecture(torch.device(device)), "dtype": str(dtype)[6:],
+        "n_embd": shape.n_embd, "n_head": shape.n_head, "block_size": shape.T, "dropout": shape.dropout > 0,
         "documents": shape.documents, "narrow": shape.narrow,
     }  # fmt: skip
 
@@ -56,7 +60,7 @@ def read(file, shape, dtype, device):
     hold here, and OSError where there is none."""
     try:
         saved = json.loads(file.read_text())
-        differs = [name for name, here in conditions(shape, dtype, device).items() if saved["where"].get(name) != here]
+        differs = [name for name, now in conditions(shape, dtype, device).items() if saved["where"].get(name) != now]
         configs, rows = ops.configs(), {}
         for op, found in saved["ops"].items() if not differs else ():
             if found["kept"]:

@@ -36,6 +36,15 @@ class Shape:
     documents: bool = False
     narrow: bool = False  # the residual stream in the compute dtype, not in fp32
 
+    @classmethod
+    def of(cls, B, config, **others):
+        """That of B sequences through a GPTConfig's model; others as above, in place of the config's."""
+        c = config
+        shape = dict(
+            T=c.block_size, n_embd=c.n_embd, n_head=c.n_head, vocab_size=c.vocab_size, bias=c.bias, dropout=c.dropout
+        )
+        return cls(B, **shape | others)
+
 
 @dataclass
 class Problem:

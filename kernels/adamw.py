@@ -180,10 +180,12 @@ def table_of(groups, counts, device):
     return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True), aligned
 
 
-def update(params, groups, max_norm, found_inf):
-    """See `adamw`; params are those of all groups."""
-    config, device = configs.adamw(), params[0].device
-    counts, rows = chunks_of(tuple(p.numel() for p in params), config.chunk, device)
+@on_device
+def update(grad, groups, max_norm, found_inf):
+    """See `adamw`; grad is one of the gradients, for its device."""
+    config, device = configs.adamw(), grad.device
+    sizes = tuple(p.numel() for group in groups for p in group["params"])
+    counts, rows = chunks_of(sizes, config.chunk, device)
     table, aligned = table_of(groups, counts, device)
     norm = scale = None
     constants = dict(CHUNK=config.chunk, BLOCK=config.block, ALIGNED=aligned, num_warps=config.warps)
@@ -247,5 +249,4 @@ def adamw(groups, grads, max_norm=None, found_inf=None):
     where there is none), and lr, betas, eps, weight_decay. found_inf [] fp32, or None: where it is not 0, nothing changes. grads are
     all groups' (PyTorch adds up their norms in that order). The gradients stay as they are.
     """
-    params = [p for group in groups for p in group["params"]]
-    return on_device(lambda p, *args: update(params, *args))(params[0], groups, max_norm, found_inf)
+    return update(grads[0], groups, max_norm, found_inf)

@@ -1,7 +1,11 @@
 """What the tests share: a folder of their own as the working directory, a small dataset, and the command line in-process."""
 
+import json
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,21 @@ if not torch.cuda.is_available():
 from fastgpt.cli import main
 
 torch.set_num_threads(1)  # models this small only lose by sharing their sums
+
+
+def losses(out_dir):
+    """The logged losses of a run, in order."""
+    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
+    return [r["loss"] for r in map(json.loads, lines) if "loss" in r]
+
+
+def run_script(script, processes, *words):
+    """Run Python code with words as its arguments, in so many processes as torchrun starts them; what it prints. It must end well."""
+    Path("run.py").write_text(script)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    done = subprocess.run([sys.executable, *launch, "run.py", *words], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
-from test_micro_batch import losses
+from conftest import TINY, losses
 from test_model import uncached
 from torch.func import functional_call
 from torch.nn import functional as F

@@ -1,9 +1,5 @@
 """CUDA graphs of micro-steps: training with them is training without, on a made-up graph that replays what was launched."""
 
-import json
-import os
-import subprocess
-import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, losses, run_script
 from kernel_case import DEVICE
 from replay import Recording
 
@@ -252,11 +248,6 @@ def test_a_broken_capture_ends_training(made_up, monkeypatch):
 WAITS = graphs.waits
 
 
-def losses(out_dir):
-    rows = map(json.loads, (Path(out_dir) / "metrics.jsonl").read_text().splitlines())
-    return [r["loss"] for r in rows if "loss" in r]
-
-
 @on_cpu
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 2), (2, 6), (2, 2)])
 def test_the_trainer_with_graphs_is_the_trainer_without(dataset, processes, accumulation):
@@ -274,7 +265,6 @@ graphs.capture, graphs.waits, graphs.stream = capture, lambda: nullcontext([]), 
 from fastgpt.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """
-    Path("run.py").write_text(script)
     flags = [
         *TINY,
         "--dataset=letters",
@@ -285,14 +275,11 @@ sys.exit(main(["train", *sys.argv[1:]]))
         "--eval_iters=1",
     ]
     flags += [f"--gradient_accumulation_steps={accumulation}", "--warmup_iters=0"]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     for graphed in (True, False):
-        command = [sys.executable, *launch, "run.py", *flags, f"--cuda_graphs={graphed}", f"--out_dir={graphed}"]
-        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-        assert done.returncode == 0, done.stderr
+        said = run_script(script, processes, *flags, f"--cuda_graphs={graphed}", f"--out_dir={graphed}")
         none = graphed and (processes, accumulation) == (2, 2)
-        assert done.stdout.count("CUDA graphs: none, since DDP takes part") == none
-        assert done.stdout.count("CUDA graphs: from here on") == (graphed and not none)
+        assert said.count("CUDA graphs: none, since DDP takes part") == none
+        assert said.count("CUDA graphs: from here on") == (graphed and not none)
     assert len(losses("True")) == 4
     assert losses("True") == losses("False")
 

@@ -1,18 +1,16 @@
 """Training through the kernels: the loss curve is the reference's, nothing is copied between the ops, and what cannot run falls
 back, said once."""
 
-import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, losses, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -43,12 +41,6 @@ def tiny():
     idx, targets = torch.randint(31, (2, 2, 16), device=DEVICE)
     targets[0, 0] = -1
     return model, idx, targets
-
-
-def losses(out_dir):
-    return [
-        r["loss"] for r in map(json.loads, (Path(out_dir) / "metrics.jsonl").read_text().splitlines()) if "loss" in r
-    ]
 
 
 def test_twenty_steps_are_the_references(dataset, fastgpt):
@@ -255,7 +247,6 @@ torch.compile = lambda model, **options: compile_(model, backend="aot_eager", **
 from fastgpt.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
 """
-    Path("run.py").write_text(script)
     flags = [
         *TINY,
         "--dataset=letters",
@@ -266,11 +257,8 @@ sys.exit(main(["train", *sys.argv[1:]]))
         "--eval_interval=3",
     ]
     flags += [f"--gradient_accumulation_steps={processes}", "--warmup_iters=0"]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     for keep in (True, False):
-        command = [sys.executable, *launch, "run.py", str(keep), *flags, f"--out_dir={keep}"]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-        assert done.returncode == 0, done.stderr
+        run_script(script, processes, str(keep), *flags, f"--out_dir={keep}")
     assert len(losses("True")) == 3
     assert losses("True") == losses("False")
 

@@ -1,10 +1,8 @@
 """Merged micro-batches: the same tokens, and the same update up to rounding, in fewer steps."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import TINY, losses
 
 from fastgpt import ops
 from fastgpt.config import GPTConfig, TrainConfig
@@ -13,11 +11,6 @@ from fastgpt.model import GPT
 
 GPT2 = GPTConfig(bias=False)
 SIZES = [12 * n for n in (1, 2, 4, 5, 8, 10, 20, 40)]
-
-
-def losses(out_dir):
-    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
-    return [r["loss"] for r in map(json.loads, lines) if "loss" in r]
 
 
 def test_a_merged_run_is_the_unmerged_one(train):
@@ -42,8 +35,6 @@ def test_a_merged_run_resumes_as_if_it_had_not_stopped(train):
 
 @pytest.mark.parametrize(("spec", "near"), [("7", 8), ("12", 8), ("many", 4), ("-4", 4), ("1000", 16)])
 def test_what_cannot_be_is_refused_with_the_nearest(dataset, fastgpt, spec, near):
-    from conftest import TINY
-
     flags = ["train", "--dataset=letters", *TINY, "--gradient_accumulation_steps=4", f"--micro_batch={spec}"]
     status, _, err = fastgpt(*flags)
     assert status == 2
@@ -55,7 +46,7 @@ def test_what_cannot_be_is_refused_with_the_nearest(dataset, fastgpt, spec, near
 
 def test_auto_without_a_gpu_leaves_it(train):
     assert "micro-steps: 2 of 4 sequences, 1 micro-batches in each" in train("--micro_batch=auto")
-    assert merge("", 12, 40, GPT2, "cuda:0", torch.bfloat16) == 1
+    assert merge("", 12, 40, GPT2, "cuda:0", sequence_bytes(GPT2, 2)) == 1
 
 
 def test_tiles_are_counted():
@@ -67,14 +58,16 @@ def test_tiles_are_counted():
 
 
 def test_auto_fills_the_gpu_and_fits_the_memory():
-    roomy = best(SIZES, GPT2, 132, 141e9, 2)
+    roomy = best(SIZES, GPT2, 132, 141e9, sequence_bytes(GPT2, 2))
     assert filled(roomy * 1024, GPT2, 132) > filled(12 * 1024, GPT2, 132) + 0.02
     for free in (24e9, 80e9, 141e9):
-        size = best(SIZES, GPT2, 132, free, 2)
+        size = best(SIZES, GPT2, 132, free, sequence_bytes(GPT2, 2))
         assert size * sequence_bytes(GPT2, 2) + state_bytes(GPT2) <= free
         assert filled(size * 1024, GPT2, 132) <= filled(roomy * 1024, GPT2, 132) + 0.01
-    assert best(SIZES, GPT2, 132, 1e9, 2) == 12  # as written, where nothing fits
-    twice = best(SIZES, GPT2, 132, 24e9, 2, held=2)  # a graph's micro-step, and beside it one that is none
+    assert best(SIZES, GPT2, 132, 1e9, sequence_bytes(GPT2, 2)) == 12  # as written, where nothing fits
+    twice = best(
+        SIZES, GPT2, 132, 24e9, 2 * sequence_bytes(GPT2, 2)
+    )  # a graph's micro-step, and beside it one that is none
     assert twice * 2 * sequence_bytes(GPT2, 2) + state_bytes(GPT2) <= 24e9
 
 
@@ -94,7 +87,9 @@ def test_a_stream_of_16_bits_takes_two_bytes_less_an_element():
         m for m in range(20, 40) if what_fits(TrainConfig(batch_size=32), GPT2, m * 1e9, 2).endswith("=gelu")
     )
     assert what_fits(big, GPT2, memory - 1e9, 2) == "give --recompute=gelu"
-    assert best(SIZES, GPT2, 132, 24e9, 2, stream=2) >= best(SIZES, GPT2, 132, 24e9, 2)
+    assert best(SIZES, GPT2, 132, 24e9, sequence_bytes(GPT2, 2, stream=2)) >= best(
+        SIZES, GPT2, 132, 24e9, sequence_bytes(GPT2, 2)
+    )
 
 
 # ---- what one GPU of 80 GB holds, by this count ----
@@ -197,8 +192,6 @@ def test_a_run_may_recompute(train, monkeypatch):
 
 
 def test_out_of_memory_is_answered_with_what_fits(dataset, fastgpt, monkeypatch):
-    from conftest import TINY
-
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.07 GiB.\nmore")
 
