@@ -178,6 +178,11 @@ def architecture(device):
     return major * 10 + minor
 
 
+def multiprocessors(device):
+    """SMs of a GPU; without one as many as any kernel has programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2**16
+
+
 tuned = {}  # (lookup, *its arguments) -> the row that it answers in place of its table's
 
 

@@ -141,13 +141,15 @@ def linear_cross_entropy_fwd(
     # Rows of the logits begin on 128 bytes, whatever V: loads and GEMMs are then aligned.
     room = triton.cdiv(V, 64) * 64
     buffer = torch.empty((chunk, room), dtype=h.dtype, device=device)
+    # No more warps than a row has work for: a second holder of a logit would read it while the first replaces it.
+    block = min(config.block, triton.next_power_of_2(V))
     for start in range(0, M, chunk):
         x, y = h2[start : start + chunk], targets[start : start + chunk]
         logits = buffer[: x.size(0), :V]
         torch.mm(x, cast.t(), out=logits)
         _loss_rows[(x.size(0),)](
             logits, y, losses[start:], V, room, room, y.stride(0), ignore_index,
-            BLOCK=min(config.block, triton.next_power_of_2(V)), GRAD=grad, num_warps=config.warps,
+            BLOCK=block, GRAD=grad, num_warps=min(config.warps, max(1, block // 32)),
         )  # fmt: skip
         if grad:
             torch.mm(logits, cast, out=dh.view(-1, C)[start : start + chunk])

@@ -202,11 +202,8 @@ def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
     if not M:
         return
     stride_bn, stride_bk = b.stride()[:: -1 if backward else 1]
-    programs = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
-    if a.is_cuda:
-        programs = min(
-            programs, config.programs_per_sm * torch.cuda.get_device_properties(a.device).multi_processor_count
-        )
+    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    programs = min(tiles, config.programs_per_sm * configs.multiprocessors(a.device))
     out_block = [config.block_m, config.block_n]
     b_block = [config.block_k, config.block_n] if backward else [config.block_n, config.block_k]
     blocks = [[config.block_m, config.block_k], b_block, out_block, out_block, out_block]

@@ -1,0 +1,132 @@
+"""In place of a GPU: ops of fastgpt on CPU tensors, whose kernels are compiled for an NVIDIA architecture and emulated.
+
+    with Gpu(90) as gpu:
+        layer_norm.add_layer_norm(x, branch, weight)
+
+It belongs in a process in which TRITON_INTERPRET was never set: Triton's own library is made for the interpreter there.
+"""
+
+import math
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+# ptxas, which the emulator does not need, takes a third of compiling: it is left out, and what is compiled so is kept apart.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache-ptx"))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, native_specialize_impl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastgpt.kernels import adamw, configs
+from ptx.machine import Machine
+from ptx.matrix import TensorMap
+from ptx.parse import parse
+
+
+def source(kernel, arguments):
+    """What Triton's launcher would compile for these arguments, by its own rule: 1 and None are constants; what 16 divides is known."""
+    signature, constants, attributes = {}, {}, {}
+    for i, p in enumerate(kernel.params):
+        value = arguments[p.name]
+        kind, key = ("constexpr", None) if p.is_constexpr else native_specialize_impl(CUDABackend, value, p.is_const, True, True)
+        signature[p.name] = kind
+        if kind == "constexpr":
+            constants[p.name] = value
+        elif key:
+            attributes[(i,)] = CUDABackend.parse_attr(key)
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def storage_of(t, name):
+    """(address, bytes, name) of the memory that a tensor is a view of."""
+    return t.untyped_storage().data_ptr(), t.untyped_storage().nbytes(), name
+
+
+def tensor_map(descriptor, meta):
+    """The TensorMap that Triton's launcher would make of a host-side descriptor of a matrix."""
+    t = descriptor.base
+    return TensorMap(
+        t.data_ptr(), t.element_size(), *descriptor.shape, descriptor.strides[0] * t.element_size(), tuple(meta["block_size"]), meta["swizzle"]
+    )
+
+
+class Gpu:
+    """An emulated GPU of an architecture, 90 for sm_90, while it is entered.
+
+    multiprocessors: how many SMs persistent kernels see. edit(name, ptx) may change a kernel's text before it runs. only: of each kernel
+    the launches that are emulated, the rest being left out (figures want one). machines: the launches so far, in order.
+    """
+
+    kernels = {}  # what was compiled in this process
+
+    def __init__(self, architecture, multiprocessors=2, edit=None, counting=False, keep=False):
+        self.architecture, self.multiprocessors, self.edit = architecture, multiprocessors, edit
+        self.counting, self.keep = counting, keep
+        self.machines, self.known, self.launched = [], [], []
+
+    def __enter__(self):
+        self.stack = ExitStack()
+        gpu, table_of = self, adamw.table_of
+
+        def run(kernel, *args, grid, warmup, **options):
+            gpu.launch(kernel, args, grid, options)
+
+        def known_table(groups, *args):
+            """What a table of addresses leads to may be read and written."""
+            tensors = [t for g in groups for column in adamw.lists(g).values() for t in column if t is not None]
+            gpu.known = [storage_of(t, "a tensor of the table") for t in tensors]
+            return table_of(groups, *args)
+
+        for what in (
+            patch.object(JITFunction, "run", run),
+            patch.object(configs, "architecture", lambda device: gpu.architecture),
+            patch.object(configs, "multiprocessors", lambda device: gpu.multiprocessors),
+            patch.object(adamw, "table_of", known_table),
+            patch.object(CUDABackend, "make_cubin", lambda *args: b""),
+        ):
+            self.stack.enter_context(what)
+        return self
+
+    def __exit__(self, *error):
+        return self.stack.__exit__(*error)
+
+    def compiled(self, kernel, arguments, options):
+        """(kernel, metadata) of a launch."""
+        src = source(kernel, arguments)
+        key = repr((kernel.__module__, kernel.__name__, kernel.cache_key, src.signature, src.constants, src.attrs, options, self.architecture))
+        if key not in self.kernels:
+            binary = triton.compile(src, target=GPUTarget("cuda", self.architecture, 32), options={"num_warps": 4, **options})
+            self.kernels[key] = binary.asm["ptx"], binary.metadata, src.signature
+        ptx, metadata, signature = self.kernels[key]
+        return parse(self.edit(kernel.__name__, ptx) if self.edit else ptx), metadata, signature
+
+    def launch(self, kernel, args, grid, options):
+        names = [n for n in kernel.arg_names if n not in options]
+        arguments = dict(zip(names, args, strict=True)) | {n: options.pop(n) for n in kernel.arg_names if n in options}
+        code, metadata, signature = self.compiled(kernel, arguments, options)
+        values, allocations, maps = [], list(self.known), iter(getattr(metadata, "tensordesc_meta", None) or ())
+        for name, kind in signature.items():
+            value = arguments[name]
+            if kind == "constexpr":
+                continue
+            if isinstance(value, TensorDescriptor):
+                values += [tensor_map(value, next(maps)), *value.shape, *value.strides]
+                allocations.append(storage_of(value.base, name))
+            elif torch.is_tensor(value):
+                values.append(value.data_ptr())
+                allocations.append(storage_of(value, name))
+            else:
+                values.append(value)
+        values += [0] * (len(code.params) - len(values))  # scratch memory, of which our kernels have none
+        machine = Machine(code, values, [a for a in allocations if a[1]], metadata.shared, grid)
+        machine.counting = self.counting
+        self.launched.append((kernel.__name__, math.prod(grid)))
+        machine.run()
+        if self.keep:
+            self.machines.append(machine)
