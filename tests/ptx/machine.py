@@ -15,7 +15,7 @@ from ptx.parse import Address, Bits, UnknownPTX
 WAVE = 8192  # threads that run at once: numpy's cost of a call is spread over them
 PARAMETERS = 1 << 56  # addresses of parameters that are not read but pointed to: maps of tensors
 SPECIAL = {"%tid": "thread", "%ctaid": "block_index", "%nctaid": "blocks", "%ntid": "threads"}
-ENDS = ("bra", "ret", "bar", "mbarrier.try_wait", "wgmma.commit_group", "wgmma.wait_group")  # of a piece
+ENDS = ("bra", "ret", "bar", "mbarrier.try_wait", "wgmma.commit_group", "wgmma.wait_group", "tcgen05.ld", "tcgen05.wait")  # of a piece
 NO_RESULT = ("st", "bra", "ret", "bar", "cp", "fence", "mbarrier", "stmatrix", "wgmma", "griddepcontrol", "tcgen05", "red")
 
 
@@ -158,7 +158,7 @@ class Machine:
             self.lines += [f"def piece{number}(s):", "    L = lanes_of(s, None)"]
             for i in range(piece.start, piece.end):
                 inst = self.kernel.instructions[i]
-                if inst is not piece.last or inst.name.startswith("wgmma"):
+                if inst is not piece.last or inst.name.startswith(("wgmma", "tcgen05")):
                     self.translate(i, inst)
         exec(compile("\n".join(self.lines), self.kernel.name, "exec"), self.namespace)
         for number, piece in enumerate(self.pieces):
@@ -267,8 +267,8 @@ class Machine:
                 self.namespace[name] = self.seen_as(*of)
         self.defined = np.zeros((len(self.names), n), bool)
         self.shared = Shared(self.shared_bytes, len(blocks), self.shared_granule)
-        self.copies, self.bulk, self.products = Groups(n), Groups(n), Groups(n)
-        self.in_flight = []  # registers of products that were not waited for: (lanes, written, read)
+        self.copies, self.bulk, self.products, self.stores = (Groups(n) for _ in range(4))
+        self.in_flight = []  # registers of what was not waited for: (lanes, written, read, whether pairs of them may be formed)
         self.barriers, self.tmem = {}, tmem.TensorMemory(self, len(blocks))
         self.living = np.ones(n, bool)
         self.held = np.full(n, -1)  # the piece after the barrier at which a thread waits
@@ -338,7 +338,7 @@ class Machine:
         piece.run(s)
         self.executed[piece.start : piece.end] += len(lanes) // 32 if len(lanes) == len(self.all) else len(np.unique(lanes >> 5))
         following = at + 1
-        if last is None or last.name.startswith(("mbarrier", "wgmma")):
+        if last is None or last.name.startswith(("mbarrier", "wgmma", "tcgen05")):
             self.go(following, lanes)
         elif last.parts[0] == "bra":
             taken = np.ones(len(lanes), bool)
@@ -398,12 +398,15 @@ class Machine:
                 self.fault(inst, lanes[lane], f"reads register {register}, which nothing has written")
 
     def check_in_flight(self, piece, lanes):
-        """Registers of products that run must not be read or written."""
-        for of, written, read in self.in_flight:
+        """Registers of products and loads that run must not be read or written.
+
+        But pairs may be formed of loaded ones: LLVM moves that before tcgen05.wait::ld, and in ptxas's registers it is no instruction.
+        """
+        for of, written, read, paired in self.in_flight:
             if not np.isin(lanes, of).any():
                 continue
             for inst in self.kernel.instructions[piece.start : piece.end]:
-                if inst.name.startswith("wgmma"):
+                if inst.name.startswith(("wgmma", "tcgen05.wait")) or (paired and inst.parts[0] == "mov"):
                     continue
                 touched = set(registers_of(inst.operands)) & written or set(registers_of(result_of(inst))) & read
                 if touched:

@@ -231,7 +231,7 @@ def wgmma(m, inst):
         m.defined[accumulators] = True
         scatter_d(m, d, lanes, product.reshape(4, 16, n_columns))
         m.shared.reading[where] += 1
-        record = (lanes, set(d), set(a) if isinstance(a, list) else set())
+        record = (lanes, set(d), set(a) if isinstance(a, list) else set(), False)
         m.in_flight.append(record)
 
         def done(mask):

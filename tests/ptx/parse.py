@@ -103,7 +103,7 @@ class Body:
 
     def __init__(self, kernel, files):
         self.kernel, self.files = kernel, files
-        self.scopes, self.opened, self.source = [{}], 0, ""
+        self.scopes, self.starts, self.opened, self.source = [{}], [0], 0, ""
 
     def read(self, text, line):
         rest = ""
@@ -116,13 +116,14 @@ class Body:
             while rest := rest.strip():
                 if rest[0] == "}":
                     rest = rest[1:]
-                    self.scopes.pop()
+                    self.close()
                     if not self.scopes:
                         return
                 elif rest[0] == "{":
                     rest = rest[1:]
                     self.opened += 1
                     self.scopes.append({})
+                    self.starts.append(len(self.kernel.instructions))
                 elif found := LABEL.match(rest):
                     rest = rest[found.end() :]
                     self.kernel.labels[self.scoped(found[1], True)] = len(self.kernel.instructions)
@@ -132,6 +133,13 @@ class Body:
                 else:
                     break  # it goes on in the next line
         raise UnknownPTX(f"{self.kernel.name}: the body does not end")
+
+    def close(self):
+        """End a scope: branches in it may have named a label of it before it came."""
+        scope = self.scopes.pop()
+        for inst in self.kernel.instructions[self.starts.pop() :]:
+            if inst.parts[0] == "bra":
+                inst.operands = [scope.get(o, o) for o in inst.operands]
 
     def locate(self, file, line, comment):
         """From a comment such as "standard.py:43:17 @[ gelu_mlp.py:115:34 ]" all lines; without one, the .loc's own."""
