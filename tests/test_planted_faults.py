@@ -1,99 +1,20 @@
-"""A check that cannot fail is no check: each fault that is planted in a kernel must turn `fastgpt verify`'s comparison red."""
+"""A check that cannot fail is no check: each fault that is planted in a kernel must turn `fastgpt verify`'s comparison red.
 
-import importlib.util
-import itertools
+tests/test_compiled.py plants the same ones in the compiled kernels.
+"""
+
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from faults import CASES, DOCUMENTS, DROPOUT, FAULTS, SHAPE, plant, small_blocks
 from kernel_case import DEVICE
 
-import fastgpt.kernels
 from fastgpt import ops
 from fastgpt.kernels import configs
-from fastgpt.verify import Shape, compare, problem
-
-FOLDER = Path(fastgpt.kernels.__file__).parent
-SHAPE = Shape(2, 70, 48, 3, 97)  # more than a block of queries, of keys, of rows; heads and a width of no power of two
-DROPOUT = Shape(1, 40, 32, 2, 65, dropout=0.2)
-DOCUMENTS = Shape(1, 70, 32, 2, 65, documents=True)
-FAULTS = {  # op, what is wrong, the text, what stands there instead, and the shape that shows it
-    "layer_norm": [
-        ("a wrong eps", "/ N + eps)", "/ N + 2 * eps)", SHAPE),
-        ("a variance that forgets the mean", "tl.where(mask, x - mean, 0.0)", "x", SHAPE),
-        ("a dropped term of dx", "- xhat * (tl.sum(g * xhat, 0) / N)", "", SHAPE),
-        ("the stream's gradient left out", "dx += tl.load(dstream_ptrs", "dx += 0 * tl.load(dstream_ptrs", SHAPE),
-        ("a partial sum dropped", "for start in range(0, P, ROWS)", "for start in range(0, P - ROWS, ROWS)", SHAPE),
-        ("dropout without its scale", "tl.where(keep(seed_ptr, row * N + cols, p), branch * scale, 0.0)",
-         "tl.where(keep(seed_ptr, row * N + cols, p), branch, 0.0)", DROPOUT),
-        ("another mask in the backward", "tl.where(keep(seed_ptr, row * N + cols, p), dx * scale",
-         "tl.where(keep(seed_ptr, row * N + cols + 1, p), dx * scale", DROPOUT),
-        ("the stream's gradient for the branch's, though dropout fell on that", "ctx.p == 0 and ", "", DROPOUT),
-    ],
-    "embedding": [
-        ("positions off by one", "wpe_ptr + t * stride_pt", "wpe_ptr + (t + 1) * stride_pt", SHAPE),
-        ("a token's other places forgotten", "going = tl.min(mine.to(tl.int32), 0) == 1", "going = False", SHAPE),
-        ("places past the run counted", "i < M, other=-1) == token", "i < M, other=-1) >= token", SHAPE),
-        ("the head's gradient overwritten", "tl.load(dwte_ptrs, cols < C, other=0.0).to(tl.float32) + tl.sum", "tl.sum", SHAPE),
-        ("a sequence dropped", "for start in range(0, B, ROWS)", "for start in range(0, B - ROWS, ROWS)", SHAPE),
-        ("the backward without dropout", "        dx = tl.where(keep", "        tl.where(keep", DROPOUT),
-    ],
-    "attention": [
-        ("a mask off by one", "rows[:, None] >= cols[None, :]", "rows[:, None] + 1 >= cols[None, :]", SHAPE),
-        ("a missing scale", "dk * grad_scale", "dk", SHAPE),
-        ("the diagonal block unmasked", "tl.where((rows >= cols) & (cols < T), prob, 0.0)", "prob", SHAPE),
-        ("keys and values swapped", "v_ptr = k_ptr + H * D * stride_c", "v_ptr = k_ptr", SHAPE),
-        ("delta left out", "ds = prob * (dp - delta[:, None])", "ds = prob * dp", SHAPE),
-        ("lse without the maximum", "m + tl.log2(total)", "tl.log2(total)", SHAPE),
-        ("an accumulator that is not rescaled", "acc * alpha[:, None]", "acc", SHAPE),
-        ("a swapped stride", "_store(dq_ptr + 2 * H * D, block, 3 * H * D", "_store(dq_ptr + 2 * H * D, block, 2 * H * D", SHAPE),
-        ("another mask in the backward", "keep = _keep(seed, b, h, rows[None, :], cols[:, None], p)",
-         "keep = _keep(seed, b, h, cols[:, None], rows[None, :], p)", DROPOUT),
-        ("dropout before the sum", "total = total * alpha + tl.sum(prob, 1)  # before dropout, as softmax is",
-         "total = total * alpha + tl.sum(tl.where(_keep(seed, b, h, rows[:, None], cols[None, :], p), prob, 0.0), 1)", DROPOUT),
-        ("documents that see one another", "row_docs == col_docs", "row_docs >= col_docs", DOCUMENTS),
-    ],
-    "gelu_mlp": [
-        ("the tanh GELU", "return 0.5 * x * (1 + tl.erf(x * SQRT_HALF))",
-         "return x / (1 + tl.exp(-1.5957691216 * (x + 0.044715 * x * x * x)))", SHAPE),
-        ("half of the derivative", "+ x * density", "", SHAPE),
-        ("a forgotten bias", "acc += tl.load(bias_ptr + rn", "acc += 0 * tl.load(bias_ptr + rn", SHAPE),
-        ("a bias gradient of one tile", "for start in range(0, P, ROWS)", "for start in range(P - 1, P, ROWS)", SHAPE),
-        ("a swapped stride", "b.stride()[:: -1 if backward else 1]", "b.stride()[:: 1 if backward else -1]", SHAPE),
-        ("a step of K dropped", "for k0 in range(0, K, BK)", "for k0 in range(0, K - 1, BK)", Shape(1, 9, 33, 1, 65)),
-    ],
-    "linear": [
-        ("a bias left out", "project(x.reshape(-1, x.size(-1)), low, bias,", "project(x.reshape(-1, x.size(-1)), low, None,", SHAPE),
-        ("an input's gradient by half of the weight", "torch.mm(dy2, low)", "torch.mm(dy2, low / 2)", SHAPE),
-        ("a row dropped from the weight's gradient", "mm(dy2.t(), x2, w_dtype, into)", "mm(dy2[1:].t(), x2[1:], w_dtype, into)", SHAPE),
-        ("a bias's gradient of one row", "row_sums(dy2, b_dtype)", "row_sums(dy2[:1], b_dtype)", SHAPE),
-    ],
-    "adamw": [
-        ("no bias correction", "return tl.where(y > -0.5, -y * series, 1 - tl.exp(y))", "return y * 0 + 1", SHAPE),
-        ("a wrong eps", "* rsqrt_v + eps)", "* rsqrt_v + 100 * eps)", SHAPE),
-        ("eps before the correction", "(tl.sqrt_rn(v) * rsqrt_v + eps)", "((tl.sqrt_rn(v) + eps) * rsqrt_v)", SHAPE),
-        ("betas swapped", "v = beta2 * v + rest2 * g * g", "v = (1 - rest1) * v + rest1 * g * g", SHAPE),
-        ("decay by the gradient", "p -= lr * weight_decay * p", "g += weight_decay * p", SHAPE),
-        ("nothing clipped", "scale = tl.load(scale_ptr)", "scale = 1.0", SHAPE),
-        ("a norm of the first chunks", "for start in range(0, chunks, BLOCK)", "for start in range(0, BLOCK, BLOCK)", SHAPE),
-        ("every chunk the first", "start = (chunk - tl.load(table_ptr + row * WIDTH + FIRST)) * CHUNK", "start = chunk * 0", SHAPE),
-        ("steps that are not counted", "torch._foreach_add_(steps, 1 if", "torch._foreach_add_(steps, 0 if", SHAPE),
-    ],
-    "linear_cross_entropy": [
-        ("no target in the gradient", "- tl.where(cols == target, 1.0, 0.0)", "", SHAPE),
-        ("ignored targets counted", "!= ignore_index).to(tl.int32)", "!= -2).to(tl.int32)", SHAPE),
-        ("ignored rows with a gradient", "tl.store(logits_ptr + cols, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), cols < room)",
-         "pass", SHAPE),
-        ("a sum without the new maximum", "total * tl.exp2((m - m_new) * LOG2E)", "total", SHAPE),
-        ("the loss's own gradient left out", "tl.load(dloss_ptr).to(tl.float32) * ", "", SHAPE),
-        ("a chunk's weight gradient dropped", "part if dweight is None else dweight.add_(part)", "part", SHAPE),
-    ],
-}  # fmt: skip
-CASES = [pytest.param(op, *fault, id=f"{op}: {fault[0]}") for op, faults in FAULTS.items() for fault in faults]
-number = itertools.count()
+from fastgpt.verify import compare, problem
 
 
 def comparisons(op, shape):
@@ -103,43 +24,20 @@ def comparisons(op, shape):
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(configs, "EMBEDDING", configs.EmbeddingConfig(block=32, backward_tile=256))
-    entry = {**vars(configs.CROSS_ENTROPY), "block": 32, "min_chunk": 50, "memory_share": 0}
-    monkeypatch.setattr(configs, "CROSS_ENTROPY", configs.CrossEntropyConfig(**entry))
-    monkeypatch.setattr(configs, "ADAMW", configs.AdamWConfig(chunk=512, block=128, clip_block=4))
+def _small_blocks(monkeypatch):
+    for name, row in small_blocks().items():
+        monkeypatch.setattr(configs, name, row)
 
 
-@pytest.mark.usefixtures("small_blocks", "poison")
-@pytest.mark.parametrize(("op", "what", "right", "wrong", "shape"), CASES)
+@pytest.mark.usefixtures("_small_blocks", "poison")
+@pytest.mark.parametrize(("op", "what", "right", "wrong", "shape"), [pytest.param(*c, id=f"{c[0]}: {c[1]}") for c in CASES])
 def test_a_planted_fault_is_found(op, what, right, wrong, shape, tmp_path, monkeypatch):
-    source = Path(ops.kernels(op).__file__).read_text()
-    assert right in source, f"{what}: plant it anew, the kernel has changed"
-    file = tmp_path / f"planted_{next(number)}.py"
-    file.write_text(source.replace(right, wrong))
-
-    class Unregistered:
-        """In place of a custom op: the name belongs to the sound kernel."""
-
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def register_fake(self, *args):
-            pass
-
-        def register_autograd(self, *args, **kwargs):
-            pass
-
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    planted = importlib.util.module_from_spec(spec)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.library, "custom_op", Unregistered)
-        spec.loader.exec_module(planted)
+    planted = plant(op, right, wrong, tmp_path)
     monkeypatch.setattr(ops, "kernels", lambda op: planted)
     assert not all(c.holds for c in comparisons(op, shape)), f"{what}: nothing noticed"
 
 
-@pytest.mark.usefixtures("small_blocks", "poison")
+@pytest.mark.usefixtures("_small_blocks", "poison")
 @pytest.mark.parametrize("op", FAULTS)
 @pytest.mark.parametrize("shape", [SHAPE, DROPOUT], ids=["plain", "dropout"])
 def test_the_same_comparisons_hold_without_a_fault(op, shape):

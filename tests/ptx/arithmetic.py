@@ -133,7 +133,7 @@ FUNCTIONS = dict(
     widen=widen, narrow=narrow, fma=fma, fma16=fma16, ftz=ftz, pack=pack, pairs=pairs, pair_up=pair_up, quotient=quotient,
     remainder=remainder, high=high, shift_left=shift_left, shift_right=shift_right, field=field, permute=permute,
     saturated=saturated, where=np.where, exp2=np.exp2, log2=np.log2, sqrt=np.sqrt, tanh=np.tanh, fmax=np.fmax, fmin=np.fmin,
-    maximum=np.maximum, minimum=np.minimum, isnan=np.isnan, trunc=np.trunc, rint=np.rint, floor=np.floor, ceil=np.ceil,
+    maximum=np.maximum, minimum=np.minimum, isnan=np.isnan, trunc=np.trunc, bitwise_count=np.bitwise_count, rint=np.rint, floor=np.floor, ceil=np.ceil,
     **{f"as_{t}": n for t, n in NUMPY.items()},
 )  # fmt: skip
 
@@ -172,7 +172,7 @@ def translate(inst, read):
     """
     op, *mods = inst.parts
     if op not in {*SIMPLE, *APPROXIMATE, "fma", "mad", "div", "rem", "min", "max", "abs", "neg", "not", "shl", "shr", "bfe", "selp",
-                  "setp", "mov", "cvt", "cvta", "prmt"}:  # fmt: skip
+                  "setp", "mov", "cvt", "cvta", "prmt", "popc"}:  # fmt: skip
         return None
     if op == "mov":
         return move(inst, mods, read)
@@ -193,6 +193,8 @@ def translate(inst, read):
     if op == "bfe":
         a, position, length = sources
         return [(dest, kind, f"field({read(a, kind)}, {read(position, 'u32')}, {read(length, 'u32')})")]
+    if op == "popc":
+        return [(dest, "u32", f"as_u32(bitwise_count({read(sources[0], kind)}))")]
     if op == "prmt":
         return [(dest, kind, "permute({}, {}, {})".format(*(read(s, "u32") for s in sources)))]
     if op in ("mul", "mad") and kind in INTEGER:

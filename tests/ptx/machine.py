@@ -15,7 +15,7 @@ from ptx.parse import Address, Bits, UnknownPTX
 WAVE = 8192  # threads that run at once: numpy's cost of a call is spread over them
 PARAMETERS = 1 << 56  # addresses of parameters that are not read but pointed to: maps of tensors
 SPECIAL = {"%tid": "thread", "%ctaid": "block_index", "%nctaid": "blocks", "%ntid": "threads"}
-ENDS = ("bra", "ret", "bar", "mbarrier.try_wait", "wgmma.commit_group", "wgmma.wait_group", "tcgen05.ld", "tcgen05.wait")  # of a piece
+ENDS = ("bra", "ret", "bar.sync", "mbarrier.try_wait", "wgmma.commit_group", "wgmma.wait_group", "tcgen05.ld", "tcgen05.wait")  # of a piece
 NO_RESULT = ("st", "bra", "ret", "bar", "cp", "fence", "mbarrier", "stmatrix", "wgmma", "griddepcontrol", "tcgen05", "red")
 
 
@@ -350,13 +350,15 @@ class Machine:
             taken = np.ones(len(lanes), bool) if not last.guard else self.registers[last.guard[0]][lanes] ^ last.guard[1]
             self.living[lanes[taken]] = False
             self.go(following, lanes[~taken])
-            self.release(following)
+            self.release()
         else:
+            if last.guard or last.operands[0] != Bits(0) or len(last.operands) > 1:
+                raise UnknownPTX(f"{self.kernel.name}, PTX line {last.line}: a barrier that is not of all threads: {last.text}")
             self.held[lanes] = following
-            self.release(following)
+            self.release()
         return True
 
-    def release(self, following):
+    def release(self):
         """Let those blocks go whose living threads all wait at one barrier, and begin their next epoch."""
         for slot in np.unique(self.slot[self.held >= 0]):
             mine = (self.slot == slot) & self.living
@@ -587,6 +589,8 @@ def handler(m, inst):
         return copy(m, inst)
     if op in ("shfl", "redux", "elect", "vote"):
         return across_warp(m, inst)
+    if inst.name == "bar.warp.sync":  # groups that met run together: of a warp all are here
+        return lambda lanes: m.whole_warps(inst, lanes) and None
     if inst.name == "griddepcontrol.wait" or inst.name == "griddepcontrol.launch_dependents":
         return lambda lanes: None
     raise UnknownPTX(inst.name)

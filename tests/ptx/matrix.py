@@ -236,6 +236,7 @@ def wgmma(m, inst):
 
         def done(mask):
             m.shared.reading[where] -= 1
+            m.shared.reader[where] = m.tag[lanes[0]] | MANY  # only now is it read: other warps may write it behind a barrier
             m.in_flight = [r for r in m.in_flight if r is not record]
 
         m.products.issue(lanes[:1], done)
@@ -276,8 +277,7 @@ def mbarrier(m, inst):
 
     def run(lanes):
         at = m.address(address, lanes)
-        if what in ("init", "inval"):
-            m.access(inst, "shared", lanes, at, 8, True)
+        m.access(inst, "shared", lanes, at, 8, what != "arrive")  # threads that arrive do not race with one another
         for lane, where in zip(lanes, at, strict=True):
             if what == "init":
                 m.barriers[int(m.slot[lane]), int(where)] = Barrier(number.value)
@@ -307,6 +307,7 @@ def try_wait(m, inst, lanes):
     at = m.address(inst.operands[1], lanes)
     parity = np.broadcast_to(m.value(inst.operands[2], "u32", lanes), lanes.shape)
     passed = np.zeros(len(lanes), bool)
+    m.access(inst, "shared", lanes, at, 8, False)
     keys = np.stack([m.slot[lanes], at])
     for slot, where in np.unique(keys, axis=1).T:
         some = (keys[0] == slot) & (keys[1] == where)
@@ -382,6 +383,7 @@ def bulk(m, inst):
 
             def done(mask):
                 space.reading[where] -= 1
+                space.reader[where] = m.tag[lane]
 
             m.bulk.issue(lanes, done)
         else:

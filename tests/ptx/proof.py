@@ -1,0 +1,285 @@
+"""Every op of fastgpt by the code that a GPU would run: compiled for an architecture, emulated, held to fp64 by `fastgpt verify`'s rule.
+
+A case is an op, a shape of it and, where it has one, a variation of how it is called. The launch configurations are those that the table has
+for the architecture; nothing is made smaller but the problem.
+"""
+
+import functools
+import itertools
+import re
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from unittest.mock import patch
+
+import faults
+import torch
+from triton.runtime.jit import native_specialize_impl
+
+from fastgpt import ops
+from fastgpt.kernels import configs
+from fastgpt.verify import Shape, compare, problem, run
+from ptx import launch
+from ptx.launch import Gpu
+from ptx.memory import Fault
+
+SEED = 0x1234567_89ABCDE
+
+DTYPES = ("bfloat16", "float16", "float32")
+KERNELS = {  # that each op launches, forward and backward
+    "embedding": {"_embed_forward", "_embed_keys", "_embed_backward_wpe", "_embed_backward_wte"},
+    "layer_norm": {"_norm_forward", "_norm_backward", "_norm_reduce"},
+    "attention": {"_attention_forward", "_attention_delta", "_attention_backward"},
+    "gelu_mlp": {"_mlp_gemm"},
+    "linear_cross_entropy": {"_loss_rows", "_loss_mean", "_loss_scale"},
+    "adamw": {"_adamw_norm", "_adamw_clip", "_adamw_update"},
+}
+
+
+def recomputing(it):
+    """gelu_mlp that keeps no activation for its backward."""
+    kernel = lambda *inputs: (ops.kernels("gelu_mlp").gelu_mlp(*inputs, recompute=True),)  # noqa: E731
+    return replace(it, kernel=autocast_like(it, kernel))
+
+
+def autocast_like(it, f):
+    """f under the autocast that a problem's inputs imply: on where its first input is in 16 bits."""
+    dtype = next(iter(it.inputs.values())).dtype
+
+    def call(*inputs):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return f(*inputs)
+
+    return call
+
+
+def viewed(view, it):
+    """Matrices and higher tensors, inputs and gradients, by other strides."""
+    of = lambda t: view(t) if torch.is_tensor(t) and t.is_floating_point() and t.dim() > 1 else t  # noqa: E731
+    return replace(it, inputs={n: of(t) for n, t in it.inputs.items()}, grads=tuple(map(of, it.grads)))
+
+
+def beside(t):
+    """t as the left half of rows twice as long."""
+    return torch.cat((t, t), -1)[..., : t.size(-1)]
+
+
+def one_further(t):
+    """t one element further than a tensor begins: no address in it need be a multiple of 16 bytes."""
+    return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
+
+
+def every_other(t):
+    """t as every other element of rows twice as long."""
+    return torch.stack((t, t), -1).flatten(-2)[..., ::2]
+
+
+def expanded(it):
+    """Gradients whose elements are all one in memory."""
+    return replace(it, grads=tuple(None if g is None else g.flatten()[:1].view((1,) * g.dim()).expand(g.shape) for g in it.grads))
+
+
+S = Shape
+VIEWS = {"beside": functools.partial(viewed, beside), "one further": functools.partial(viewed, one_further),
+         "every other": functools.partial(viewed, every_other), "expanded": expanded}  # fmt: skip
+CASES = {  # op: {name: (shape, variation or None)}
+    "embedding": {
+        "partial": (S(2, 67, 48, 3, 101), None),
+        "whole": (S(2, 16, 256, 4, 64), None),
+        "one token": (S(1, 1, 768, 12, 65), None),
+        "dropout": (S(1, 40, 32, 2, 65, dropout=0.2), None),
+        "odd width": (S(1, 33, 131, 1, 17), None),
+        "wide": (S(1, 40, 1100, 4, 3), None),  # two blocks of columns; runs of one id longer than a program reads at once
+        "narrow": (S(2, 20, 64, 2, 65, narrow=True), None),
+        "narrow dropout": (S(2, 20, 48, 3, 65, dropout=0.2, narrow=True), None),
+        "strides": (S(2, 9, 48, 3, 23), "every other"),
+        "unaligned": (S(2, 9, 64, 3, 23), "one further"),
+        "expanded": (S(2, 9, 48, 3, 23), "expanded"),
+    },
+    "layer_norm": {
+        "partial": (S(2, 67, 48, 3, 101), None),
+        "gpt2": (S(1, 20, 768, 12, 101), None),
+        "gpt2-xl": (S(1, 9, 1600, 25, 101, bias=False), None),
+        "one token": (S(1, 1, 768, 12, 65), None),
+        "many rows": (S(3, 180, 264, 12, 65), None),  # more than there are programs: each has several
+        "odd width": (S(1, 33, 131, 1, 17, bias=False), None),
+        "2100": (S(1, 5, 2100, 1, 17), None),
+        "4100": (S(1, 4, 4100, 1, 17), None),
+        "dropout": (S(1, 40, 96, 2, 65, dropout=0.2), None),
+        "narrow": (S(1, 20, 768, 2, 65, narrow=True), None),
+        "narrow dropout": (S(2, 20, 48, 3, 65, dropout=0.2, narrow=True), None),
+        "strides": (S(2, 9, 48, 3, 23), "every other"),
+        "beside": (S(2, 9, 64, 3, 23), "beside"),
+        "unaligned": (S(2, 9, 64, 3, 23), "one further"),
+        "expanded": (S(2, 9, 48, 3, 23), "expanded"),
+    },
+    "attention": {
+        "partial": (S(2, 67, 48, 3, 101), None),
+        "whole": (S(1, 256, 64, 1, 64), None),
+        "gpt2": (S(1, 300, 128, 2, 64), None),  # heads of 64: whole tiles, those on the diagonal, and a partial one
+        "one token": (S(2, 1, 128, 2, 65), None),
+        "D=128": (S(1, 150, 128, 1, 64), None),
+        "D=40": (S(1, 70, 80, 2, 64), None),
+        "dropout": (S(1, 140, 64, 1, 65, dropout=0.2), None),
+        "documents": (S(2, 150, 64, 2, 64, documents=True), None),
+        "documents dropout": (S(1, 70, 32, 2, 65, dropout=0.2, documents=True), None),
+        "strides": (S(1, 40, 48, 3, 23), "every other"),
+        "beside": (S(2, 40, 64, 2, 23), "beside"),
+        "unaligned": (S(2, 40, 64, 2, 23), "one further"),
+        "expanded": (S(2, 40, 48, 3, 23), "expanded"),
+    },
+    "gelu_mlp": {
+        "partial": (S(2, 67, 48, 3, 101), None),
+        "whole": (S(1, 256, 64, 4, 64), None),
+        "gpt2": (S(1, 130, 192, 4, 64), None),  # more tiles than programs: each has several
+        "pipeline": (S(1, 64, 192, 4, 64), None),  # as many steps along K as there are stages; three tiles a program
+        "one token": (S(1, 1, 64, 2, 65), None),
+        "no bias": (S(1, 40, 64, 2, 65, bias=False), None),
+        "recompute": (S(1, 140, 72, 2, 65), "recompute"),
+        "odd width": (S(1, 33, 131, 1, 17), None),
+        "odd width recompute": (S(1, 70, 33, 1, 17), "recompute"),
+        "beside": (S(2, 40, 64, 2, 23), "beside"),
+        "unaligned": (S(2, 40, 64, 2, 23), "one further"),
+        "expanded": (S(2, 40, 48, 3, 23), "expanded"),
+    },
+    "linear_cross_entropy": {
+        "partial": (S(2, 67, 48, 3, 101), None),
+        "bytes": (S(2, 8, 48, 3, 256), None),
+        "several blocks": (S(1, 7, 16, 1, 17000), None),
+        "two tokens": (S(1, 2, 64, 2, 65), None),  # of which one counts
+        "odd": (S(1, 33, 31, 1, 517), None),
+        "strides": (S(2, 9, 48, 3, 23), "every other"),
+    },
+    "adamw": {
+        "partial": (S(2, 67, 48, 3, 101), None),
+        "whole": (S(1, 1, 256, 1, 96), None),
+        "several chunks": (S(1, 1, 131, 1, 190), None),
+        "unaligned": (S(1, 1, 64, 1, 65), "one further"),
+    },
+}  # fmt: skip
+
+
+def built(op, name, dtype, device="cpu"):
+    """The Problem of a case."""
+    shape, variation = CASES[op][name]
+    it = problem(op, shape, getattr(torch, dtype), device)
+    if variation == "recompute":
+        return recomputing(it)
+    return VIEWS[variation](it) if variation else it
+
+
+def hold(op, name, dtype, architecture, **gpu):
+    """What falls short of a case, in lines: what is not equal, which kernel did not run; [] where all holds. Raises ptx's errors."""
+    torch.set_num_threads(1)
+    with Gpu(architecture, **gpu) as emulated:
+        it = built(op, name, dtype)
+        found = compare(it.kernel, it.reference, it.inputs, it.outputs, it.grads)
+    short = [f"{c.what}: error {c.error:.3g}, PyTorch's {c.torch_error:.3g}, floor {c.floor:.3g}" for c in found if not c.holds]
+    missing = KERNELS[op] - {kernel for kernel, _ in emulated.launched}
+    return short + [f"{kernel} was not launched" for kernel in sorted(missing)]
+
+
+def mask(architecture):
+    """attention's dropout mask [2, 3, 37, 37] as the compiled kernel exports it, in lists."""
+    with Gpu(architecture):
+        return ops.kernels("attention").dropout_mask(2, 3, 37, 0.2, torch.tensor([SEED])).tolist()
+
+
+# ---- what must be seen ----
+
+
+def broken(op, name, dtype, architecture, edit=None, **gpu):
+    """What the emulator says of a case whose kernels were changed; "" where it sees nothing. Not whether results are equal."""
+    torch.set_num_threads(1)
+    it = built(op, name, dtype)
+    try:
+        with Gpu(architecture, edit=edit, **gpu):
+            run(it.kernel, it.inputs.values(), it.grads)
+    except Fault as e:
+        return str(e)
+    return ""
+
+
+def without(kernel, pattern, which=None):
+    """An edit that makes comments of a kernel's lines that match a pattern: all, or those of a list of numbers."""
+
+    def edit(name, text):
+        if name != kernel:
+            return text
+        number = itertools.count()
+        return re.sub(pattern, lambda m: m[0] if which is not None and next(number) not in which else "// " + m[0], text, flags=re.M)
+
+    return edit
+
+
+def dropped(op, name, dtype, architecture, kernel, pattern):
+    """What is said where all lines of a kernel that match a pattern are left out."""
+    return broken(op, name, dtype, architecture, without(kernel, pattern))
+
+
+BARRIER = r"^\s*bar\.sync.*$"
+
+
+def barriers(op, name, dtype, architecture, kernel):
+    """Barriers of a kernel that a case runs, left out one by one: (what is said of each, the source lines of those that nothing needs).
+
+    What nothing needs stays out: two barriers may protect the same, and the second to go is then missed.
+    """
+    texts = []
+    it = built(op, name, dtype)
+    with Gpu(architecture, edit=lambda k, t: texts.append(t) or t if k == kernel else t, keep=True) as gpu:
+        run(it.kernel, it.inputs.values(), it.grads)
+    text = texts[0]
+    machine = next(m for m in gpu.machines if m.kernel.name == kernel)
+    lines = [text.count("\n", 0, m.start()) + 1 for m in re.finditer(BARRIER, text, re.M)]
+    ran = {inst.line for inst, n in zip(machine.kernel.instructions, machine.executed, strict=True) if n}
+
+    def first(edit):
+        """The edit of the first of a kernel's specialisations alone: a barrier's number is a place in its text."""
+        return lambda k, t: edit(k, t) if t == text else t
+
+    messages, unneeded = [], []
+    for i, line in enumerate(lines):
+        if line in ran:
+            said = broken(op, name, dtype, architecture, first(without(kernel, BARRIER, [*unneeded, i])))
+            messages += [said] if said else []
+            unneeded += [] if said else [i]
+    sources = {inst.line: inst.source for inst in machine.kernel.instructions}
+    return messages, [sources[lines[i]] for i in unneeded]
+
+
+def misaligned(op, architecture):
+    """What is said where the compiler is told of an alignment that inputs have not."""
+    promised = lambda backend, value, *rest: native_specialize_impl(backend, value, *rest)[:1] + (  # noqa: E731
+        ("D",) if torch.is_tensor(value) else native_specialize_impl(backend, value, *rest)[1:]
+    )
+    with patch.object(launch, "native_specialize_impl", promised):
+        return broken(op, "unaligned", "bfloat16", architecture)
+
+
+def small_box(architecture):
+    """What is said where a TMA descriptor's box is a row short of what its barrier waits for."""
+
+    def shrunk(descriptor, meta, tensor_map=launch.tensor_map):
+        whole = tensor_map(descriptor, meta)
+        return replace(whole, box=(whole.box[0] - 8, whole.box[1]))
+
+    with patch.object(launch, "tensor_map", shrunk):
+        return broken("gelu_mlp", "whole", "bfloat16", architecture)
+
+
+def planted(op, right, wrong, shape, dtype, architecture, small=True):
+    """What turns red where a text of an op's kernels is replaced: lines, [] where nothing does."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        for name, row in faults.small_blocks().items() if small else ():
+            stack.enter_context(patch.object(configs, name, row))
+        module = faults.plant(op, right, wrong, folder)
+        stack.enter_context(patch.object(ops, "kernels", lambda op: module))
+        with Gpu(architecture):
+            it = problem(op, shape, getattr(torch, dtype), "cpu")
+            try:
+                found = compare(it.kernel, it.reference, it.inputs, it.outputs, it.grads)
+            except (Fault, ArithmeticError) as e:
+                return [str(e)]
+    return [c.what for c in found if not c.holds]

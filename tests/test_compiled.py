@@ -1,0 +1,132 @@
+"""The compiled proof: what Triton makes of every kernel for an NVIDIA GPU, run without one, equal and without a race.
+
+Each case compiles the kernels of an op as a launch on that architecture would, runs the PTX in the emulator of tests/ptx, which watches
+memory and barriers, and holds outputs and gradients to the three-way rule. The rest of this file breaks what was proved.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from unittest.mock import patch
+
+import pytest
+
+pytest.importorskip("triton")
+from faults import CASES as FAULTS
+from kernel_case import SEED, philox_uniform
+from ptx import proof
+
+# sm_89 runs sm_80's instructions with sm_80's rows, and sm_120 few others: they have their own CI job.
+ARCHITECTURES = [80, 90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (89, 100, 120))]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Calls a function of ptx.proof in a process of its own, where Triton compiles: in this one its library is the interpreter's."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with patch.dict(os.environ, environment, clear=True):
+            pool.submit(int).result()  # the process begins
+        yield lambda f, *args: pool.submit(f, *args).result()
+
+
+@pytest.mark.parametrize(("op", "case"), [(op, case) for op, cases in proof.CASES.items() for case in cases])
+@pytest.mark.parametrize("dtype", proof.DTYPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_op_holds(compiled, op, case, dtype, architecture):
+    assert compiled(proof.hold, op, case, dtype, architecture) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_exported_mask_is_a_host_philoxs(compiled, architecture):
+    assert compiled(proof.mask, architecture) == [
+        [[[philox_uniform(SEED, (j, i, h, b)) >= 0.2 for j in range(37)] for i in range(37)] for h in range(3)] for b in range(2)
+    ]
+
+
+# ---- it fails where it should ----
+
+
+@pytest.mark.parametrize(("op", "what", "right", "wrong", "shape"), [pytest.param(*f, id=f"{f[0]}: {f[1]}") for f in FAULTS if f[0] != "linear"])
+def test_a_planted_fault_is_found(compiled, op, what, right, wrong, shape):
+    architecture = 80 if len(what) % 2 else 90  # each in half of them
+    assert compiled(proof.planted, op, right, wrong, shape, "float32", architecture), f"{what}: nothing noticed"
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "kernel", "architecture", "unneeded"),
+    [
+        ("layer_norm", "many rows", "_norm_backward", 80, 0),
+        ("layer_norm", "partial", "_norm_reduce", 90, 0),
+        ("embedding", "partial", "_embed_backward_wte", 90, 1),  # of a loop that runs once
+        ("linear_cross_entropy", "several blocks", "_loss_rows", 80, 0),
+        # A pipeline ends with a wait for nothing and a barrier behind it.
+        ("attention", "partial", "_attention_forward", 80, 2),
+        ("attention", "partial", "_attention_backward", 90, 4),
+        ("gelu_mlp", "partial", "_mlp_gemm", 80, 1),
+        ("gelu_mlp", "pipeline", "_mlp_gemm", 90, 9),
+        pytest.param("attention", "partial", "_attention_forward", 100, 9, marks=pytest.mark.slow),
+        pytest.param("gelu_mlp", "pipeline", "_mlp_gemm", 100, 9, marks=pytest.mark.slow),
+    ],
+)
+def test_a_barrier_that_is_left_out_is_named(compiled, op, case, kernel, architecture, unneeded):
+    """But for as many as nothing needs in that case."""
+    seen, not_needed = compiled(proof.barriers, op, case, "bfloat16", architecture, kernel)
+    assert len(seen) >= 2
+    assert len(not_needed) <= unneeded, not_needed
+    for message in seen:
+        assert message.startswith(f"{kernel}, "), message
+        assert any(f in message for f in ("a race with", "no barrier between", "asynchronous", "never written")), message
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "architecture", "kernel", "pattern", "says"),
+    [
+        ("attention", "partial", 80, "_attention_forward", r"^\s*cp\.async\.commit_group.*$", "an asynchronous copy into it was not waited for"),
+        ("attention", "partial", 80, "_attention_backward", r"^\s*cp\.async\.wait_group.*$", "an asynchronous copy into it was not waited for"),
+        ("gelu_mlp", "partial", 80, "_mlp_gemm", r"^\s*cp\.async\.wait_group.*$", "an asynchronous copy into it was not waited for"),
+        ("gelu_mlp", "pipeline", 90, "_mlp_gemm", r"^\s*@!complete bra.*$|^\s*mbarrier\.try_wait.*$", "an asynchronous copy writes and nobody waited for"),
+        ("gelu_mlp", "pipeline", 90, "_mlp_gemm", r"^\s*wgmma\.wait_group.*$", "was not waited for"),
+        ("gelu_mlp", "pipeline", 90, "_mlp_gemm", r"^\s*wgmma\.commit_group.*$", "was not waited for"),
+        ("gelu_mlp", "pipeline", 90, "_mlp_gemm", r"^\s*cp\.async\.bulk\.wait_group.*$", "an asynchronous read of it was not waited for"),
+        ("gelu_mlp", "pipeline", 90, "_mlp_gemm", r"^\s*fence\.proxy\.async.*$", "no fence.proxy.async behind it"),
+        ("gelu_mlp", "pipeline", 90, "_mlp_gemm", r"^\s*@%p\d+ mbarrier\.init.*$", "it was never written"),
+        ("attention", "partial", 90, "_attention_forward", r"^\s*wgmma\.wait_group.*$", "of a matrix product that was not waited for"),
+    ],
+)  # fmt: skip
+def test_what_an_asynchronous_copy_or_product_needs(compiled, op, case, architecture, kernel, pattern, says):
+    said = compiled(proof.dropped, op, case, "bfloat16", architecture, kernel, pattern)
+    assert said.startswith(f"{kernel}, ")
+    assert says in said
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "attention", "embedding"])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_a_false_alignment_is_named(compiled, op, architecture):
+    said = compiled(proof.misaligned, op, architecture)
+    assert "misaligned, it must be a multiple of " in said
+    assert "of global memory at 0x" in said
+
+
+def test_a_box_that_is_too_small_is_waited_for_without_end(compiled):
+    assert "waits without end for an mbarrier's phase" in compiled(proof.small_box, 90)
+
+
+@pytest.mark.parametrize(
+    ("op", "right", "wrong"),
+    [
+        ("layer_norm", "mask = cols < N", "mask = cols < N + 1"),
+        ("attention", "(rows < bound)[:, None] & (d < D)[None, :])", "(rows < bound + 1)[:, None] & (d < D)[None, :])"),
+        ("linear_cross_entropy", "tl.load(x_ptr + i, i < n", "tl.load(x_ptr + i, i < n + 1"),
+        ("embedding", "tl.store(x_ptr + row * C + cols, x, mask)", "tl.store(x_ptr + row * C + cols + 1, x, mask)"),
+        ("gelu_mlp", "(rm < M)[:, None] & (rk < K)[None, :]", "(rm < M + 1)[:, None] & (rk < K)[None, :]"),
+        ("adamw", "mask = i < n", "mask = i < n + 1"),
+    ],
+)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_a_shifted_mask_is_out_of_bounds(compiled, op, right, wrong, architecture):
+    """Of the last row it is, of others another row's elements: each row ends at an allocation here."""
+    shape = proof.Shape(1, 3, 33, 1, 61)
+    said = compiled(proof.planted, op, right, wrong, shape, "float32", architecture, False)
+    assert len(said) == 1
+    assert "bytes past the end of" in said[0] or "across its end" in said[0] or "a race with" in said[0], said
