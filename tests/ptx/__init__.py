@@ -7,5 +7,4 @@
     matrix.py       tensor cores, ldmatrix and stmatrix, TMA and mbarriers
     tmem.py         the tensor memory of sm_100
     launch.py       Triton's launches: compiled for an architecture, run on CPU tensors
-    proof.py        every op of fastgpt, held to fp64 by the code that a GPU would run
 """

@@ -59,15 +59,16 @@ def tensor_map(descriptor, meta):
 class Gpu:
     """An emulated GPU of an architecture, 90 for sm_90, while it is entered.
 
-    multiprocessors: how many SMs persistent kernels see. edit(name, ptx) may change a kernel's text before it runs. only: of each kernel
-    the launches that are emulated, the rest being left out (figures want one). machines: the launches so far, in order.
+    multiprocessors: how many SMs persistent kernels see. edit(name, ptx) may change a kernel's text before it runs. blocks: of each
+    launch only the first so many run, for figures, not for results. With `keep` the machines of all launches are in `machines`, in
+    order; with `counting` they count memory's traffic.
     """
 
     kernels = {}  # what was compiled in this process
 
-    def __init__(self, architecture, multiprocessors=2, edit=None, counting=False, keep=False):
+    def __init__(self, architecture, multiprocessors=2, edit=None, blocks=None, counting=False, keep=False):
         self.architecture, self.multiprocessors, self.edit = architecture, multiprocessors, edit
-        self.counting, self.keep = counting, keep
+        self.blocks, self.counting, self.keep = blocks, counting, keep
         self.machines, self.known, self.launched = [], [], []
 
     def __enter__(self):
@@ -126,7 +127,8 @@ class Gpu:
         values += [0] * (len(code.params) - len(values))  # scratch memory, of which our kernels have none
         machine = Machine(code, values, [a for a in allocations if a[1]], metadata.shared, grid)
         machine.counting = self.counting
+        machine.label = kernel.__name__ + {True: " backward", False: " forward", None: ""}[arguments.get("BACKWARD")]
         self.launched.append((kernel.__name__, math.prod(grid)))
-        machine.run()
+        machine.run(self.blocks)
         if self.keep:
             self.machines.append(machine)

@@ -129,8 +129,8 @@ class Machine:
         self.scratch = {}
         self.compile()
         self.executed = np.zeros(len(code), np.int64)  # by warps
-        self.traffic = {}  # (instruction, what) -> number, where a caller counts
-        self.counting = False
+        self.traffic = {}  # space -> what `count` notes, where a caller asks for it
+        self.counting, self.flops = False, 0
 
     def is_register(self, name):
         plain = name.rstrip("0123456789")
@@ -231,9 +231,9 @@ class Machine:
         lanes = self.all[s]
         return lanes if guard is None else lanes[guard]
 
-    def run(self):
-        """All blocks, wave by wave. Raises Fault."""
-        number = int(np.prod(self.grid))
+    def run(self, blocks=None):
+        """All blocks, or the first so many, wave by wave. Raises Fault."""
+        number = min(blocks or 2**62, int(np.prod(self.grid)))
         per_wave = max(1, WAVE // self.kernel.threads)
         with np.errstate(all="ignore"):
             for first in range(0, number, per_wave):
@@ -528,32 +528,28 @@ class Machine:
         return len(lanes) // 32
 
     def count(self, inst, name, lanes, address, nbytes):
-        """Sectors of global memory and wavefronts of shared memory, and the fewest that would do, of each warp."""
+        """Note of an access bytes, requests by warps, and pieces that memory serves one by one, beside the fewest that would do.
+
+        A piece of global memory is a sector of 32 bytes. One of shared memory is a wavefront: a word of each of 32 banks, for eight
+        threads of a warp where they access 16 bytes each, for 16 where 8, else for all.
+        """
         warp = lanes >> 5
-        key = id(inst), name
-
-        def distinct(values, groups):
-            pairs = np.unique(np.stack([groups, values]), axis=1)
-            return pairs[0]
-
         if name == "global":
-            sectors = np.concatenate([(address + d) // 32 for d in range(0, nbytes, 32 if nbytes >= 32 else nbytes)])
-            total = len(distinct(sectors, np.tile(warp, len(sectors) // len(warp))))
-            bytes_ = np.bincount(np.unique(np.stack([warp, address]), axis=1)[0]) * nbytes
-            fewest = int((-(-bytes_ // 32)).sum())
+            step = min(nbytes, 32)
+            sectors = np.concatenate([(warp << 48) + (address + d) // 32 for d in range(0, nbytes, step)])
+            pieces = len(np.unique(sectors))
+            places = np.unique((warp << 48) + address) >> 48
+            fewest = int((-(-np.unique(places, return_counts=True)[1] * nbytes // 32)).sum())
         else:
-            phases = max(1, nbytes // 4)  # a warp's 16-byte accesses go in four parts, 8-byte ones in two
-            part = warp * 4 + (lanes % 32) * min(phases, 4) // 32
-            words = np.concatenate([address // 4 + d for d in range(phases)])
-            parts = np.tile(part, phases)
-            of = np.unique(np.stack([parts, words]), axis=1)
-            bank = of[0] * 32 + of[1] % 32
-            ways = np.zeros(int(of[0].max()) + 1, np.int64)
-            keys, counts = np.unique(bank, return_counts=True)
-            np.maximum.at(ways, keys // 32, counts)
-            total, fewest = int(ways.sum()), int((ways > 0).sum())
-        old = self.traffic.get(key, (inst, 0, 0, 0))
-        self.traffic[key] = inst, old[1] + total, old[2] + fewest, old[3] + nbytes * len(lanes)
+            words = max(1, nbytes // 4)
+            part = warp * 4 + lanes % 32 * words // 32
+            distinct = np.unique(np.concatenate([(part << 32) + address // 4 + d for d in range(words)]))
+            banks, depth = np.unique((distinct >> 32 << 5) + distinct % 32, return_counts=True)
+            first = np.flatnonzero(np.diff(banks >> 5, prepend=-1))
+            pieces, fewest = int(np.maximum.reduceat(depth, first).sum()), len(first)
+        note = self.traffic.setdefault(name, dict(bytes=0, requests=0, pieces=0, fewest=0))
+        for key, value in zip(note, (nbytes * len(lanes), len(np.unique(warp)), pieces, fewest), strict=True):
+            note[key] += value
 
 
 def granule(code, space):

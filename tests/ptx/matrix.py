@@ -103,6 +103,7 @@ def mma(m, inst):
         left = operand_a(fragments(m, a, lanes, n), a_kind)
         right = [floats(p if a_kind == "tf32" else halves_of(p), a_kind) for p in fragments(m, b, lanes, n)]
         right = np.concatenate(right, 2)  # [n, 8 columns, k]
+        m.flops += 2 * left.size * 8
         scatter_d(m, d, lanes, left @ right.transpose(0, 2, 1) + gather_d(m, c, lanes, n))
 
     return run
@@ -222,6 +223,7 @@ def wgmma(m, inst):
             left, where = floats(bits, a_kind), [used]
         bits, used = read_tile(m, inst, lanes, tile_addresses(int(m.registers[b][lanes[0]]), n_columns, k, b_major, element), element)
         product = left @ floats(bits, a_kind).T
+        m.flops += 2 * left.size * n_columns
         where = np.concatenate([*where, used])
         accumulators = np.ix_([m.number[r] for r in d], lanes)
         if np.any(added):

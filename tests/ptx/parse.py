@@ -69,7 +69,7 @@ class Kernel:
 TYPE_BITS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "f32": 32, "f64": 64, "u16": 16, "u32": 32, "u64": 64, "s32": 32}
 LABEL = re.compile(r"([$\w]+):(?!:)")
 OPCODE = re.compile(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
-LITERAL = re.compile(r"(-?)(0[fd])?(0x[0-9a-fA-F]+|[0-9a-fA-F]+)$")
+LITERAL = re.compile(r"(-?)(0[fd])?(0x[0-9a-fA-F]+|[0-9a-fA-F]+)U?$")
 
 
 def parse(text):

@@ -202,6 +202,7 @@ def product(m, inst):
         addresses = matrix.tile_addresses(descriptor_of(int(m.registers[b][lane])), columns, 16, major[1])
         values, where = matrix.read_tile(m, inst, lanes, addresses)
         result = left @ matrix.floats(values, dtype).T
+        m.flops += 2 * left.size * columns
         place = int(m.address(d, lanes)[0])
         index, granules = memory.at(inst, slot, (place >> 16) + lane_of_row, (place & 0xFFFF) + np.arange(columns), lane)
         add = bool(added.value) if isinstance(added, Bits) else bool(m.registers[added][lane])

@@ -1,0 +1,169 @@
+"""What each kernel executes at GPT-2's shapes, counted: instructions by pipe, bytes, sectors, bank conflicts. The same on any machine.
+
+    python tests/figures.py            a JSON object for each kernel and architecture, a line each
+    python tests/figures.py --markdown the tables of docs/codegen.md
+    python tests/figures.py --record   tests/executed.json, which a test holds the code to
+
+Counted are instructions of PTX, by threads: ptxas makes one or a few of its own of each, drops most moves, and fuses some.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is first imported
+
+import torch
+import triton
+from ptx.launch import Gpu
+from ptx.parse import UnknownPTX
+
+from fastgpt.verify import Shape, problem, run
+
+RECORD = Path(__file__).with_name("executed.json")
+ARCHITECTURES = (80, 90, 100)
+
+T, C, V, D = 1024, 768, 50304, 64
+ROWS = 2 * T
+MULTIPROCESSORS = 132
+MLP_TILES = 6  # of 384, that two programs of so many have
+
+
+def pairs(T):
+    """Of queries and keys that see each other, in a head."""
+    return T * (T + 1) // 2
+
+
+CASES = {  # name: (op, shape, blocks of each launch that run, {kernel: (unit, how many units those blocks are)})
+    "layer_norm": ("layer_norm", Shape(2, T, C, 12, 65), None, dict(
+        _norm_forward=("element", ROWS * C), _norm_backward=("element", ROWS * C), _norm_reduce=("partial sum", 2 * 512 * C))),
+    "layer_norm, bf16 stream": ("layer_norm", Shape(2, T, C, 12, 65, narrow=True), None, dict(
+        _norm_forward=("element", ROWS * C), _norm_backward=("element", ROWS * C))),
+    "layer_norm, dropout": ("layer_norm", Shape(1, T, C, 12, 65, dropout=0.1), None, dict(
+        _norm_forward=("element", T * C), _norm_backward=("element", T * C))),
+    "embedding": ("embedding", Shape(2, T, C, 12, 600), None, dict(
+        _embed_forward=("element", ROWS * C), _embed_keys=("token", ROWS), _embed_backward_wpe=("element", ROWS * C),
+        _embed_backward_wte=("element", ROWS * C))),
+    "attention": ("attention", Shape(1, T, C, 12, 65), T // 128, dict(
+        _attention_forward=("pair", pairs(T)), _attention_backward=("pair", pairs(T)))),
+    "attention, dropout": ("attention", Shape(1, T // 2, C, 12, 65, dropout=0.1), T // 256, dict(
+        _attention_forward=("pair", pairs(T // 2)), _attention_backward=("pair", pairs(T // 2)))),
+    "gelu_mlp": ("gelu_mlp", Shape(2, T, C, 12, 65), 2, {
+        "_mlp_gemm forward": ("element", MLP_TILES * 128 * 128), "_mlp_gemm backward": ("element", MLP_TILES * 128 * 128)}),
+    "linear_cross_entropy": ("linear_cross_entropy", Shape(1, 4, C, 12, V), 4, dict(
+        _loss_rows=("logit", 3 * V), _loss_scale=("element", 3072))),
+    "adamw": ("adamw", Shape(1, 1, C, 12, 1024), 32, dict(
+        _adamw_norm=("parameter", 32 * 8192), _adamw_update=("parameter", 32 * 8192))),
+}  # fmt: skip
+
+FLOAT = {"f32", "f16", "bf16", "f32x2", "f16x2", "bf16x2", "f64"}
+XU = {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "popc"}
+ARITHMETIC = {"add", "sub", "mul", "fma", "min", "max", "abs", "neg"}
+INTEGER = {"mad", "div", "rem", "and", "or", "xor", "not", "shl", "shr", "bfe", "setp", "selp", "prmt"}
+MATRIX = ("mma", "wgmma.mma_async", "tcgen05.mma")
+BARRIERS = ("bar", "mbarrier", "fence", "cp.async.commit", "cp.async.wait", "cp.async.bulk.commit", "cp.async.bulk.wait",
+            "wgmma", "tcgen05", "griddepcontrol")  # fmt: skip
+PIPES = ("tensor", "fp32", "integer", "xu", "global", "shared", "warp", "barrier", "other")
+
+
+def pipe(inst):
+    """Where an instruction runs, as far as PTX tells: a table of its names. Raises UnknownPTX."""
+    op, last = inst.parts[0], inst.parts[-1]
+    if inst.name.startswith(MATRIX):
+        return "tensor"
+    if op in ("ld", "st"):
+        return {"param": "other"}.get(inst.parts[1], inst.parts[1].removesuffix("::cta"))
+    if inst.name.startswith(("tcgen05.ld", "tcgen05.st", "ldmatrix", "stmatrix")):
+        return "shared"
+    if inst.name.startswith(BARRIERS):
+        return "barrier"
+    if inst.name.startswith("cp.async"):
+        return "global"
+    if op in XU or (op == "div" and last in FLOAT):
+        return "xu"
+    if op == "cvt":  # between integers and floats, or of one value to 16 bits, it is the XU's; packed it is not
+        integer = [p[0] in "us" for p in inst.parts[-2:]]
+        return "xu" if any(integer) != all(integer) else "fp32" if not any(integer) else "integer"
+    if op in ARITHMETIC:
+        return "fp32" if last in FLOAT else "integer"
+    if op in INTEGER:
+        return "integer"
+    if op in ("shfl", "redux", "vote", "elect"):
+        return "warp"
+    if op in ("mov", "cvta", "bra", "ret"):
+        return "other"
+    raise UnknownPTX(f"{inst.name}: no pipe is known for it")
+
+
+def figures(machine, units):
+    """What a run executed, for each of `units`: instructions by pipe; FLOPs of matrix instructions; of each space bytes, and pieces beside
+    the fewest that would do."""
+    found = dict.fromkeys(PIPES, 0)
+    for inst, warps in zip(machine.kernel.instructions, machine.executed, strict=True):
+        found[pipe(inst)] += int(warps) * 32
+    found = {k: v / units for k, v in (found | {"flops": machine.flops}).items()}
+    for space in ("global", "shared"):
+        note = machine.traffic.get(space)
+        if note:
+            found |= {f"{space}_bytes": note["bytes"] / units, f"{space}_pieces": note["pieces"] / note["fewest"]}
+    return {k: float(f"{v:.5g}") for k, v in found.items()}
+
+
+def rows(architecture, only=()):
+    """Of every case and kernel: a dict of what it is, its unit, and its figures. `only`: of these cases."""
+    torch.set_num_threads(1)
+    for case, (op, shape, blocks, units) in CASES.items():
+        if only and case not in only:
+            continue
+        with Gpu(architecture, blocks=1):  # of dropout's mask, which only the reference would read
+            it = problem(op, shape, torch.bfloat16, "cpu")
+        with Gpu(architecture, multiprocessors=MULTIPROCESSORS, blocks=blocks, counting=True, keep=True) as gpu:
+            run(it.kernel, it.inputs.values(), it.grads)
+        first = {}
+        for machine in gpu.machines:
+            first.setdefault(machine.label, machine)
+        for kernel, (unit, number) in units.items():
+            yield dict(case=case, kernel=kernel.strip("_"), sm=architecture, unit=unit, **figures(first[kernel], number))
+
+
+def worse(found, recorded):
+    """What of a kernel's figures is above what was recorded, in words."""
+    return [f"{k}: {found[k]:g}, recorded {recorded[k]:g}" for k in recorded if isinstance(recorded[k], float) and found[k] > recorded[k]]
+
+
+def key(row):
+    return f"{row['case']}: {row['kernel']}, sm_{row['sm']}"
+
+
+def markdown():
+    print("""
+# What the kernels execute
+
+Written by `python tests/figures.py --markdown`, which the command at the top of this page calls. The compiled kernels run in the emulator of
+`tests/ptx` on bf16 data at GPT-2 124M's shapes (T = 1024, n_embd = 768, heads of 64, a vocabulary of 50,304), and what they execute is counted:
+no time, and the same on every machine. Instructions are PTX's, by threads, for one unit of the kernel's work: an element of its matrix, a query-key
+pair that attention needs, a parameter. `warp` are shuffles and reductions in a warp; `barrier` waits and fences too; `other` moves and branches, most of
+which ptxas drops. `bytes` are those that threads ask of global memory, whichever cache answers. `sectors` is how many sectors of 32 bytes the
+requests touch, by the fewest that would do; `ways` how many wavefronts shared memory needs, by the fewest: 1 is without a bank conflict.""")
+    case = None
+    for r in (r for sm in ARCHITECTURES for r in rows(sm)):
+        if r["sm"] != case:
+            case = r["sm"]
+            print(f"\n## sm_{case}\n\n| case | kernel | a unit | FLOPs, tensor | {' | '.join(PIPES[1:])} | bytes | sectors | shared bytes | ways |")
+            print("|---|---|---|" + "---:|" * (len(PIPES) + 4))
+        numbers = [r["flops"], *(r[p] for p in PIPES[1:]), *(r.get(k, "") for k in ("global_bytes", "global_pieces", "shared_bytes", "shared_pieces"))]
+        print(f"| {r['case']} | {r['kernel']} | {r['unit']} | " + " | ".join(f"{n:.3g}" if n != "" else "" for n in numbers) + " |")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--markdown"]:
+        markdown()
+    elif sys.argv[1:] == ["--record"]:
+        kernels = {key(r): r for sm in ARCHITECTURES for r in rows(sm)}
+        RECORD.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
+    else:
+        for sm in ARCHITECTURES:
+            for r in rows(sm, sys.argv[1:]):
+                print(json.dumps(r), flush=True)
