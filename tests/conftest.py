@@ -15,6 +15,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from kernel_case import poisoned
+
 from fastgpt.cli import main
 
 torch.set_num_threads(1)  # models this small only lose by sharing their sums
@@ -59,14 +61,11 @@ def dataset(workdir):
 
 
 @pytest.fixture
-def poison(monkeypatch):
-    """What a kernel does not write is nan: `torch.empty` gives nan for as long as a test runs. The same random inputs each time."""
+def poison():
+    """What a kernel does not write is nan, for as long as a test runs. The same random inputs each time."""
     torch.manual_seed(0)
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
-    fill = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
+    with poisoned():
+        yield
 
 
 TINY = """

@@ -125,12 +125,18 @@ def rows(architecture, only=()):
         for machine in gpu.machines:
             first.setdefault(machine.label, machine)
         for kernel, (unit, number) in units.items():
-            yield dict(case=case, kernel=kernel.strip("_"), sm=architecture, unit=unit, **figures(first[kernel], number))
+            yield dict(
+                case=case, kernel=kernel.strip("_"), sm=architecture, unit=unit, **figures(first[kernel], number)
+            )
 
 
 def worse(found, recorded):
     """What of a kernel's figures is above what was recorded, in words."""
-    return [f"{k}: {found[k]:g}, recorded {recorded[k]:g}" for k in recorded if isinstance(recorded[k], float) and found[k] > recorded[k]]
+    return [
+        f"{k}: {found[k]:g}, recorded {recorded[k]:g}"
+        for k in recorded
+        if isinstance(recorded[k], float) and found[k] > recorded[k]
+    ]
 
 
 def key(row):
@@ -151,10 +157,20 @@ requests touch, by the fewest that would do; `ways` how many wavefronts shared m
     for r in (r for sm in ARCHITECTURES for r in rows(sm)):
         if r["sm"] != case:
             case = r["sm"]
-            print(f"\n## sm_{case}\n\n| case | kernel | a unit | FLOPs, tensor | {' | '.join(PIPES[1:])} | bytes | sectors | shared bytes | ways |")
+            print(
+                f"\n## sm_{case}\n\n| case | kernel | a unit | FLOPs, tensor | {' | '.join(PIPES[1:])} | bytes | sectors | shared bytes | ways |"
+            )
             print("|---|---|---|" + "---:|" * (len(PIPES) + 4))
-        numbers = [r["flops"], *(r[p] for p in PIPES[1:]), *(r.get(k, "") for k in ("global_bytes", "global_pieces", "shared_bytes", "shared_pieces"))]
-        print(f"| {r['case']} | {r['kernel']} | {r['unit']} | " + " | ".join(f"{n:.3g}" if n != "" else "" for n in numbers) + " |")
+        numbers = [
+            r["flops"],
+            *(r[p] for p in PIPES[1:]),
+            *(r.get(k, "") for k in ("global_bytes", "global_pieces", "shared_bytes", "shared_pieces")),
+        ]
+        print(
+            f"| {r['case']} | {r['kernel']} | {r['unit']} | "
+            + " | ".join(f"{n:.3g}" if n != "" else "" for n in numbers)
+            + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -14,16 +14,15 @@ from unittest.mock import patch
 
 import faults
 import torch
+from kernel_case import SEED, VIEWS, poisoned
+from ptx import launch
+from ptx.launch import Gpu
+from ptx.memory import Fault
 from triton.runtime.jit import native_specialize_impl
 
 from fastgpt import ops
 from fastgpt.kernels import configs
 from fastgpt.verify import Shape, compare, problem, run
-from ptx import launch
-from ptx.launch import Gpu
-from ptx.memory import Fault
-
-SEED = 0x1234567_89ABCDE
 
 DTYPES = ("bfloat16", "float16", "float32")
 KERNELS = {  # that each op launches, forward and backward
@@ -59,29 +58,15 @@ def viewed(view, it):
     return replace(it, inputs={n: of(t) for n, t in it.inputs.items()}, grads=tuple(map(of, it.grads)))
 
 
-def beside(t):
-    """t as the left half of rows twice as long."""
-    return torch.cat((t, t), -1)[..., : t.size(-1)]
-
-
 def one_further(t):
-    """t one element further than a tensor begins: no address in it need be a multiple of 16 bytes."""
+    """t one element further than an allocation begins: no address in it need be a multiple of 16 bytes."""
     return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
 
 
-def every_other(t):
-    """t as every other element of rows twice as long."""
-    return torch.stack((t, t), -1).flatten(-2)[..., ::2]
-
-
-def expanded(it):
-    """Gradients whose elements are all one in memory."""
-    return replace(it, grads=tuple(None if g is None else g.flatten()[:1].view((1,) * g.dim()).expand(g.shape) for g in it.grads))
-
+VARIATIONS = {name: functools.partial(viewed, view) for name, view in {**VIEWS, "one further": one_further}.items()}
+VARIATIONS["recompute"] = recomputing
 
 S = Shape
-VIEWS = {"beside": functools.partial(viewed, beside), "one further": functools.partial(viewed, one_further),
-         "every other": functools.partial(viewed, every_other), "expanded": expanded}  # fmt: skip
 CASES = {  # op: {name: (shape, variation or None)}
     "embedding": {
         "partial": (S(2, 67, 48, 3, 101), None),
@@ -92,9 +77,9 @@ CASES = {  # op: {name: (shape, variation or None)}
         "wide": (S(1, 40, 1100, 4, 3), None),  # two blocks of columns; runs of one id longer than a program reads at once
         "narrow": (S(2, 20, 64, 2, 65, narrow=True), None),
         "narrow dropout": (S(2, 20, 48, 3, 65, dropout=0.2, narrow=True), None),
-        "strides": (S(2, 9, 48, 3, 23), "every other"),
+        "strides": (S(2, 9, 48, 3, 23), "sliced columns"),
         "unaligned": (S(2, 9, 64, 3, 23), "one further"),
-        "expanded": (S(2, 9, 48, 3, 23), "expanded"),
+        "expanded": (S(2, 9, 48, 3, 23), "expanded columns"),
     },
     "layer_norm": {
         "partial": (S(2, 67, 48, 3, 101), None),
@@ -108,10 +93,10 @@ CASES = {  # op: {name: (shape, variation or None)}
         "dropout": (S(1, 40, 96, 2, 65, dropout=0.2), None),
         "narrow": (S(1, 20, 768, 2, 65, narrow=True), None),
         "narrow dropout": (S(2, 20, 48, 3, 65, dropout=0.2, narrow=True), None),
-        "strides": (S(2, 9, 48, 3, 23), "every other"),
-        "beside": (S(2, 9, 64, 3, 23), "beside"),
+        "strides": (S(2, 9, 48, 3, 23), "sliced columns"),
+        "part of a row": (S(2, 9, 64, 3, 23), "part of a wider row"),
         "unaligned": (S(2, 9, 64, 3, 23), "one further"),
-        "expanded": (S(2, 9, 48, 3, 23), "expanded"),
+        "expanded": (S(2, 9, 48, 3, 23), "expanded columns"),
     },
     "attention": {
         "partial": (S(2, 67, 48, 3, 101), None),
@@ -123,10 +108,10 @@ CASES = {  # op: {name: (shape, variation or None)}
         "dropout": (S(1, 140, 64, 1, 65, dropout=0.2), None),
         "documents": (S(2, 150, 64, 2, 64, documents=True), None),
         "documents dropout": (S(1, 70, 32, 2, 65, dropout=0.2, documents=True), None),
-        "strides": (S(1, 40, 48, 3, 23), "every other"),
-        "beside": (S(2, 40, 64, 2, 23), "beside"),
+        "strides": (S(1, 40, 48, 3, 23), "sliced columns"),
+        "part of a row": (S(2, 40, 64, 2, 23), "part of a wider row"),
         "unaligned": (S(2, 40, 64, 2, 23), "one further"),
-        "expanded": (S(2, 40, 48, 3, 23), "expanded"),
+        "expanded": (S(2, 40, 48, 3, 23), "expanded columns"),
     },
     "gelu_mlp": {
         "partial": (S(2, 67, 48, 3, 101), None),
@@ -138,9 +123,9 @@ CASES = {  # op: {name: (shape, variation or None)}
         "recompute": (S(1, 140, 72, 2, 65), "recompute"),
         "odd width": (S(1, 33, 131, 1, 17), None),
         "odd width recompute": (S(1, 70, 33, 1, 17), "recompute"),
-        "beside": (S(2, 40, 64, 2, 23), "beside"),
+        "part of a row": (S(2, 40, 64, 2, 23), "part of a wider row"),
         "unaligned": (S(2, 40, 64, 2, 23), "one further"),
-        "expanded": (S(2, 40, 48, 3, 23), "expanded"),
+        "expanded": (S(2, 40, 48, 3, 23), "expanded columns"),
     },
     "linear_cross_entropy": {
         "partial": (S(2, 67, 48, 3, 101), None),
@@ -148,7 +133,7 @@ CASES = {  # op: {name: (shape, variation or None)}
         "several blocks": (S(1, 7, 16, 1, 17000), None),
         "two tokens": (S(1, 2, 64, 2, 65), None),  # of which one counts
         "odd": (S(1, 33, 31, 1, 517), None),
-        "strides": (S(2, 9, 48, 3, 23), "every other"),
+        "strides": (S(2, 9, 48, 3, 23), "sliced columns"),
     },
     "adamw": {
         "partial": (S(2, 67, 48, 3, 101), None),
@@ -159,22 +144,24 @@ CASES = {  # op: {name: (shape, variation or None)}
 }  # fmt: skip
 
 
-def built(op, name, dtype, device="cpu"):
+def built(op, name, dtype):
     """The Problem of a case."""
     shape, variation = CASES[op][name]
-    it = problem(op, shape, getattr(torch, dtype), device)
-    if variation == "recompute":
-        return recomputing(it)
-    return VIEWS[variation](it) if variation else it
+    it = problem(op, shape, getattr(torch, dtype), "cpu")
+    return VARIATIONS[variation](it) if variation else it
 
 
 def hold(op, name, dtype, architecture, **gpu):
     """What falls short of a case, in lines: what is not equal, which kernel did not run; [] where all holds. Raises ptx's errors."""
     torch.set_num_threads(1)
-    with Gpu(architecture, **gpu) as emulated:
+    with poisoned(), Gpu(architecture, **gpu) as emulated:
         it = built(op, name, dtype)
         found = compare(it.kernel, it.reference, it.inputs, it.outputs, it.grads)
-    short = [f"{c.what}: error {c.error:.3g}, PyTorch's {c.torch_error:.3g}, floor {c.floor:.3g}" for c in found if not c.holds]
+    short = [
+        f"{c.what}: error {c.error:.3g}, PyTorch's {c.torch_error:.3g}, floor {c.floor:.3g}"
+        for c in found
+        if not c.holds
+    ]
     missing = KERNELS[op] - {kernel for kernel, _ in emulated.launched}
     return short + [f"{kernel} was not launched" for kernel in sorted(missing)]
 
@@ -207,7 +194,12 @@ def without(kernel, pattern, which=None):
         if name != kernel:
             return text
         number = itertools.count()
-        return re.sub(pattern, lambda m: m[0] if which is not None and next(number) not in which else "// " + m[0], text, flags=re.M)
+        return re.sub(
+            pattern,
+            lambda m: m[0] if which is not None and next(number) not in which else "// " + m[0],
+            text,
+            flags=re.M,
+        )
 
     return edit
 
@@ -250,8 +242,9 @@ def barriers(op, name, dtype, architecture, kernel):
 
 def misaligned(op, architecture):
     """What is said where the compiler is told of an alignment that inputs have not."""
-    promised = lambda backend, value, *rest: native_specialize_impl(backend, value, *rest)[:1] + (  # noqa: E731
-        ("D",) if torch.is_tensor(value) else native_specialize_impl(backend, value, *rest)[1:]
+    promised = lambda backend, value, *rest: (
+        native_specialize_impl(backend, value, *rest)[:1]
+        + (("D",) if torch.is_tensor(value) else native_specialize_impl(backend, value, *rest)[1:])
     )
     with patch.object(launch, "native_specialize_impl", promised):
         return broken(op, "unaligned", "bfloat16", architecture)

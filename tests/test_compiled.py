@@ -12,9 +12,9 @@ from unittest.mock import patch
 import pytest
 
 pytest.importorskip("triton")
+import proof
 from faults import CASES as FAULTS
 from kernel_case import SEED, philox_uniform
-import proof
 
 # sm_89 runs sm_80's instructions with sm_80's rows, and sm_120 few others: they have their own CI job.
 ARCHITECTURES = [80, 90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (89, 100, 120))]
@@ -40,14 +40,18 @@ def test_an_op_holds(compiled, op, case, dtype, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_exported_mask_is_a_host_philoxs(compiled, architecture):
     assert compiled(proof.mask, architecture) == [
-        [[[philox_uniform(SEED, (j, i, h, b)) >= 0.2 for j in range(37)] for i in range(37)] for h in range(3)] for b in range(2)
+        [[[philox_uniform(SEED, (j, i, h, b)) >= 0.2 for j in range(37)] for i in range(37)] for h in range(3)]
+        for b in range(2)
     ]
 
 
 # ---- it fails where it should ----
 
 
-@pytest.mark.parametrize(("op", "what", "right", "wrong", "shape"), [pytest.param(*f, id=f"{f[0]}: {f[1]}") for f in FAULTS if f[0] != "linear"])
+@pytest.mark.parametrize(
+    ("op", "what", "right", "wrong", "shape"),
+    [pytest.param(*f, id=f"{f[0]}: {f[1]}") for f in FAULTS if f[0] != "linear"],
+)
 def test_a_planted_fault_is_found(compiled, op, what, right, wrong, shape):
     architecture = 80 if len(what) % 2 else 90  # each in half of them
     assert compiled(proof.planted, op, right, wrong, shape, "float32", architecture), f"{what}: nothing noticed"
@@ -76,7 +80,9 @@ def test_a_barrier_that_is_left_out_is_named(compiled, op, case, kernel, archite
     assert len(not_needed) <= unneeded, not_needed
     for message in seen:
         assert message.startswith(f"{kernel}, "), message
-        assert any(f in message for f in ("a race with", "no barrier between", "asynchronous", "never written")), message
+        assert any(f in message for f in ("a race with", "no barrier between", "asynchronous", "never written")), (
+            message
+        )
 
 
 @pytest.mark.parametrize(

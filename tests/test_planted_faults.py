@@ -30,7 +30,9 @@ def _small_blocks(monkeypatch):
 
 
 @pytest.mark.usefixtures("_small_blocks", "poison")
-@pytest.mark.parametrize(("op", "what", "right", "wrong", "shape"), [pytest.param(*c, id=f"{c[0]}: {c[1]}") for c in CASES])
+@pytest.mark.parametrize(
+    ("op", "what", "right", "wrong", "shape"), [pytest.param(*c, id=f"{c[0]}: {c[1]}") for c in CASES]
+)
 def test_a_planted_fault_is_found(op, what, right, wrong, shape, tmp_path, monkeypatch):
     planted = plant(op, right, wrong, tmp_path)
     monkeypatch.setattr(ops, "kernels", lambda op: planted)

@@ -14,7 +14,14 @@ from ptx.parse import Bits, UnknownPTX
 NUMPY = {"u16": np.uint16, "s16": np.int16, "f16": np.float16, "u32": np.uint32, "s32": np.int32, "f32": np.float32, "u64": np.uint64,
          "s64": np.int64, "f64": np.float64, "pred": np.bool_, "u8": np.uint8, "s8": np.int8}  # fmt: skip
 PACKED = {"f32x2", "f16x2", "bf16x2"}
-BITS = {**{t: np.dtype(n).itemsize * 8 for t, n in NUMPY.items()}, "bf16": 16, "f32x2": 64, "f16x2": 32, "bf16x2": 32, "pred": 1}
+BITS = {
+    **{t: np.dtype(n).itemsize * 8 for t, n in NUMPY.items()},
+    "bf16": 16,
+    "f32x2": 64,
+    "f16x2": 32,
+    "bf16x2": 32,
+    "pred": 1,
+}
 TINY = np.finfo(np.float32).tiny
 
 
@@ -112,7 +119,9 @@ def field(a, position, length):
 
 def permute(a, b, selector):
     """prmt: four bytes chosen of eight, by a nibble each; its high bit copies the byte's sign."""
-    of = np.stack([np.asarray(x, np.uint32) >> np.uint32(8 * i) & np.uint32(0xFF) for x in (a, b) for i in range(4)], -1)
+    of = np.stack(
+        [np.asarray(x, np.uint32) >> np.uint32(8 * i) & np.uint32(0xFF) for x in (a, b) for i in range(4)], -1
+    )
     result = np.uint32(0)
     for i in range(4):
         nibble = np.broadcast_to(np.asarray(selector, np.uint32) >> np.uint32(4 * i) & np.uint32(0xF), of.shape[:-1])
@@ -140,7 +149,14 @@ FUNCTIONS = dict(
 # ---- instructions ----
 
 ROUNDING = {"rn", "approx", "full", "sat"}
-SIMPLE = {"add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}"}
+SIMPLE = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "and": "{0} & {1}",
+    "or": "{0} | {1}",
+    "xor": "{0} ^ {1}",
+}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 APPROXIMATE = {
     "ex2": "exp2({0})", "lg2": "log2({0})", "sqrt": "sqrt({0})", "tanh": "tanh({0})", "rcp": "as_f32(1) / {0}",
@@ -260,6 +276,8 @@ def compare(dest, mods, kind, args, inst):
         args = [f"{'widen' if kind == 'bf16' else 'pairs'}({a})" for a in args]
     a, b = args
     expression = f"({a} {COMPARE[relation]} {b})"
+    if relation == "ne" and kind[0] in "fb" and not unordered:  # of nan no comparison holds
+        expression = f"(({a} < {b}) | ({a} > {b}))"
     if unordered:
         expression = f"({expression} | isnan({a}) | isnan({b}))"
     if kind in PACKED:

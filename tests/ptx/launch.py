@@ -34,7 +34,11 @@ def source(kernel, arguments):
     signature, constants, attributes = {}, {}, {}
     for i, p in enumerate(kernel.params):
         value = arguments[p.name]
-        kind, key = ("constexpr", None) if p.is_constexpr else native_specialize_impl(CUDABackend, value, p.is_const, True, True)
+        kind, key = (
+            ("constexpr", None)
+            if p.is_constexpr
+            else native_specialize_impl(CUDABackend, value, p.is_const, True, True)
+        )
         signature[p.name] = kind
         if kind == "constexpr":
             constants[p.name] = value
@@ -50,10 +54,12 @@ def storage_of(t, name):
 
 def tensor_map(descriptor, meta):
     """The TensorMap that Triton's launcher would make of a host-side descriptor of a matrix."""
-    t = descriptor.base
-    return TensorMap(
-        t.data_ptr(), t.element_size(), *descriptor.shape, descriptor.strides[0] * t.element_size(), tuple(meta["block_size"]), meta["swizzle"]
-    )
+    t, size = descriptor.base, descriptor.base.element_size()
+    pitch = descriptor.strides[0] * size
+    return TensorMap(t.data_ptr(), size, *descriptor.shape, pitch, tuple(meta["block_size"]), meta["swizzle"])
+
+
+built = {}  # what was compiled in this process
 
 
 class Gpu:
@@ -63,8 +69,6 @@ class Gpu:
     launch only the first so many run, for figures, not for results. With `keep` the machines of all launches are in `machines`, in
     order; with `counting` they count memory's traffic.
     """
-
-    kernels = {}  # what was compiled in this process
 
     def __init__(self, architecture, multiprocessors=2, edit=None, blocks=None, counting=False, keep=False):
         self.architecture, self.multiprocessors, self.edit = architecture, multiprocessors, edit
@@ -100,11 +104,13 @@ class Gpu:
     def compiled(self, kernel, arguments, options):
         """(kernel, metadata) of a launch."""
         src = source(kernel, arguments)
-        key = repr((kernel.__module__, kernel.__name__, kernel.cache_key, src.signature, src.constants, src.attrs, options, self.architecture))
-        if key not in self.kernels:
-            binary = triton.compile(src, target=GPUTarget("cuda", self.architecture, 32), options={"num_warps": 4, **options})
-            self.kernels[key] = binary.asm["ptx"], binary.metadata, src.signature
-        ptx, metadata, signature = self.kernels[key]
+        key = repr((kernel.cache_key, src.signature, src.constants, src.attrs, options, self.architecture))
+        if key not in built:
+            binary = triton.compile(
+                src, target=GPUTarget("cuda", self.architecture, 32), options={"num_warps": 4, **options}
+            )
+            built[key] = binary.asm["ptx"], binary.metadata, src.signature
+        ptx, metadata, signature = built[key]
         return parse(self.edit(kernel.__name__, ptx) if self.edit else ptx), metadata, signature
 
     def launch(self, kernel, args, grid, options):

@@ -7,16 +7,38 @@ there: so threads that parted meet again. A barrier holds its block's threads un
 
 import numpy as np
 
-from ptx import matrix, tmem
+from ptx import matrix, memory, tmem
 from ptx.arithmetic import BITS, FUNCTIONS, NUMPY, PACKED, bits_of, literal, translate
-from ptx.memory import ANY_BLOCK, EPOCH_BITS, MANY, NEVER, SHARED_BASE, WARP_BITS, Fault, Global, Shared, conflict
+from ptx.memory import EPOCH_BITS, SHARED_BASE, WARP_BITS, Fault, Global, Shared, granule
 from ptx.parse import Address, Bits, UnknownPTX
 
 WAVE = 8192  # threads that run at once: numpy's cost of a call is spread over them
 PARAMETERS = 1 << 56  # addresses of parameters that are not read but pointed to: maps of tensors
 SPECIAL = {"%tid": "thread", "%ctaid": "block_index", "%nctaid": "blocks", "%ntid": "threads"}
-ENDS = ("bra", "ret", "bar.sync", "mbarrier.try_wait", "wgmma.commit_group", "wgmma.wait_group", "tcgen05.ld", "tcgen05.wait")  # of a piece
-NO_RESULT = ("st", "bra", "ret", "bar", "cp", "fence", "mbarrier", "stmatrix", "wgmma", "griddepcontrol", "tcgen05", "red")
+ENDS = (
+    "bra",
+    "ret",
+    "bar.sync",
+    "mbarrier.try_wait",
+    "wgmma.commit_group",
+    "wgmma.wait_group",
+    "tcgen05.ld",
+    "tcgen05.wait",
+)  # of a piece
+NO_RESULT = (
+    "st",
+    "bra",
+    "ret",
+    "bar",
+    "cp",
+    "fence",
+    "mbarrier",
+    "stmatrix",
+    "wgmma",
+    "griddepcontrol",
+    "tcgen05",
+    "red",
+)
 
 
 def result_of(inst):
@@ -119,14 +141,15 @@ class Machine:
         for start, end in zip(starts, [*starts[1:], len(code)], strict=True):
             self.piece_at[start] = len(self.pieces)
             self.pieces.append(Piece(start, end, code[start:end]))
-        self.names = sorted({r for inst in code for r in registers_of([*inst.operands, *(inst.guard or ())[:1]]) if self.is_register(r)})
+        self.names = sorted(
+            {r for inst in code for r in registers_of([*inst.operands, *(inst.guard or ())[:1]]) if self.is_register(r)}
+        )
         self.number = {r: i for i, r in enumerate(self.names)}
         for p in self.pieces:
             p.reads = np.array(sorted({self.number[r] for r in p.reads if r in self.number}), int)
             p.writes = np.array(sorted(self.number[r] for r in p.writes), int)
         self.namespace = dict(FUNCTIONS, lanes_of=self.lanes_of)
         self.views = {}  # what the pieces call registers -> (register, type)
-        self.scratch = {}
         self.compile()
         self.executed = np.zeros(len(code), np.int64)  # by warps
         self.traffic = {}  # space -> what `count` notes, where a caller asks for it
@@ -146,7 +169,9 @@ class Machine:
                 address = PARAMETERS + 128 * i
                 self.maps[address], value = value, address
                 kind = "u64"
-            array = np.asarray(value, np.float32 if kind == "f32" else np.int64 if value is not None and value < 0 else np.uint64)
+            array = np.asarray(
+                value, np.float32 if kind == "f32" else np.int64 if value is not None and value < 0 else np.uint64
+            )
             values[name] = array.view(np.uint32 if kind == "f32" else np.uint64)
         return values
 
@@ -177,7 +202,9 @@ class Machine:
                 self.lines.append(call)
                 return
         except UnknownPTX as e:
-            raise UnknownPTX(f"{self.kernel.name}, {inst.source}, PTX line {inst.line}: unknown instruction: {inst.text}") from e
+            raise UnknownPTX(
+                f"{self.kernel.name}, {inst.source}, PTX line {inst.line}: unknown instruction: {inst.text}"
+            ) from e
         if len(results) > 1:  # computed before the first is written: it may be among the operands
             self.lines.append(f"    t = {', '.join(r[2] for r in results)}")
             results = [(d, kind, f"t[{j}]") for j, (d, kind, _) in enumerate(results)]
@@ -185,7 +212,9 @@ class Machine:
             if dest == "_":
                 continue
             target = f"{self.name(dest, kind)}[s]"
-            self.lines.append(f"    {target} = where({guard}, {expression}, {target})" if guard else f"    {target} = {expression}")
+            self.lines.append(
+                f"    {target} = where({guard}, {expression}, {target})" if guard else f"    {target} = {expression}"
+            )
 
     def name(self, register, kind):
         """What a piece calls a register seen as a type."""
@@ -259,7 +288,9 @@ class Machine:
         self.registers = {}
         for r in self.names:
             width = self.kernel.width(r)
-            self.registers[r] = np.zeros(n, bool) if width == 1 else np.full(n, 0x5A5A5A5A5A5A5A5A, np.uint64).astype(f"u{width // 8}")
+            self.registers[r] = (
+                np.zeros(n, bool) if width == 1 else np.full(n, 0x5A5A5A5A5A5A5A5A, np.uint64).astype(f"u{width // 8}")
+            )
         for name, of in self.views.items():
             if of is None:
                 self.namespace[name] = bound[name].astype(np.uint32)
@@ -299,10 +330,9 @@ class Machine:
             changed |= self.step(at, lanes)
         if self.living.any():
             self.stuck()
-        unread = [(lanes, _) for lanes, _, _ in self.bulk.items]
-        if unread:
+        if self.bulk.items:
             last = self.kernel.instructions[-1]
-            self.fault(last, unread[0][0][0], "ends while a bulk copy still reads its shared memory")
+            self.fault(last, self.bulk.items[0][0][0], "ends while a bulk copy still reads its shared memory")
         self.tmem.finish()
 
     def go(self, at, lanes):
@@ -336,7 +366,9 @@ class Machine:
             self.defined[(piece.writes, s) if isinstance(s, slice) else np.ix_(piece.writes, lanes)] = True
             piece.known = whole
         piece.run(s)
-        self.executed[piece.start : piece.end] += len(lanes) // 32 if len(lanes) == len(self.all) else len(np.unique(lanes >> 5))
+        self.executed[piece.start : piece.end] += (
+            len(lanes) // 32 if len(lanes) == len(self.all) else len(np.unique(lanes >> 5))
+        )
         following = at + 1
         if last is None or last.name.startswith(("mbarrier", "wgmma", "tcgen05")):
             self.go(following, lanes)
@@ -347,13 +379,17 @@ class Machine:
             self.go(self.piece_at[self.kernel.labels[last.operands[0]]], lanes[taken])
             self.go(following, lanes[~taken])
         elif last.parts[0] == "ret":
-            taken = np.ones(len(lanes), bool) if not last.guard else self.registers[last.guard[0]][lanes] ^ last.guard[1]
+            taken = (
+                np.ones(len(lanes), bool) if not last.guard else self.registers[last.guard[0]][lanes] ^ last.guard[1]
+            )
             self.living[lanes[taken]] = False
             self.go(following, lanes[~taken])
             self.release()
         else:
             if last.guard or last.operands[0] != Bits(0) or len(last.operands) > 1:
-                raise UnknownPTX(f"{self.kernel.name}, PTX line {last.line}: a barrier that is not of all threads: {last.text}")
+                raise UnknownPTX(
+                    f"{self.kernel.name}, PTX line {last.line}: a barrier that is not of all threads: {last.text}"
+                )
             self.held[lanes] = following
             self.release()
         return True
@@ -413,7 +449,9 @@ class Machine:
                 touched = set(registers_of(inst.operands)) & written or set(registers_of(result_of(inst))) & read
                 if touched:
                     lane = lanes[np.isin(lanes, of)][0]
-                    self.fault(inst, lane, f"touches register {sorted(touched)[0]} of a matrix product that was not waited for")
+                    self.fault(
+                        inst, lane, f"touches register {sorted(touched)[0]} of a matrix product that was not waited for"
+                    )
 
     # ---- values and accesses ----
 
@@ -448,123 +486,11 @@ class Machine:
     def space(self, name):
         return self.memory if name == "global" else self.shared
 
-    def access(self, inst, name, lanes, address, nbytes, write, align=None, data=None):
-        """Check accesses of nbytes a thread and note them: their offsets in the space's bytes. Raises Fault.
-
-        data [lanes, n] unsigned, if any, is written. Several warps may write the same bits to a place: Triton's layouts hold some values
-        more than once, and each holder stores them.
-        """
-        space = self.space(name)
-        verb = "writes" if write else "reads"
-
-        def first(bad, what):
-            i = int(np.flatnonzero(bad)[0])
-            self.fault(inst, lanes[i], f"{verb} {nbytes} bytes of {name} memory at {int(address[i]):#x}: {what}")
-
-        bad = address % (align or nbytes) != 0
-        if bad.any():
-            first(bad, f"misaligned, it must be a multiple of {align or nbytes}")
-        bad = space.outside(address, nbytes)
-        if bad.any():
-            i = int(np.flatnonzero(bad)[0])
-            first(bad, space.near(int(address[i])) if name == "global" else f"there are {space.limit} bytes from {SHARED_BASE:#x} on")
-        if name == "global":
-            offset = address - space.low
-            where = space.granules(address, nbytes)
-        else:
-            offset = space.offset(address, self.slot[lanes])
-            where = space.granules(offset, nbytes)
-        self.watch(inst, space, lanes, where, write, first, offset, data)
-        if self.counting:
-            self.count(inst, name, lanes, address, nbytes)
-        return offset
-
-    def watch(self, inst, space, lanes, where, write, first, offset, data):
-        """What no access may meet: copies in flight, memory that was never written, other warps. Writes data."""
-        tag = self.tag[lanes]
-        if space is self.shared:
-            bad = space.pending[where].any(1)
-            if bad.any():
-                first(bad, "an asynchronous copy into it was not waited for")
-            bad = (space.reading[where] > 0).any(1) if write else (space.writer[where] == NEVER).any(1)
-            if bad.any():
-                first(bad, "an asynchronous read of it was not waited for" if write else "it was never written")
-        writers, readers = space.writer[where], space.reader[where]
-        if write:
-            race, written = space.touch_write(where, tag)
-            if space is self.shared:
-                space.unfenced[where] = True
-            if data is not None:
-                memory = space.view(data.dtype)
-                at = (offset // data.itemsize)[:, None] + np.arange(data.shape[1])
-                before = memory[at[written]] if written.any() else None
-                memory[at] = data
-                if written.any():
-                    old = (conflict(writers, tag[:, None]).any(1))[written] & (before != data[written]).any(1)
-                    written[written] = old | (memory[at[written]] != data[written]).any(1)
-            race = race | written
-        else:
-            race = space.touch_read(where, tag)
-        if race.any():
-            i = int(np.flatnonzero(race)[0])
-            first(race, f"a race with {self.other(tag[i], writers[i], readers[i])}")
-
-    def other(self, tag, writers, readers):
-        """Who else touched it, in words."""
-        for verb, tags in (("writing", writers), ("reading", readers)):
-            for t in tags[conflict(tags, tag)]:
-                block, warp = int(t) >> (EPOCH_BITS + WARP_BITS), int(t) & ((1 << WARP_BITS) - 1)
-                who = "several warps" if warp == MANY else f"warp {warp}"
-                if block == ANY_BLOCK:
-                    return f"several blocks, {verb}"
-                mine = block == int(tag) >> (EPOCH_BITS + WARP_BITS)
-                return f"{who} {'' if mine else f'of block {block} '}{verb} it with no barrier between"
-        return "another warp in this very instruction"
-
     def whole_warps(self, inst, lanes):
         """The number of warps that lanes are, all their threads. Raises Fault."""
         if len(lanes) % 32 or (lanes[::32] % 32).any() or (lanes[31::32] - lanes[::32] != 31).any():
             self.fault(inst, lanes[0], "runs an instruction of a whole warp without all of its threads")
         return len(lanes) // 32
-
-    def count(self, inst, name, lanes, address, nbytes):
-        """Note of an access bytes, requests by warps, and pieces that memory serves one by one, beside the fewest that would do.
-
-        A piece of global memory is a sector of 32 bytes. One of shared memory is a wavefront: a word of each of 32 banks, for eight
-        threads of a warp where they access 16 bytes each, for 16 where 8, else for all.
-        """
-        warp = lanes >> 5
-        if name == "global":
-            step = min(nbytes, 32)
-            sectors = np.concatenate([(warp << 48) + (address + d) // 32 for d in range(0, nbytes, step)])
-            pieces = len(np.unique(sectors))
-            places = np.unique((warp << 48) + address) >> 48
-            fewest = int((-(-np.unique(places, return_counts=True)[1] * nbytes // 32)).sum())
-        else:
-            words = max(1, nbytes // 4)
-            part = warp * 4 + lanes % 32 * words // 32
-            distinct = np.unique(np.concatenate([(part << 32) + address // 4 + d for d in range(words)]))
-            banks, depth = np.unique((distinct >> 32 << 5) + distinct % 32, return_counts=True)
-            first = np.flatnonzero(np.diff(banks >> 5, prepend=-1))
-            pieces, fewest = int(np.maximum.reduceat(depth, first).sum()), len(first)
-        note = self.traffic.setdefault(name, dict(bytes=0, requests=0, pieces=0, fewest=0))
-        for key, value in zip(note, (nbytes * len(lanes), len(np.unique(warp)), pieces, fewest), strict=True):
-            note[key] += value
-
-
-def granule(code, space):
-    """The narrowest access of a space that a kernel makes, in bytes, 16 at most."""
-    widths = [16]
-    for inst in code:
-        if inst.parts[0] in ("ld", "st") and space in inst.name:
-            widths.append(BITS.get(bits_of(inst.parts[-1]), 32) // 8)
-        elif inst.name.startswith(("cp.async.ca", "cp.async.cg")) and isinstance(inst.operands[2], Bits):
-            widths.append(inst.operands[2].value)
-        elif inst.parts[0] == "mbarrier" and space == "shared":
-            widths.append(8)
-        elif inst.name.startswith("tcgen05.alloc") and space == "shared":
-            widths.append(4)
-    return max(1, min(widths))
 
 
 # ---- instructions that are more than registers ----
@@ -580,9 +506,9 @@ def handler(m, inst):
     if op == "ld" and inst.parts[1] == "param":
         return parameter(m, inst)
     if op in ("ld", "st"):
-        return load_or_store(m, inst)
+        return memory.load_or_store(m, inst)
     if inst.name.startswith("cp.async"):
-        return copy(m, inst)
+        return memory.copy(m, inst)
     if op in ("shfl", "redux", "elect", "vote"):
         return across_warp(m, inst)
     if inst.name == "bar.warp.sync":  # groups that met run together: of a warp all are here
@@ -599,95 +525,11 @@ def parameter(m, inst):
     value = whole.reshape(1).view(f"u{BITS[kind] // 8}")[address.offset // (BITS[kind] // 8)].view(NUMPY[kind])
 
     def run(lanes):
-        m.registers[dest][lanes] = value.astype(np.int64 if kind[0] == "s" else value.dtype).astype(m.registers[dest].dtype)
+        m.registers[dest][lanes] = value.astype(np.int64 if kind[0] == "s" else value.dtype).astype(
+            m.registers[dest].dtype
+        )
 
     return run
-
-
-SPACES = {"global", "shared", "shared::cta"}
-HINTS = {"weak", "L1::evict_last", "L1::evict_first", "L1::no_allocate", "nc", "L2::cache_hint"}
-
-
-def load_or_store(m, inst):
-    op, space, *mods = inst.parts
-    *mods, kind = mods
-    count = next((int(p[1:]) for p in mods if p in ("v2", "v4", "v8")), 1)
-    if space not in SPACES or set(mods) - {"v2", "v4", "v8"} - HINTS or bits_of(kind) not in NUMPY:
-        raise UnknownPTX(inst.name)
-    address, registers = inst.operands[:2] if op == "st" else inst.operands[1::-1]
-    registers = registers if isinstance(registers, list) else [registers]
-    if len(registers) != count:
-        raise UnknownPTX(inst.name)
-    kind, space = bits_of(kind), space.removesuffix("::cta")
-    size = BITS[kind] // 8
-    unsigned = np.dtype(f"u{size}")
-
-    def load(lanes):
-        first = m.access(inst, space, lanes, m.address(address, lanes), size * count, False) // size
-        memory = m.space(space).view(unsigned)
-        for j, r in enumerate(registers):
-            if r != "_":
-                value = memory[first + j]
-                m.registers[r][lanes] = value.view(NUMPY[kind]) if kind[0] == "s" else value
-
-    def store(lanes):
-        data = np.empty((len(lanes), count), unsigned)
-        for j, r in enumerate(registers):
-            data[:, j] = m.value(r, f"u{m.kernel.width(r)}" if isinstance(r, str) else kind, lanes)
-        m.access(inst, space, lanes, m.address(address, lanes), size * count, True, data=data)
-
-    return load if op == "ld" else store
-
-
-def copy(m, inst):
-    """cp.async of 4, 8 or 16 bytes a thread, and its groups."""
-    what = inst.parts[2]
-    if what == "commit_group":
-        return m_groups(m, "copies").commit
-    if what == "wait_group":
-        return lambda lanes: m.copies.wait(lanes, inst.operands[0].value)
-    if what == "wait_all":
-        return lambda lanes: (m.copies.commit(lanes), m.copies.wait(lanes, 0))
-    if what not in ("ca", "cg") or inst.parts[3:] not in (("shared", "global"), ("shared::cta", "global")):
-        raise UnknownPTX(inst.name)
-    to, of, size, *rest = inst.operands
-    size = size.value
-
-    def run(lanes):
-        source = m.address(of, lanes)
-        taken = np.full(len(lanes), size) if not rest else np.broadcast_to(m.value(rest[0], "u32", lanes), lanes.shape).astype(int)
-        data = np.zeros((len(lanes), size), np.uint8)
-        for n in np.unique(taken[taken > 0]):
-            some = taken == n
-            offset = m.access(inst, "global", lanes[some], source[some], int(n), False, align=size)
-            data[some, :n] = m.memory.bytes[offset[:, None] + np.arange(n)]
-        issue_copy(m, inst, lanes, m.address(to, lanes), size, data)
-
-    return run
-
-
-def issue_copy(m, inst, lanes, address, size, data):
-    """A copy into shared memory that is checked now and written when it is waited for."""
-    offset = m.access(inst, "shared", lanes, address, size, True)
-    where = m.shared.granules(offset, size)
-    m.shared.pending[where] = True
-
-    def done(mask):
-        m.shared.pending[where[mask]] = False
-        m.shared.bytes[offset[mask][:, None] + np.arange(size)] = data[mask]
-        m.shared.writer[where[mask]] = m.tag[lanes[mask]][:, None]
-
-    m.copies.issue(lanes, done)
-
-
-def m_groups(m, name):
-    """The Groups of a machine, by name: each wave has its own."""
-
-    class Late:
-        def commit(self, lanes):
-            getattr(m, name).commit(lanes)
-
-    return Late()
 
 
 def across_warp(m, inst):
@@ -705,7 +547,14 @@ def across_warp(m, inst):
     dest, source, *rest = inst.operands
     if op == "redux":
         _, _, operation, kind = inst.parts[:4]
-        reduce = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+        reduce = {
+            "add": np.add,
+            "min": np.minimum,
+            "max": np.maximum,
+            "and": np.bitwise_and,
+            "or": np.bitwise_or,
+            "xor": np.bitwise_xor,
+        }
         if operation not in reduce or inst.parts[4:]:
             raise UnknownPTX(inst.name)
         kind = bits_of(kind)

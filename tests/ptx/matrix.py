@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ptx.arithmetic import widen
-from ptx.memory import ANY_BLOCK, EPOCH_BITS, MANY, NEVER, ORDERED, SHARED_BASE, WARP_BITS
+from ptx.memory import ANY_BLOCK, EPOCH_BITS, MANY, NEVER, ORDERED, SHARED_BASE, WARP_BITS, access
 from ptx.parse import Bits, UnknownPTX
 
 
@@ -114,7 +114,12 @@ def eight_by_eight(m, inst):
     mods = inst.parts[1:]
     count = {"x1": 1, "x2": 2, "x4": 4}.get(mods[3])
     trans = "trans" in mods
-    if mods[:3] != ("sync", "aligned", "m8n8") or not count or mods[-2] not in ("shared", "shared::cta") or mods[-1] != "b16":
+    if (
+        mods[:3] != ("sync", "aligned", "m8n8")
+        or not count
+        or mods[-2] not in ("shared", "shared::cta")
+        or mods[-1] != "b16"
+    ):
         raise UnknownPTX(inst.name)
     load = inst.parts[0] == "ldmatrix"
     registers, address = inst.operands if load else inst.operands[::-1]
@@ -123,7 +128,7 @@ def eight_by_eight(m, inst):
         n = m.whole_warps(inst, lanes)
         rows = lanes.reshape(n, 32)[:, : 8 * count].reshape(-1)
         if load:
-            offset = m.access(inst, "shared", rows, m.address(address, rows), 16, False)
+            offset = access(m, inst, "shared", rows, m.address(address, rows), 16, False)
             matrices = m.shared.view(np.uint16)[(offset // 2)[:, None] + np.arange(8)].reshape(n, count, 8, 8)
             matrices = np.ascontiguousarray(matrices.swapaxes(2, 3) if trans else matrices)
             for j, r in enumerate(registers):
@@ -131,7 +136,7 @@ def eight_by_eight(m, inst):
         else:
             matrices = np.stack([halves_of(p) for p in fragments(m, registers, lanes, n)], 1)
             data = np.ascontiguousarray((matrices.swapaxes(2, 3) if trans else matrices).reshape(n * count * 8, 8))
-            m.access(inst, "shared", rows, m.address(address, rows), 16, True, data=data)
+            access(m, inst, "shared", rows, m.address(address, rows), 16, True, data=data)
 
     return run
 
@@ -163,7 +168,11 @@ def read_tile(m, inst, lanes, addresses, element=2):
     space, slot = m.shared, m.slot[lanes[0]]
     first = int(addresses.min())
     if space.outside(first, 2) or space.outside(int(addresses.max()), element):
-        m.fault(inst, lanes[0], f"reads a tile from {first:#x} to {int(addresses.max()):#x} of {space.limit} bytes of shared memory")
+        m.fault(
+            inst,
+            lanes[0],
+            f"reads a tile from {first:#x} to {int(addresses.max()):#x} of {space.limit} bytes of shared memory",
+        )
     offset = space.offset(addresses, slot)
     where = np.unique(offset // space.granule)
     for bad, what in (
@@ -177,9 +186,15 @@ def read_tile(m, inst, lanes, addresses, element=2):
     race = space.touch_read(where[:, None], np.broadcast_to(m.tag[lanes[0]], where.shape))
     if race.any():
         at = int(where[race][0]) * space.granule - slot * space.size + SHARED_BASE
-        m.fault(inst, lanes[0], f"reads shared memory at {at:#x}: a race with another warp that writes it with no barrier between")
+        m.fault(
+            inst,
+            lanes[0],
+            f"reads shared memory at {at:#x}: a race with another warp that writes it with no barrier between",
+        )
     # All four warps read it: none of them may write it before a barrier.
-    space.reader[where] = np.where(space.reader[where] >> (EPOCH_BITS + WARP_BITS) == ANY_BLOCK, space.reader[where], m.tag[lanes[0]] | MANY)
+    space.reader[where] = np.where(
+        space.reader[where] >> (EPOCH_BITS + WARP_BITS) == ANY_BLOCK, space.reader[where], m.tag[lanes[0]] | MANY
+    )
     return space.view(np.dtype(f"u{element}"))[offset // element], where
 
 
@@ -219,9 +234,13 @@ def wgmma(m, inst):
         if isinstance(a, list):
             left = operand_a(fragments(m, a, lanes, 4), a_kind).reshape(64, k)
         else:
-            bits, used = read_tile(m, inst, lanes, tile_addresses(int(m.registers[a][lanes[0]]), 64, k, a_major, element), element)
+            bits, used = read_tile(
+                m, inst, lanes, tile_addresses(int(m.registers[a][lanes[0]]), 64, k, a_major, element), element
+            )
             left, where = floats(bits, a_kind), [used]
-        bits, used = read_tile(m, inst, lanes, tile_addresses(int(m.registers[b][lanes[0]]), n_columns, k, b_major, element), element)
+        bits, used = read_tile(
+            m, inst, lanes, tile_addresses(int(m.registers[b][lanes[0]]), n_columns, k, b_major, element), element
+        )
         product = left @ floats(bits, a_kind).T
         m.flops += 2 * left.size * n_columns
         where = np.concatenate([*where, used])
@@ -238,7 +257,9 @@ def wgmma(m, inst):
 
         def done(mask):
             m.shared.reading[where] -= 1
-            m.shared.reader[where] = m.tag[lanes[0]] | MANY  # only now is it read: other warps may write it behind a barrier
+            m.shared.reader[where] = (
+                m.tag[lanes[0]] | MANY
+            )  # only now is it read: other warps may write it behind a barrier
             m.in_flight = [r for r in m.in_flight if r is not record]
 
         m.products.issue(lanes[:1], done)
@@ -279,7 +300,7 @@ def mbarrier(m, inst):
 
     def run(lanes):
         at = m.address(address, lanes)
-        m.access(inst, "shared", lanes, at, 8, what != "arrive")  # threads that arrive do not race with one another
+        access(m, inst, "shared", lanes, at, 8, what != "arrive")  # threads that arrive do not race with one another
         for lane, where in zip(lanes, at, strict=True):
             if what == "init":
                 m.barriers[int(m.slot[lane]), int(where)] = Barrier(number.value)
@@ -309,7 +330,7 @@ def try_wait(m, inst, lanes):
     at = m.address(inst.operands[1], lanes)
     parity = np.broadcast_to(m.value(inst.operands[2], "u32", lanes), lanes.shape)
     passed = np.zeros(len(lanes), bool)
-    m.access(inst, "shared", lanes, at, 8, False)
+    access(m, inst, "shared", lanes, at, 8, False)
     keys = np.stack([m.slot[lanes], at])
     for slot, where in np.unique(keys, axis=1).T:
         some = (keys[0] == slot) & (keys[1] == where)
@@ -363,7 +384,11 @@ def bulk(m, inst):
         size = descriptor.element
         space = m.shared
         if space.outside(start, here.size * size):
-            m.fault(inst, lane, f"copies {here.size * size} bytes at {start:#x}: there are {space.limit} bytes of shared memory")
+            m.fault(
+                inst,
+                lane,
+                f"copies {here.size * size} bytes at {start:#x}: there are {space.limit} bytes of shared memory",
+            )
         offset = space.offset(here, m.slot[lane])
         # Rows of a box are watched by 16 bytes: that is what a swizzle moves.
         where = np.unique(offset // space.granule)
@@ -374,12 +399,15 @@ def bulk(m, inst):
         unsigned = np.dtype(f"u{size}")
         flat = there[inside]
         if storing:
-            for bad, text in ((space.writer[where] == NEVER, "never written"), (space.unfenced[where], "written with no fence.proxy.async behind it")):
+            for bad, text in (
+                (space.writer[where] == NEVER, "never written"),
+                (space.unfenced[where], "written with no fence.proxy.async behind it"),
+            ):
                 if bad.any():
                     m.fault(inst, lane, f"copies shared memory from {start:#x} that was {text}")
             race = space.touch_read(where[:, None], tag)
             if len(flat):
-                at = m.access(inst, "global", np.full(len(flat), lane), flat, size, True)
+                at = access(m, inst, "global", np.full(len(flat), lane), flat, size, True)
                 m.memory.view(unsigned)[at // size] = space.view(unsigned)[offset[inside] // size]
             space.reading[where] += 1
 
@@ -392,7 +420,7 @@ def bulk(m, inst):
             race = np.logical_or(*space.touch_write(where[:, None], tag))
             data = np.zeros(here.shape, unsigned)
             if len(flat):
-                at = m.access(inst, "global", np.full(len(flat), lane), flat, size, False)
+                at = access(m, inst, "global", np.full(len(flat), lane), flat, size, False)
                 data[inside] = m.memory.view(unsigned)[at // size]
             space.pending[where] = True
             barrier = barrier_of(m, inst, lane, m.address(inst.operands[2], lanes)[0])

@@ -66,7 +66,19 @@ class Kernel:
         return self.widths.get(register) or self.widths[register.rstrip("0123456789")]
 
 
-TYPE_BITS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "f32": 32, "f64": 64, "u16": 16, "u32": 32, "u64": 64, "s32": 32}
+TYPE_BITS = {
+    "pred": 1,
+    "b8": 8,
+    "b16": 16,
+    "b32": 32,
+    "b64": 64,
+    "f32": 32,
+    "f64": 64,
+    "u16": 16,
+    "u32": 32,
+    "u64": 64,
+    "s32": 32,
+}
 LABEL = re.compile(r"([$\w]+):(?!:)")
 OPCODE = re.compile(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 LITERAL = re.compile(r"(-?)(0[fd])?(0x[0-9a-fA-F]+|[0-9a-fA-F]+)U?$")
@@ -77,9 +89,13 @@ def parse(text):
     version = re.search(r"^\.version (\d+\.\d+)", text, re.M)
     target = re.search(r"^\.target sm_(\d+)", text, re.M)
     if not version or not VERSIONS[0] <= float(version[1]) <= VERSIONS[1]:
-        raise UnknownPTX(f"PTX version {version[1] if version else 'missing'}: this emulator reads {VERSIONS[0]} to {VERSIONS[1]}")
+        raise UnknownPTX(
+            f"PTX version {version[1] if version else 'missing'}: this emulator reads {VERSIONS[0]} to {VERSIONS[1]}"
+        )
     if not target or int(target[1]) not in TARGETS:
-        raise UnknownPTX(f"PTX for {'sm_' + target[1] if target else 'no target'}: this emulator runs {sorted(TARGETS)}")
+        raise UnknownPTX(
+            f"PTX for {'sm_' + target[1] if target else 'no target'}: this emulator runs {sorted(TARGETS)}"
+        )
     entry = re.search(r"\.entry (\w+)\((.*?)\)\s*(.*?)\{", text, re.S)
     if not entry:
         raise UnknownPTX("PTX without an .entry: there is no kernel to run")

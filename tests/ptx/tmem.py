@@ -7,7 +7,7 @@ result may be read once an mbarrier that a commit names has been waited for. Eve
 import numpy as np
 
 from ptx import matrix
-from ptx.memory import NEVER, ORDERED, Memory, conflict
+from ptx.memory import NEVER, ORDERED, Memory, access, conflict
 from ptx.parse import Address, Bits, UnknownPTX
 
 LANES, COLUMNS = 128, 512
@@ -27,7 +27,9 @@ class TensorMemory:
         for taken in self.taken:
             if taken:
                 m = self.m
-                m.fault(m.kernel.instructions[-1], 0, f"ends with {sum(taken.values())} columns of tensor memory allocated")
+                m.fault(
+                    m.kernel.instructions[-1], 0, f"ends with {sum(taken.values())} columns of tensor memory allocated"
+                )
 
     def open(self):
         """Made when it is first used: most kernels have none."""
@@ -44,7 +46,11 @@ class TensorMemory:
             mine[first : first + n] = True
         inside = (lane >= 0) & (lane < LANES) & (column >= 0) & (column < COLUMNS)
         if not inside.all() or not mine[column].all():
-            self.m.fault(inst, thread, f"touches columns {column.min()} to {column.max()} of tensor memory, of which not all are allocated")
+            self.m.fault(
+                inst,
+                thread,
+                f"touches columns {column.min()} to {column.max()} of tensor memory, of which not all are allocated",
+            )
         return (slot, lane, column), (slot * LANES + lane) * COLUMNS + column
 
     def touch(self, inst, granules, tag, thread, write):
@@ -110,7 +116,7 @@ def allocate(m, inst):
             if not free:
                 m.fault(inst, lane, f"asks for {n} columns of tensor memory: there are not as many left")
             taken[free[0]], data[i] = n, free[0]
-        m.access(inst, "shared", first, m.address(address, first), 4, True, data=data)
+        access(m, inst, "shared", first, m.address(address, first), 4, True, data=data)
 
     return run
 
@@ -139,7 +145,11 @@ def load_or_store(m, inst):
             else:
                 rows, columns = lane + thread % 16, column + thread // 16 * split[0].value + np.arange(n)
             if rows.min() < own or rows.max() >= own + 32:
-                m.fault(inst, warp[0], f"touches lanes {rows.min()} to {rows.max()} of tensor memory: its warp has {own} to {own + 31}")
+                m.fault(
+                    inst,
+                    warp[0],
+                    f"touches lanes {rows.min()} to {rows.max()} of tensor memory: its warp has {own} to {own + 31}",
+                )
             index, granules = memory.at(inst, m.slot[warp[0]], rows, columns, warp[0])
             memory.touch(inst, granules, m.tag[warp[:1]], warp[0], not load)
             if load:
@@ -184,7 +194,14 @@ def product(m, inst):
         format_a, format_b = bits >> 7 & 7, bits >> 10 & 7
         major = ["MN" if bits >> i & 1 else "K" for i in (15, 16)]
         columns, rows = (bits >> 17 & 0x3F) << 3, (bits >> 24 & 0x1F) << 4
-        if bits >> 4 & 3 != 1 or format_a != format_b or format_a > 1 or bits >> 13 & 3 or bits & 15 or rows not in (64, 128):
+        if (
+            bits >> 4 & 3 != 1
+            or format_a != format_b
+            or format_a > 1
+            or bits >> 13 & 3
+            or bits & 15
+            or rows not in (64, 128)
+        ):
             raise UnknownPTX(f"{inst.name} with an instruction descriptor of {bits:#x}")
         dtype = "bf16" if format_a else "f16"
         row, tag = np.arange(rows)[:, None], m.tag[lanes]
@@ -204,7 +221,9 @@ def product(m, inst):
         result = left @ matrix.floats(values, dtype).T
         m.flops += 2 * left.size * columns
         place = int(m.address(d, lanes)[0])
-        index, granules = memory.at(inst, slot, (place >> 16) + lane_of_row, (place & 0xFFFF) + np.arange(columns), lane)
+        index, granules = memory.at(
+            inst, slot, (place >> 16) + lane_of_row, (place & 0xFFFF) + np.arange(columns), lane
+        )
         add = bool(added.value) if isinstance(added, Bits) else bool(m.registers[added][lane])
         watched = memory.watched
         check(m, inst, memory, granules, tag, lane, add)
