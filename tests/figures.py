@@ -147,30 +147,21 @@ def markdown():
     print("""
 # What the kernels execute
 
-Written by `python tests/figures.py --markdown`, which the command at the top of this page calls. The compiled kernels run in the emulator of
-`tests/ptx` on bf16 data at GPT-2 124M's shapes (T = 1024, n_embd = 768, heads of 64, a vocabulary of 50,304), and what they execute is counted:
-no time, and the same on every machine. Instructions are PTX's, by threads, for one unit of the kernel's work: an element of its matrix, a query-key
-pair that attention needs, a parameter. `warp` are shuffles and reductions in a warp; `barrier` waits and fences too; `other` moves and branches, most of
-which ptxas drops. `bytes` are those that threads ask of global memory, whichever cache answers. `sectors` is how many sectors of 32 bytes the
-requests touch, by the fewest that would do; `ways` how many wavefronts shared memory needs, by the fewest: 1 is without a bank conflict.""")
-    case = None
-    for r in (r for sm in ARCHITECTURES for r in rows(sm)):
-        if r["sm"] != case:
-            case = r["sm"]
-            print(
-                f"\n## sm_{case}\n\n| case | kernel | a unit | FLOPs, tensor | {' | '.join(PIPES[1:])} | bytes | sectors | shared bytes | ways |"
-            )
-            print("|---|---|---|" + "---:|" * (len(PIPES) + 4))
-        numbers = [
-            r["flops"],
-            *(r[p] for p in PIPES[1:]),
-            *(r.get(k, "") for k in ("global_bytes", "global_pieces", "shared_bytes", "shared_pieces")),
-        ]
-        print(
-            f"| {r['case']} | {r['kernel']} | {r['unit']} | "
-            + " | ".join(f"{n:.3g}" if n != "" else "" for n in numbers)
-            + " |"
-        )
+Written by `python tests/figures.py --markdown`. The compiled kernels run in the emulator of `tests/ptx`, in bf16 at GPT-2 124M's
+shapes (T = 1024, n_embd = 768, heads of 64, a vocabulary of 50,304), and what they execute is counted: no time, and the same on every
+machine. Instructions are PTX's, by threads, for one unit of the kernel's work: an element of its matrix, a query-key pair that
+attention needs, a parameter. `warp` are shuffles and reductions in a warp; `barrier` waits and fences too; `other` moves and branches,
+most of which ptxas drops. `bytes` are those that threads ask of global memory, whichever cache answers. `sectors` is how many sectors
+of 32 bytes the requests touch, by the fewest that would do; `ways` how many wavefronts shared memory needs, by the fewest: at 1 no
+two threads meet in a bank.""")
+    columns = [*PIPES[1:], "bytes", "sectors", "shared bytes", "ways"]
+    keys = ["flops", *PIPES[1:], "global_bytes", "global_pieces", "shared_bytes", "shared_pieces"]
+    for sm in ARCHITECTURES:
+        print(f"\n## sm_{sm}\n\n| case | kernel | a unit | FLOPs, tensor | {' | '.join(columns)} |")
+        print("|---|---|---|" + "---:|" * len(keys))
+        for r in rows(sm):
+            numbers = " | ".join(f"{r[k]:.3g}" if k in r else "" for k in keys)
+            print(f"| {r['case']} | {r['kernel']} | {r['unit']} | {numbers} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every op of fastgpt by the code that a GPU would run: compiled for an architecture, emulated, held to fp64 by `fastgpt verify`'s rule.
 
-A case is an op, a shape of it and, where it has one, a variation of how it is called. The launch configurations are those that the table has
-for the architecture; nothing is made smaller but the problem.
+A case is an op, a shape of it and, where it has one, a variation of how it is called. The launch configurations are the table's for the
+architecture; nothing is made smaller but the problem.
 """
 
 import functools
@@ -242,10 +242,11 @@ def barriers(op, name, dtype, architecture, kernel):
 
 def misaligned(op, architecture):
     """What is said where the compiler is told of an alignment that inputs have not."""
-    promised = lambda backend, value, *rest: (
-        native_specialize_impl(backend, value, *rest)[:1]
-        + (("D",) if torch.is_tensor(value) else native_specialize_impl(backend, value, *rest)[1:])
-    )
+
+    def promised(backend, value, *rest):
+        kind, key = native_specialize_impl(backend, value, *rest)
+        return kind, "D" if torch.is_tensor(value) else key
+
     with patch.object(launch, "native_specialize_impl", promised):
         return broken(op, "unaligned", "bfloat16", architecture)
 
