@@ -237,7 +237,7 @@ def loop_name(instructions, source):
             loop = max(around, key=lambda n: n.lineno)
             head = loop.test if isinstance(loop, ast.While) else ast.Compare(loop.target, [ast.In()], [loop.iter])
             name = ast.unparse(head)
-            return name if len(name) <= 48 else name.split("(")[0] + "(...)"
+            return name if len(name) <= 52 else name.split("(")[0] + "(...)"
     return "a loop"
 
 

@@ -3,6 +3,7 @@ is needed."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,3 +158,20 @@ def test_the_page_is_of_this_code():
     """docs/codegen.md names every case; its figures are written by the command that it names."""
     page = (Path(__file__).parent.parent / "docs/codegen.md").read_text()
     assert "python tests/codegen.py --markdown > docs/codegen.md" in page
+
+
+def test_what_is_quoted_stands_on_the_page():
+    """Clocks and bytes under "What binds it" in docs/kernels.md are cells of that op's tables in docs/codegen.md."""
+    docs = Path(__file__).parent.parent / "docs"
+    loops = (docs / "codegen.md").read_text().split("## Main loops")[1]
+    cells = {}
+    for table in loops.split("\n### ")[1:]:
+        cells.setdefault(table.split(",")[0], set()).update(re.findall(r"\d+", table))
+    quoted = re.findall(
+        r"## (?:linear_)?(\w+)[^#]*?\*What binds it\*(.*?)\n\n", (docs / "kernels.md").read_text(), re.DOTALL
+    )
+    assert {op for op, _ in quoted} == cells.keys()
+    for op, text in quoted:
+        found = {figure.replace(",", "") for figure in re.findall(r"([\d,]+)\s(?:clocks|bytes)", text)}
+        assert len(found) >= 3
+        assert found <= cells[op], f"{op}: {found - cells[op]}"
