@@ -2,6 +2,7 @@
 
     python tests/codegen.py              a JSON object for each kernel and architecture, a line each
     python tests/codegen.py --markdown   docs/codegen.md
+    python tests/codegen.py --record     tests/sass_figures.json, to which tests/test_codegen.py holds the compiled code
     python tests/codegen.py --candidates [N]   of all that `fastgpt tune` may try, or every N-th, what spills or does not fit
 
 The ops run on CPU tensors whose launches are recorded instead of carried out, so what is compiled is what would be launched:
@@ -21,6 +22,7 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import sass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -28,6 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastgpt import metrics
 from fastgpt.kernels import adamw, configs, cross_entropy, embedding, flash_attention, gelu_mlp, layer_norm
 from fastgpt.tune import difference
 
@@ -37,6 +40,21 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SM = {80: (164, 64, 32), 89: (100, 48, 24), 90: (228, 64, 32), 100: (228, 64, 32), 120: (100, 48, 24)}
 LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory that one block may have
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync", "tma": "cp.async.bulk.tensor"}
+# Of these cases the SASS is counted (tests/sass.py), for a GPU of each architecture that it has rates of.
+COUNTED = (
+    "layer_norm C=1024",
+    "layer_norm C=1024 bf16 stream",
+    "embedding",
+    "cross_entropy",
+    "adamw",
+    "gelu_mlp bf16",
+    "gelu_mlp bf16 recompute",
+    "flash_attention bf16 D=64",
+    "flash_attention bf16 D=64 dropout",
+    "flash_attention bf16 D=64 documents",
+    "flash_attention bf16 D=128",
+)
+GPU = {80: "A100", 90: "H100", 100: "B200"}
 TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32", "bool": "i1"}
 
 
@@ -64,7 +82,7 @@ def cases():
                     backward(*layer_norm.add_layer_norm(x, branch, ones(C), ones(C), 1e-5, p, seed))
 
             yield f"layer_norm C={C}{what}", norm
-    ids = torch.zeros(1, 64, dtype=torch.int64)
+    ids = torch.zeros(16, 64, dtype=torch.int64)
     for what, p, stream in (("", 0.0, None), (" dropout", 0.1, None), (" bf16 stream", 0.0, bf16)):
         yield (
             f"embedding{what}",
@@ -85,14 +103,14 @@ def cases():
 
         yield f"adamw{what}", update
     for what, dtype, C, recompute in (
-        ("bf16", bf16, 768, False),
-        ("bf16 recompute", bf16, 768, True),
-        ("bf16 odd width", bf16, 771, False),  # no multiple of 16 bytes: pointers everywhere
-        ("fp32", torch.float32, 768, False),
+        ("bf16", bf16, 64, False),
+        ("bf16 recompute", bf16, 64, True),
+        ("bf16 odd width", bf16, 67, False),  # no multiple of 16 bytes: pointers everywhere
+        ("fp32", torch.float32, 64, False),
     ):
 
         def mlp(dtype=dtype, C=C, recompute=recompute):
-            h = ones(128, C, dtype=dtype)
+            h = ones(2048, C, dtype=dtype)
             with torch.autocast("cpu", dtype=bf16, enabled=dtype == bf16):
                 backward(gelu_mlp.gelu_mlp(h, ones(4 * C, C), ones(4 * C), ones(C, 4 * C), ones(C), recompute))
 
@@ -184,7 +202,8 @@ def source(kernel, arguments):
 
 
 def compiled(what, name, architecture, kernel, arguments, options):
-    """Registers, spilled bytes, shared memory, blocks per SM and matrix instructions of one kernel on one architecture."""
+    """Registers, spilled bytes, shared memory, blocks per SM and matrix instructions of one kernel on one architecture; of what is
+    COUNTED its `parts` too."""
     options = {"num_warps": 4, **options}
     binary = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
@@ -197,13 +216,17 @@ def compiled(what, name, architecture, kernel, arguments, options):
     kib, most_warps, most_blocks = SM[architecture]
     per_warp = -(-registers // 8) * 8 * 32  # registers are given by 256 to a warp
     blocks = min(most_blocks, most_warps // warps, 65536 // (per_warp * warps), kib * 1024 // (shared + 1024))
-    ptx = binary.asm["ptx"]
+    ptx, parts = binary.asm["ptx"], []
+    if what in COUNTED and architecture in GPU:
+        text, file = sass.disassembled(binary.asm["cubin"]), Path(kernel.fn.__code__.co_filename)
+        parts = sass.parts(text, warps, architecture, file)
     return dict(
         op=what, kernel=name, architecture=architecture, warps=warps, registers=registers, spilled=stack, shared=shared,
         limit=LIMIT[architecture] * 1024, blocks_per_sm=blocks, warps_per_sm=blocks * warps,
         dot="tl.dot" in kernel.src or "_step(" in kernel.src,
         tma=any(isinstance(v, TensorDescriptor) for v in arguments.values()),
         instructions=[short for short, long in INSTRUCTIONS.items() if long in ptx],
+        parts=parts,
     )  # fmt: skip
 
 
@@ -263,25 +286,71 @@ def markdown():
 Written by `python tests/codegen.py --markdown > docs/codegen.md` with {versions};
 no GPU is needed, and none was used. Every configuration in `kernels/configs.py`, with the arguments of a GPT-2: registers a
 thread, bytes that are spilled, shared memory in KiB, warps of a block, warps that an SM can hold of it (of 64; 48 on sm_89 and
-sm_120), and the matrix and copy instructions. Warps are a bound, not a measurement.""")
-    op = None
-    for r in sorted(rows(), key=lambda r: r["op"].split()[0]):
+sm_120), and the matrix and copy instructions. Warps are a bound, not a measurement. At the end stand the [main loops](#main-loops).""")
+    op, found = None, sorted(rows(), key=lambda r: r["op"].split()[0])
+    for r in found:
         if r["op"].split()[0] != op:
             op = r["op"].split()[0]
             print(
                 f"\n## {op}\n\n| case | kernel | sm | registers | spilled | shared KiB | warps | warps on an SM | instructions |"
             )
             print("|---|---|---:|---:|---:|---:|---:|---:|---|")
-        case = r["op"].removeprefix(op).strip() or "all"
         print(
-            f"| {case} | {r['kernel']} | {r['architecture']} | {r['registers']} | {r['spilled']} | {r['shared'] / 1024:.1f} "
+            f"| {case(r)} | {r['kernel']} | {r['architecture']} | {r['registers']} | {r['spilled']} | {r['shared'] / 1024:.1f} "
             f"| {r['warps']} | {r['warps_per_sm']} | {' '.join(r['instructions'])} |"
         )
+    main_loops(found)
+
+
+def case(r):
+    """What tells this row from others of its op."""
+    return r["op"].removeprefix(r["op"].split()[0]).strip() or "all"
+
+
+def main_loops(rows):
+    """The second half of the page: a table for each op and architecture. What an earlier case of the op has too is left out."""
+    pipes = ("issue", "tensor", "fma", "alu", "xu", "shared", "global")
+    memory = {sm: sass.RATES[sm]["tensor"] * metrics.PEAK_BANDWIDTH[g] / metrics.PEAK_FLOPS[g] for sm, g in GPU.items()}
+    a_clock = ", ".join(f"{memory[sm]:.1f} on {gpu}" for sm, gpu in GPU.items())
+    print(f"""
+## Main loops
+
+Counted in the machine code by [tests/sass.py](../tests/sass.py), whose docstring defines every column and says what is not in it. A row
+is a pass of a loop, what some passes do besides, or what a program does outside its loops. Under a pipe stands *instructions of a
+warp / clocks of an SM that a block's take there*; `other` is what no published rate limits. `bound` is the most of these clocks, `by` the
+pipe that has them: an SM finishes no more than one pass of a block in so many clocks, and may well take longer. `memory` is what an
+SM's share of the memory's bandwidth moves in `bound` clocks, in bytes (a clock {a_clock}):
+a pass that must move more is bound by memory. `copies` and `products` are those in flight across a wait, `exposed` the waits of a pass
+for loads that were issued just before: a loop that has none is pipelined. `F2F` are scalar conversions, `div` calls
+that divide 64-bit integers.
+
+`python tests/codegen.py --record` writes these figures to `tests/sass_figures.json`; a test holds the compiled code to them. The cases are
+those that a GPT-2 trains with; a row that repeats one of an earlier case is left out.""")
+    for op in dict.fromkeys(r["op"].split()[0] for r in rows):
+        for sm in GPU:
+            shown = set()
+            print(f"\n### {op}, sm_{sm}\n")
+            print(
+                f"| case | kernel | part | {' | '.join(pipes)} | other | bound | by | memory | copies | products | exposed | F2F | div |"
+            )
+            print("|---|---|---|" + "---:|" * 9 + "---|" + "---:|" * 6)
+            of_table = [(r, p) for r in rows for p in r["parts"] if (r["op"].split()[0], r["architecture"]) == (op, sm)]
+            for r, p in of_table:
+                cells = [f"{p['count'][pipe]} / {p['clocks'][pipe]}" if p["count"].get(pipe) else "" for pipe in pipes]
+                cells += [p["count"]["other"], p["bound"], p["by"], round(p["bound"] * memory[sm])]
+                cells += ["" if p[wait] is None else p[wait] for wait in ("copies", "products", "exposed")]
+                cells += [p["converts"] or "", p["divisions"] or ""]
+                line = " | ".join(map(str, (r["kernel"], p["part"], *cells)))
+                if line not in shown:
+                    print(f"| {case(r)} | {line} |")
+                shown.add(line)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--markdown"]:
         markdown()
+    elif sys.argv[1:] == ["--record"]:
+        sass.record(list(rows()))
     elif sys.argv[1:2] == ["--candidates"]:
         candidates(*map(int, sys.argv[2:]))
     else:

@@ -1,7 +1,9 @@
-"""Every shipped configuration compiles for sm_80 to sm_120, without spilling a register; no GPU is needed."""
+"""Every shipped configuration compiles for sm_80 to sm_120, without spilling a register, to code no slower than the record says; no GPU
+is needed."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+import sass
+import triton
 
 # Bytes that may spill: LayerNorm at a width that no GPT-2 has, and IEEE fp32, whose products have no tensor cores. Of a bf16 stream ptxas
 # keeps to 64 registers on sm_80, eight bytes too few, so that four blocks fit an SM in place of three.
@@ -25,13 +29,19 @@ def allowed(r):
     return max([bytes_ for case, bytes_ in ALLOWED.items() if r["op"].startswith(case)], default=0)
 
 
-@pytest.fixture(scope="module")
-def rows():
+def compiling(*command):
+    """What a Python command prints that compiles kernels, which a process cannot where they are interpreted: its lines, of JSON."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("codegen.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=env, cwd=Path(__file__).parent
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return compiling("codegen.py")
 
 
 def test_every_kernel_compiles_for_every_architecture(rows):
@@ -74,11 +84,7 @@ def test_products_run_on_the_tensor_cores_and_copies_on_tma(rows):
 
 def test_what_tune_may_try_compiles():
     """A sample of it; `python tests/codegen.py --candidates` compiles all, in minutes."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, Path(__file__).with_name("codegen.py"), "--candidates", "12"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = compiling("codegen.py", "--candidates", "12")
     assert {r["architecture"] for r in found} == {80, 90, 100, 120}
     assert {r["op"] for r in found} == {"gelu_mlp", "attention", "layer_norm", "cross_entropy", "embedding", "adamw"}
     for r in found:
@@ -86,7 +92,86 @@ def test_what_tune_may_try_compiles():
         assert r["fail"] == {}, r
 
 
+def test_no_figure_is_worse_than_the_record(rows):
+    """Better ones may stand unrecorded. Where a kernel's work has changed: `python tests/codegen.py --record`, and say why."""
+    record = json.loads(sass.RECORD.read_text())
+    if triton.__version__ not in record:
+        pytest.skip(
+            f"{sass.RECORD.name} has the figures of Triton {', '.join(record)}, and this is {triton.__version__}"
+        )
+    assert sass.worse(record[triton.__version__], sass.figures(rows)) == []
+
+
+PLANTED = """
+import json
+from dataclasses import replace
+
+import codegen
+import torch
+from fastgpt.kernels import configs, gelu_mlp, layer_norm
+
+def compiled(case, kernel):
+    launches = codegen.recorded(90, lambda: [c for c in codegen.cases() if c[0] == case])
+    print(json.dumps(codegen.compiled(case, kernel, 90, *launches[case, kernel])))
+
+def plant(kernel, right, wrong):
+    assert right in kernel.src, f"plant it anew, the kernel has changed: {right}"
+    kernel._unsafe_update_src(kernel.src.replace(right, wrong))
+
+configs.architecture = lambda device: 90
+key = "attention", torch.device("cpu"), torch.bfloat16, 64
+configs.use({key: replace(configs.attention(*key[1:]), stages=1, backward_stages=3)})
+compiled("flash_attention bf16 D=64", "attention_forward")
+compiled("flash_attention bf16 D=64", "attention_backward")
+plant(gelu_mlp._mlp_gemm, "gelu(z.to(tl.float32), tl.float32 == DTYPE)", "gelu(gelu(z.to(tl.float32), False), False)")
+compiled("gelu_mlp bf16", "mlp_gemm forward")
+plant(layer_norm._norm_forward, "row // T", "row * row // T")
+compiled("layer_norm C=1024", "norm_forward")
+"""
+
+
+def test_what_makes_code_worse_is_named(rows):
+    shipped = sass.figures(rows)
+    planted = [sass.figures([r]) for r in compiling("-c", PLANTED)]
+    one_stage, three_stages, two_gelus, division = (
+        sass.worse({which: shipped[which] for which in figures}, figures) for figures in planted
+    )
+
+    loop = "flash_attention bf16 D=64 | attention_forward | sm_90 | n0 in range(0, diagonal, BN)"
+    assert any(line.startswith(f"{loop}: copies {shipped[loop]['copies']} -> ") for line in one_stage)
+    assert any(line.startswith(f"{loop}: exposed 0 -> ") for line in one_stage)
+    assert shipped[loop]["copies"] > 0 == shipped[loop]["exposed"]
+
+    loops = [figures for which, figures in planted[1].items() if which.endswith("INNER)")]
+    assert [(f["copies"], f["exposed"]) for f in loops] == [(4, 0), (4, 0), (2, 0), (2, 0)]
+    assert not any("copies" in line or "exposed" in line for line in three_stages if "INNER)" in line)
+
+    tile = "gelu_mlp bf16 | mlp_gemm forward | sm_90 | tile in tl.range(...): in some passes"
+    assert planted[2][tile]["bound"] > 1.2 * shipped[tile]["bound"]
+    assert f"{tile}: bound {shipped[tile]['bound']} -> {planted[2][tile]['bound']}" in two_gelus
+
+    norm = "layer_norm C=1024 | norm_forward | sm_90 | the whole kernel"
+    assert f"{norm}: divisions 0 -> 1" in division
+
+
 def test_the_page_is_of_this_code():
     """docs/codegen.md names every case; its figures are written by the command that it names."""
     page = (Path(__file__).parent.parent / "docs/codegen.md").read_text()
     assert "python tests/codegen.py --markdown > docs/codegen.md" in page
+
+
+def test_what_is_quoted_stands_on_the_page():
+    """Clocks and bytes under "What binds it" in docs/kernels.md are cells of that op's tables in docs/codegen.md."""
+    docs = Path(__file__).parent.parent / "docs"
+    loops = (docs / "codegen.md").read_text().split("## Main loops")[1]
+    cells = {}
+    for table in loops.split("\n### ")[1:]:
+        cells.setdefault(table.split(",")[0], set()).update(re.findall(r"\d+", table))
+    quoted = re.findall(
+        r"## (?:linear_)?(\w+)[^#]*?\*What binds it\*(.*?)\n\n", (docs / "kernels.md").read_text(), re.DOTALL
+    )
+    assert {op for op, _ in quoted} == cells.keys()
+    for op, text in quoted:
+        found = {figure.replace(",", "") for figure in re.findall(r"([\d,]+)\s(?:clocks|bytes)", text)}
+        assert len(found) >= 3
+        assert found <= cells[op], f"{op}: {found - cells[op]}"
