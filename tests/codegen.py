@@ -25,8 +25,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 import sass
 import torch
 import triton
+from specialize import arguments_of, label, source
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -167,10 +167,8 @@ def recorded(architecture, cases=cases):
     what = None
 
     def record(kernel, *args, grid, warmup, **options):
-        names = [n for n in kernel.arg_names if n not in options]
-        arguments = dict(zip(names, args, strict=True)) | {n: options.pop(n) for n in kernel.arg_names if n in options}
-        name = kernel.__name__.strip("_") + {True: " backward", False: " forward", None: ""}[arguments.get("BACKWARD")]
-        found.setdefault((what, name), (kernel, arguments, options))
+        arguments = arguments_of(kernel, args, options)
+        found.setdefault((what, label(kernel, arguments)), (kernel, arguments, options))
 
     JITFunction.run = record
     configs.architecture = lambda device: architecture
@@ -178,27 +176,6 @@ def recorded(architecture, cases=cases):
         what = case
         launch()
     return found
-
-
-def source(kernel, arguments):
-    """What Triton's launcher would compile for these arguments: 1 and None are constants; what 16 divides is known to it."""
-    signature, constants, attributes = {}, {}, {}
-    for i, p in enumerate(kernel.params):
-        value = arguments[p.name]
-        if p.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[p.name], constants[p.name] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            signature[p.name] = f"tensordesc<{TYPES[str(value.base.dtype)[6:]]}{value.block_shape}>"
-        elif torch.is_tensor(value):
-            signature[p.name] = "*" + TYPES[str(value.dtype)[6:]]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[p.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[p.name] = "fp32"
-    return ASTSource(kernel, signature, constants, attributes)
 
 
 def compiled(what, name, architecture, kernel, arguments, options):
@@ -286,7 +263,8 @@ def markdown():
 Written by `python tests/codegen.py --markdown > docs/codegen.md` with {versions};
 no GPU is needed, and none was used. Every configuration in `kernels/configs.py`, with the arguments of a GPT-2: registers a
 thread, bytes that are spilled, shared memory in KiB, warps of a block, warps that an SM can hold of it (of 64; 48 on sm_89 and
-sm_120), and the matrix and copy instructions. Warps are a bound, not a measurement. At the end stand the [main loops](#main-loops).""")
+sm_120), and the matrix and copy instructions. Warps are a bound, not a measurement. Behind them stands what the kernels
+[execute](#executed), and what their [main loops](#main-loops) are made of.""")
     op, found = None, sorted(rows(), key=lambda r: r["op"].split()[0])
     for r in found:
         if r["op"].split()[0] != op:
@@ -299,6 +277,8 @@ sm_120), and the matrix and copy instructions. Warps are a bound, not a measurem
             f"| {case(r)} | {r['kernel']} | {r['architecture']} | {r['registers']} | {r['spilled']} | {r['shared'] / 1024:.1f} "
             f"| {r['warps']} | {r['warps_per_sm']} | {' '.join(r['instructions'])} |"
         )
+    sys.stdout.flush()
+    subprocess.run([sys.executable, Path(__file__).with_name("figures.py"), "--markdown"], check=True)
     main_loops(found)
 
 

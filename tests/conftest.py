@@ -1,11 +1,14 @@
 """What the tests share: a folder of their own as the working directory, a small dataset, and the command line in-process."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -66,6 +69,16 @@ def poison():
     torch.manual_seed(0)
     with poisoned():
         yield
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """Calls a function in a process of its own, where Triton compiles: in this one its library is the interpreter's."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with patch.dict(os.environ, environment, clear=True):
+            pool.submit(int).result()  # the process begins
+        yield lambda f, *args: pool.submit(f, *args).result()
 
 
 TINY = """

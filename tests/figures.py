@@ -10,16 +10,20 @@ Counted are instructions of PTX, by threads: ptxas makes one or a few of its own
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is first imported
 
+import faults
 import torch
 import triton
 from ptx.launch import Gpu
 from ptx.parse import UnknownPTX
 
+from fastgpt import ops
 from fastgpt.verify import Shape, problem, run
 
 RECORD = Path(__file__).with_name("executed.json")
@@ -38,24 +42,24 @@ def pairs(T):
 
 CASES = {  # name: (op, shape, blocks of each launch that run, {kernel: (unit, how many units those blocks are)})
     "layer_norm": ("layer_norm", Shape(2, T, C, 12, 65), None, dict(
-        _norm_forward=("element", ROWS * C), _norm_backward=("element", ROWS * C), _norm_reduce=("partial sum", 2 * 512 * C))),
+        norm_forward=("element", ROWS * C), norm_backward=("element", ROWS * C), norm_reduce=("partial sum", 2 * 512 * C))),
     "layer_norm, bf16 stream": ("layer_norm", Shape(2, T, C, 12, 65, narrow=True), None, dict(
-        _norm_forward=("element", ROWS * C), _norm_backward=("element", ROWS * C))),
+        norm_forward=("element", ROWS * C), norm_backward=("element", ROWS * C))),
     "layer_norm, dropout": ("layer_norm", Shape(1, T, C, 12, 65, dropout=0.1), None, dict(
-        _norm_forward=("element", T * C), _norm_backward=("element", T * C))),
+        norm_forward=("element", T * C), norm_backward=("element", T * C))),
     "embedding": ("embedding", Shape(2, T, C, 12, 600), None, dict(
-        _embed_forward=("element", ROWS * C), _embed_keys=("token", ROWS), _embed_backward_wpe=("element", ROWS * C),
-        _embed_backward_wte=("element", ROWS * C))),
+        embed_forward=("element", ROWS * C), embed_keys=("token", ROWS), embed_backward_wpe=("element", ROWS * C),
+        embed_backward_wte=("element", ROWS * C))),
     "attention": ("attention", Shape(1, T, C, 12, 65), T // 128, dict(
-        _attention_forward=("pair", pairs(T)), _attention_backward=("pair", pairs(T)))),
+        attention_forward=("pair", pairs(T)), attention_backward=("pair", pairs(T)))),
     "attention, dropout": ("attention", Shape(1, T // 2, C, 12, 65, dropout=0.1), T // 256, dict(
-        _attention_forward=("pair", pairs(T // 2)), _attention_backward=("pair", pairs(T // 2)))),
+        attention_forward=("pair", pairs(T // 2)), attention_backward=("pair", pairs(T // 2)))),
     "gelu_mlp": ("gelu_mlp", Shape(2, T, C, 12, 65), 2, {
-        "_mlp_gemm forward": ("element", MLP_TILES * 128 * 128), "_mlp_gemm backward": ("element", MLP_TILES * 128 * 128)}),
+        "mlp_gemm forward": ("element", MLP_TILES * 128 * 128), "mlp_gemm backward": ("element", MLP_TILES * 128 * 128)}),
     "linear_cross_entropy": ("linear_cross_entropy", Shape(1, 4, C, 12, V), 4, dict(
-        _loss_rows=("logit", 3 * V), _loss_scale=("element", 3072))),
+        loss_rows=("logit", 3 * V), loss_scale=("element", 3072))),
     "adamw": ("adamw", Shape(1, 1, C, 12, 1024), 32, dict(
-        _adamw_norm=("parameter", 32 * 8192), _adamw_update=("parameter", 32 * 8192))),
+        adamw_norm=("parameter", 32 * 8192), adamw_update=("parameter", 32 * 8192))),
 }  # fmt: skip
 
 FLOAT = {"f32", "f16", "bf16", "f32x2", "f16x2", "bf16x2", "f64"}
@@ -125,9 +129,17 @@ def rows(architecture, only=()):
         for machine in gpu.machines:
             first.setdefault(machine.label, machine)
         for kernel, (unit, number) in units.items():
-            yield dict(
-                case=case, kernel=kernel.strip("_"), sm=architecture, unit=unit, **figures(first[kernel], number)
-            )
+            yield dict(case=case, kernel=kernel, sm=architecture, unit=unit, **figures(first[kernel], number))
+
+
+def table(architecture, only=(), planted=None):
+    """The rows in a list; `planted`: (op, text, what stands there instead) of a kernel to count in place of the shipped one."""
+    if not planted:
+        return list(rows(architecture, only))
+    with tempfile.TemporaryDirectory() as folder:
+        module = faults.plant(*planted, folder)
+        with patch.object(ops, "kernels", lambda op: module):
+            return list(rows(architecture, only))
 
 
 def worse(found, recorded):
@@ -145,9 +157,9 @@ def key(row):
 
 def markdown():
     print("""
-# What the kernels execute
+## Executed
 
-Written by `python tests/figures.py --markdown`. The compiled kernels run in the emulator of `tests/ptx`, in bf16 at GPT-2 124M's
+Counted by [tests/figures.py](../tests/figures.py). The compiled kernels run in the emulator of `tests/ptx`, in bf16 at GPT-2 124M's
 shapes (T = 1024, n_embd = 768, heads of 64, a vocabulary of 50,304), and what they execute is counted: no time, and the same on every
 machine. Instructions are PTX's, by threads, for one unit of the kernel's work: an element of its matrix, a query-key pair that
 attention needs, a parameter. `warp` are shuffles and reductions in a warp; `barrier` waits and fences too; `other` moves and branches,
@@ -157,7 +169,7 @@ two threads meet in a bank.""")
     columns = [*PIPES[1:], "bytes", "sectors", "shared bytes", "ways"]
     keys = ["flops", *PIPES[1:], "global_bytes", "global_pieces", "shared_bytes", "shared_pieces"]
     for sm in ARCHITECTURES:
-        print(f"\n## sm_{sm}\n\n| case | kernel | a unit | FLOPs, tensor | {' | '.join(columns)} |")
+        print(f"\n### Executed on sm_{sm}\n\n| case | kernel | a unit | FLOPs, tensor | {' | '.join(columns)} |")
         print("|---|---|---|" + "---:|" * len(keys))
         for r in rows(sm):
             numbers = " | ".join(f"{r[k]:.3g}" if k in r else "" for k in keys)

@@ -18,7 +18,7 @@ from kernel_case import SEED, VIEWS, poisoned
 from ptx import launch
 from ptx.launch import Gpu
 from ptx.memory import Fault
-from triton.runtime.jit import native_specialize_impl
+from triton.runtime import jit
 
 from fastgpt import ops
 from fastgpt.kernels import configs
@@ -243,11 +243,11 @@ def barriers(op, name, dtype, architecture, kernel):
 def misaligned(op, architecture):
     """What is said where the compiler is told of an alignment that inputs have not."""
 
-    def promised(backend, value, *rest):
-        kind, key = native_specialize_impl(backend, value, *rest)
+    def promised(backend, value, *rest, specialize=jit.native_specialize_impl):
+        kind, key = specialize(backend, value, *rest)
         return kind, "D" if torch.is_tensor(value) else key
 
-    with patch.object(launch, "native_specialize_impl", promised):
+    with patch.object(jit, "native_specialize_impl", promised):
         return broken(op, "unaligned", "bfloat16", architecture)
 
 

@@ -4,11 +4,6 @@ Each case compiles the kernels of an op as a launch on that architecture would, 
 memory and barriers, and holds outputs and gradients to the three-way rule. The rest of this file breaks what was proved.
 """
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
-from unittest.mock import patch
-
 import pytest
 
 pytest.importorskip("triton")
@@ -18,16 +13,6 @@ from kernel_case import SEED, philox_uniform
 
 # sm_89 runs sm_80's instructions with sm_80's rows, and sm_120 few others: they have their own CI job.
 ARCHITECTURES = [80, 90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (89, 100, 120))]
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """Calls a function of ptx.proof in a process of its own, where Triton compiles: in this one its library is the interpreter's."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with patch.dict(os.environ, environment, clear=True):
-            pool.submit(int).result()  # the process begins
-        yield lambda f, *args: pool.submit(f, *args).result()
 
 
 @pytest.mark.parametrize(("op", "case"), [(op, case) for op, cases in proof.CASES.items() for case in cases])

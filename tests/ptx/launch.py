@@ -17,34 +17,16 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache-p
 
 import torch
 import triton
+from specialize import arguments_of, label, source
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction, native_specialize_impl
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.kernels import adamw, configs
 from ptx.machine import Machine
 from ptx.matrix import TensorMap
 from ptx.parse import parse
-
-
-def source(kernel, arguments):
-    """What Triton's launcher would compile for these arguments, by its own rule: 1 and None are constants; what 16 divides is known."""
-    signature, constants, attributes = {}, {}, {}
-    for i, p in enumerate(kernel.params):
-        value = arguments[p.name]
-        kind, key = (
-            ("constexpr", None)
-            if p.is_constexpr
-            else native_specialize_impl(CUDABackend, value, p.is_const, True, True)
-        )
-        signature[p.name] = kind
-        if kind == "constexpr":
-            constants[p.name] = value
-        elif key:
-            attributes[(i,)] = CUDABackend.parse_attr(key)
-    return ASTSource(kernel, signature, constants, attributes)
 
 
 def storage_of(t, name):
@@ -114,8 +96,7 @@ class Gpu:
         return parse(self.edit(kernel.__name__, ptx) if self.edit else ptx), metadata, signature
 
     def launch(self, kernel, args, grid, options):
-        names = [n for n in kernel.arg_names if n not in options]
-        arguments = dict(zip(names, args, strict=True)) | {n: options.pop(n) for n in kernel.arg_names if n in options}
+        arguments = arguments_of(kernel, args, options)
         code, metadata, signature = self.compiled(kernel, arguments, options)
         values, allocations, maps = [], list(self.known), iter(getattr(metadata, "tensordesc_meta", None) or ())
         for name, kind in signature.items():
@@ -133,7 +114,7 @@ class Gpu:
         values += [0] * (len(code.params) - len(values))  # scratch memory, of which our kernels have none
         machine = Machine(code, values, [a for a in allocations if a[1]], metadata.shared, grid)
         machine.counting = self.counting
-        machine.label = kernel.__name__ + {True: " backward", False: " forward", None: ""}[arguments.get("BACKWARD")]
+        machine.label = label(kernel, arguments)
         self.launched.append((kernel.__name__, math.prod(grid)))
         machine.run(self.blocks)
         if self.keep:
