@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# All that a GPU has to say of the kernels, in two commands of less than ten minutes each:
+# All that a GPU has to say of the kernels, in three commands of less than ten minutes each:
 #   benchmarks/on_gpu.sh checks RESULTS_DIR     verify, the kernels' tests natively, short runs of the trainer in each of its modes
-#   benchmarks/on_gpu.sh choices RESULTS_DIR    the sanitizer where there is one, the choice on GPT-2's shapes, and which launch
-#                                               configurations are faster there: written to RESULTS_DIR alone, so that what
-#                                               follows measures what is shipped
+#   benchmarks/on_gpu.sh sanitize RESULTS_DIR   each op once, small, under compute-sanitizer's tools and Triton's sanitizers: a line
+#                                               for each, and its log in RESULTS_DIR
+#   benchmarks/on_gpu.sh choices RESULTS_DIR    the choice on GPT-2's shapes, and which launch configurations are faster there:
+#                                               written to RESULTS_DIR alone, so that what follows measures what is shipped
 # Speed is the next command's: python -m benchmarks
 set -uo pipefail
-stage=${1:?usage: benchmarks/on_gpu.sh checks|choices RESULTS_DIR}
-out=${2:?usage: benchmarks/on_gpu.sh checks|choices RESULTS_DIR}
+stage=${1:?usage: benchmarks/on_gpu.sh checks|sanitize|choices RESULTS_DIR}
+out=${2:?usage: benchmarks/on_gpu.sh checks|sanitize|choices RESULTS_DIR}
 cd "$(dirname "$0")/.."
 mkdir -p "$out" || exit 2
 status=0
@@ -30,14 +31,69 @@ checks() {
     cat "$out/modes.txt"
 }
 
-choices() {
-    if command -v compute-sanitizer > /dev/null; then
-        for tool in memcheck racecheck; do
-            timeout 60 compute-sanitizer --tool "$tool" python -m fastgpt.cli verify > "$out/$tool.txt" 2>&1
-            tail -3 "$out/$tool.txt"
-        done
-    fi
+errors=86 # the exit status by which compute-sanitizer says that it found some
+say() {
+    printf '%-12s%s\n' "$1" "$2" | tee -a "$out/sanitize.txt"
+}
 
+# watched NAME SECONDS COMMAND...: run benchmarks.sanitize by COMMAND, its output in NAME.txt, and say what came of it in a line. It passed
+# if COMMAND ended with status 0 and printed that the cases ran and, of a tool around them, what it found: a tool that could not even
+# start them may end with status 0, too.
+watched() {
+    local name=$1 seconds=$2 log=$out/$1.txt start=$SECONDS code ran found why
+    shift 2
+    timeout -k 5 "$seconds" "$@" > "$log" 2>&1
+    code=$?
+    ran=$(grep -m 1 '^ran ' "$log")
+    found=$(sed -n 's/.* SUMMARY: //p' "$log" | tail -n 1)
+    if [[ $code == 0 && $ran && ($found || $1 != compute-sanitizer) ]]; then
+        say "$name" "passed: $ran${found:+; $found}"
+    elif [[ $code == 3 ]] && why=$(grep -m 1 '^not run: ' "$log"); then
+        say "$name" "$why"
+    elif [[ $name == initcheck && $code == "$errors" && $ran ]]; then
+        say "$name" "for information: $found, which may be false where a kernel writes by TMA: it does not see that; $log"
+    else
+        status=1
+        why=$(grep -m 1 '^failed: ' "$log") || why="exit status $code"
+        if ((code == 124 || code == 137 && SECONDS - start >= seconds)); then
+            say "$name" "timed out after $seconds s: $log"
+        elif ((code == 0)); then
+            say "$name" "FAILED (it did not run the cases): $log"
+        elif ((code == errors)); then
+            say "$name" "FAILED ($found): $log"
+        else
+            say "$name" "FAILED ($why): $log"
+        fi
+    fi
+}
+
+sanitize() {
+    local cases=(python -m benchmarks.sanitize) tool mode flags why=
+    # With the caching allocator, what lies past a tensor's end is mostly another part of the same block.
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONUNBUFFERED=1 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+    : > "$out/sanitize.txt"
+
+    watched cases 90 "${cases[@]}" # it compiles the kernels, too, so that the tools need not wait for that
+    if ((status)); then
+        for tool in memcheck racecheck synccheck initcheck consan fpsan; do
+            say "$tool" "not run: the cases fail without it"
+        done
+        return
+    fi
+    command -v compute-sanitizer > /dev/null || why="there is no compute-sanitizer; CUDA's toolkit has it"
+    for tool in memcheck racecheck synccheck initcheck; do
+        [[ $why ]] && say "$tool" "not run: $why" && continue
+        flags=(--tool "$tool" --error-exitcode "$errors" --launch-timeout 0) # until CUDA is used: that is after Python's imports
+        # PyTorch and Triton ask the driver for what it may not have: such an answer is no error. Padding keeps tensors apart.
+        [[ $tool == memcheck ]] && flags+=(--report-api-errors no --padding 512)
+        watched "$tool" 60 compute-sanitizer "${flags[@]}" "${cases[@]}"
+    done
+    for mode in consan fpsan; do # these compile all kernels anew
+        watched "$mode" 110 env TRITON_INSTRUMENTATION_MODE="$mode" CUDA_LAUNCH_BLOCKING=1 "${cases[@]}"
+    done
+}
+
+choices() {
     timeout 150 python - << 'END' | tee "$out/choice.txt" || status=1
 import torch
 
@@ -55,7 +111,7 @@ END
 }
 
 case $stage in
-    checks | choices) "$stage" ;;
+    checks | sanitize | choices) "$stage" ;;
     *) echo "there is no stage $stage" >&2 && exit 2 ;;
 esac
 exit $status
