@@ -8,7 +8,7 @@ from setuptools import setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "fastgpt/__init__.py").read_text()).group(1)
 
-test = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "transformers"]
+test = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "transformers", "numpy>=2"]
 bench = [
     "pytest",
     "pytest-benchmark",
