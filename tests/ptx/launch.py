@@ -23,7 +23,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, native_specialize_impl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels import adamw, configs
+from fastgpt import ops
+from fastgpt.kernels import configs
 from ptx.machine import Machine
 from ptx.matrix import TensorMap
 from ptx.parse import parse
@@ -77,7 +78,8 @@ class Gpu:
 
     def __enter__(self):
         self.stack = ExitStack()
-        gpu, table_of = self, adamw.table_of
+        gpu, adamw = self, ops.kernels("adamw")  # at times one with a planted fault
+        table_of = adamw.table_of
 
         def run(kernel, *args, grid, warmup, **options):
             gpu.launch(kernel, args, grid, options)
