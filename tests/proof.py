@@ -63,8 +63,43 @@ def one_further(t):
     return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
 
 
+def some_transposed(it):
+    """The first matrix or higher tensor and every second after it, among inputs and among gradients, with two dimensions swapped in memory:
+    no two that belong together have the same strides."""
+    number = itertools.count()
+
+    def view(t):
+        return VIEWS["transposed"](t) if next(number) % 2 == 0 else t
+
+    inputs = viewed(view, replace(it, grads=()))
+    number = itertools.count()
+    return replace(inputs, grads=viewed(view, it).grads)
+
+
+def copied_further(it):
+    """An update of tensors one element further than an allocation begins: it works on copies, and only they can lie so."""
+
+    def kernel(*inputs):
+        with patch.object(torch.Tensor, "clone", one_further):
+            return it.kernel(*inputs)
+
+    return replace(it, kernel=kernel)
+
+
+def in_chunks(it):
+    """The loss in chunks of fewer rows than it has, and blocks of fewer columns and rows."""
+    small = replace(faults.small_blocks()["CROSS_ENTROPY"], mean_block=64)
+
+    def kernel(*inputs):
+        with patch.object(configs, "CROSS_ENTROPY", small):
+            return it.kernel(*inputs)
+
+    return replace(it, kernel=kernel)
+
+
 VARIATIONS = {name: functools.partial(viewed, view) for name, view in {**VIEWS, "one further": one_further}.items()}
-VARIATIONS["recompute"] = recomputing
+VARIATIONS |= {"recompute": recomputing, "some transposed": some_transposed, "chunks": in_chunks}
+VARIATIONS["copied further"] = copied_further
 
 S = Shape
 CASES = {  # op: {name: (shape, variation or None)}
@@ -78,6 +113,7 @@ CASES = {  # op: {name: (shape, variation or None)}
         "narrow": (S(2, 20, 64, 2, 65, narrow=True), None),
         "narrow dropout": (S(2, 20, 48, 3, 65, dropout=0.2, narrow=True), None),
         "strides": (S(2, 9, 48, 3, 23), "sliced columns"),
+        "other strides": (S(2, 9, 48, 3, 23), "some transposed"),
         "unaligned": (S(2, 9, 64, 3, 23), "one further"),
         "expanded": (S(2, 9, 48, 3, 23), "expanded columns"),
     },
@@ -94,6 +130,7 @@ CASES = {  # op: {name: (shape, variation or None)}
         "narrow": (S(1, 20, 768, 2, 65, narrow=True), None),
         "narrow dropout": (S(2, 20, 48, 3, 65, dropout=0.2, narrow=True), None),
         "strides": (S(2, 9, 48, 3, 23), "sliced columns"),
+        "other strides": (S(2, 9, 48, 3, 23), "some transposed"),
         "part of a row": (S(2, 9, 64, 3, 23), "part of a wider row"),
         "unaligned": (S(2, 9, 64, 3, 23), "one further"),
         "expanded": (S(2, 9, 48, 3, 23), "expanded columns"),
@@ -109,6 +146,7 @@ CASES = {  # op: {name: (shape, variation or None)}
         "documents": (S(2, 150, 64, 2, 64, documents=True), None),
         "documents dropout": (S(1, 70, 32, 2, 65, dropout=0.2, documents=True), None),
         "strides": (S(1, 40, 48, 3, 23), "sliced columns"),
+        "other strides": (S(2, 40, 48, 3, 23), "some transposed"),
         "part of a row": (S(2, 40, 64, 2, 23), "part of a wider row"),
         "unaligned": (S(2, 40, 64, 2, 23), "one further"),
         "expanded": (S(2, 40, 48, 3, 23), "expanded columns"),
@@ -133,13 +171,16 @@ CASES = {  # op: {name: (shape, variation or None)}
         "several blocks": (S(1, 7, 16, 1, 17000), None),
         "two tokens": (S(1, 2, 64, 2, 65), None),  # of which one counts
         "odd": (S(1, 33, 31, 1, 517), None),
+        "chunks": (S(2, 67, 48, 3, 101), "chunks"),
         "strides": (S(2, 9, 48, 3, 23), "sliced columns"),
     },
     "adamw": {
         "partial": (S(2, 67, 48, 3, 101), None),
         "whole": (S(1, 1, 256, 1, 96), None),
         "several chunks": (S(1, 1, 131, 1, 190), None),
-        "unaligned": (S(1, 1, 64, 1, 65), "one further"),
+        # Elements of the weight, and of the bias, which has one more than the width: 16 divides both.
+        "aligned": (S(1, 1, 127, 1, 160), None),
+        "unaligned": (S(1, 1, 127, 1, 160), "copied further"),
     },
 }  # fmt: skip
 

@@ -302,7 +302,11 @@ def test_wgmma_multiplies():
     [
         ("fence.proxy.async.shared::cta;", "", "a race with another warp that writes it"),
         ("bar.sync 0;", "", "no fence.proxy.async behind it"),
-        ("fence.proxy.async.shared::cta; bar.sync 0;", "mov.b32 %r11, 0;", "accumulators with no wgmma.fence behind"),
+        (
+            "fence.proxy.async.shared::cta; bar.sync 0;",
+            "wgmma.commit_group.sync.aligned;",
+            "no wgmma.fence before them",
+        ),
     ],
 )
 def test_what_wgmma_needs(before, between, says):

@@ -197,26 +197,19 @@ def read_tile(m, inst, lanes, addresses, element=2):
 
 
 def is_fenced(m, inst):
-    """Whether a wgmma.fence stands before a wgmma, and nothing between but other products and instructions on other registers.
+    """Whether a wgmma.fence begins the group of products that a wgmma is of.
 
-    Of the accumulators: registers of A are packed behind the fence at times, where LLVM has moved that, and ptxas waits for them.
+    What writes their registers may stand behind it: LLVM moves that, and ptxas minds registers by itself.
     """
     code = m.kernel.instructions
     i = next(i for i, other in enumerate(code) if other is inst)
     while i > 0 and i not in m.targets:
         i -= 1
-        if code[i].parts[:2] == ("wgmma", "fence"):
-            return True
-        if code[i].parts[0] in ("bra", "bar") or (
-            code[i].parts[0] != "wgmma" and {*inst.operands[0]} & {*flat(code[i].operands[:1])}
-        ):
+        if code[i].parts[0] in ("bra", "bar") or code[i].name.startswith(("wgmma.commit", "wgmma.wait")):
             return False
+        if code[i].name.startswith("wgmma.fence"):
+            return True
     return False
-
-
-def flat(operands):
-    """Registers of operands, those in braces too."""
-    return [r for o in operands for r in (o if isinstance(o, (list, tuple)) else [o])]
 
 
 def wgmma(m, inst):
@@ -244,7 +237,7 @@ def wgmma(m, inst):
     def run(lanes):
         n = m.whole_warps(inst, lanes)
         if not fenced:
-            m.fault(inst, lanes[0], "has accumulators with no wgmma.fence behind what wrote them")
+            m.fault(inst, lanes[0], "begins products with no wgmma.fence before them")
         if n % 4 or (m.warp[lanes[::128]] % 4).any():
             m.fault(inst, lanes[0], "runs an instruction of a warpgroup without all of its warps")
         for group in lanes.reshape(-1, 128):
