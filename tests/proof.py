@@ -115,7 +115,7 @@ CASES = {  # op: {name: (shape, variation or None)}
         "strides": (S(2, 9, 48, 3, 23), "sliced columns"),
         "other strides": (S(2, 9, 48, 3, 23), "some transposed"),
         "unaligned": (S(2, 9, 64, 3, 23), "one further"),
-        "expanded": (S(2, 9, 48, 3, 23), "expanded columns"),
+        "expanded": (S(2, 9, 48, 3, 23), "expanded rows"),
     },
     "layer_norm": {
         "partial": (S(2, 67, 48, 3, 101), None),
@@ -133,7 +133,7 @@ CASES = {  # op: {name: (shape, variation or None)}
         "other strides": (S(2, 9, 48, 3, 23), "some transposed"),
         "part of a row": (S(2, 9, 64, 3, 23), "part of a wider row"),
         "unaligned": (S(2, 9, 64, 3, 23), "one further"),
-        "expanded": (S(2, 9, 48, 3, 23), "expanded columns"),
+        "expanded": (S(2, 9, 48, 3, 23), "expanded rows"),
     },
     "attention": {
         "partial": (S(2, 67, 48, 3, 101), None),
