@@ -158,6 +158,7 @@ CASES = {  # op: {name: (shape, variation or None)}
         "pipeline": (S(1, 64, 192, 4, 64), None),  # as many steps along K as there are stages; three tiles a program
         "one token": (S(1, 1, 64, 2, 65), None),
         "no bias": (S(1, 40, 64, 2, 65, bias=False), None),
+        "many rows": (S(1, 2100, 9, 1, 17), None),  # several groups of tiles, and more tiles than a step of the sums over them
         "recompute": (S(1, 140, 72, 2, 65), "recompute"),
         "odd width": (S(1, 33, 131, 1, 17), None),
         "odd width recompute": (S(1, 70, 33, 1, 17), "recompute"),
