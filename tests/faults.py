@@ -122,5 +122,5 @@ def small_blocks():
     return {
         "EMBEDDING": configs.EmbeddingConfig(block=32, backward_tile=256),
         "CROSS_ENTROPY": configs.CrossEntropyConfig(**loss),
-        "ADAMW": configs.AdamWConfig(chunk=512, block=128, clip_block=4),
+        "ADAMW": configs.AdamWConfig(chunk=512, block=128, warps=4, clip_block=4),
     }

@@ -70,8 +70,43 @@ def one_gradient(it):
     )
 
 
+def some_transposed(it):
+    """The first matrix or higher tensor and every second after it, among inputs and among gradients, with two dimensions swapped in memory:
+    no two that belong together have the same strides."""
+    number = itertools.count()
+
+    def view(t):
+        return VIEWS["transposed"](t) if next(number) % 2 == 0 else t
+
+    inputs = viewed(view, replace(it, grads=()))
+    number = itertools.count()
+    return replace(inputs, grads=viewed(view, it).grads)
+
+
+def copied_further(it):
+    """An update of tensors one element further than an allocation begins: it works on copies, and only they can lie so."""
+
+    def kernel(*inputs):
+        with patch.object(torch.Tensor, "clone", one_further):
+            return it.kernel(*inputs)
+
+    return replace(it, kernel=kernel)
+
+
+def in_chunks(it):
+    """The loss in chunks of fewer rows than it has, and blocks of fewer columns and rows."""
+    small = replace(faults.small_blocks()["CROSS_ENTROPY"], mean_block=64)
+
+    def kernel(*inputs):
+        with patch.object(configs, "CROSS_ENTROPY", small):
+            return it.kernel(*inputs)
+
+    return replace(it, kernel=kernel)
+
+
 VARIATIONS = {name: functools.partial(viewed, view) for name, view in {**VIEWS, "one further": one_further}.items()}
-VARIATIONS |= {"recompute": recomputing, "one gradient": one_gradient}
+VARIATIONS |= {"recompute": recomputing, "some transposed": some_transposed, "chunks": in_chunks}
+VARIATIONS |= {"one gradient": one_gradient, "copied further": copied_further}
 
 S = Shape
 CASES = {  # op: {name: (shape, variation or None)}
@@ -85,6 +120,7 @@ CASES = {  # op: {name: (shape, variation or None)}
         "narrow": (S(2, 20, 64, 2, 65, narrow=True), None),
         "narrow dropout": (S(2, 20, 48, 3, 65, dropout=0.2, narrow=True), None),
         "strides": (S(2, 9, 48, 3, 23), "sliced columns"),
+        "other strides": (S(2, 9, 48, 3, 23), "some transposed"),
         "unaligned": (S(2, 9, 64, 3, 23), "one further"),
         "one gradient": (S(2, 9, 48, 3, 23), "one gradient"),
     },
@@ -101,6 +137,7 @@ CASES = {  # op: {name: (shape, variation or None)}
         "narrow": (S(1, 20, 768, 2, 65, narrow=True), None),
         "narrow dropout": (S(2, 20, 48, 3, 65, dropout=0.2, narrow=True), None),
         "strides": (S(2, 9, 48, 3, 23), "sliced columns"),
+        "other strides": (S(2, 9, 48, 3, 23), "some transposed"),
         "part of a row": (S(2, 9, 64, 3, 23), "part of a wider row"),
         "unaligned": (S(2, 9, 64, 3, 23), "one further"),
         "one gradient": (S(2, 9, 48, 3, 23), "one gradient"),
@@ -113,9 +150,10 @@ CASES = {  # op: {name: (shape, variation or None)}
         "D=128": (S(1, 130, 128, 1, 64), None),
         "D=40": (S(1, 70, 40, 1, 64), None),
         "dropout": (S(1, 140, 32, 1, 65, dropout=0.2), None),
-        "documents": (S(2, 150, 32, 1, 64, documents=True), None),
+        "documents": (S(2, 129, 32, 1, 64, documents=True), None),  # one more than whole blocks: the last begins with a document's last
         "documents dropout": (S(1, 70, 16, 1, 65, dropout=0.2, documents=True), None),
         "strides": (S(1, 40, 48, 3, 23), "sliced columns"),
+        "other strides": (S(2, 40, 48, 3, 23), "some transposed"),
         "part of a row": (S(2, 40, 64, 2, 23), "part of a wider row"),
         "unaligned": (S(2, 40, 64, 2, 23), "one further"),
         "one gradient": (S(2, 40, 48, 3, 23), "one gradient"),
@@ -127,6 +165,7 @@ CASES = {  # op: {name: (shape, variation or None)}
         "pipeline": (S(1, 64, 192, 4, 64), None),  # as many steps along K as there are stages; three tiles a program
         "one token": (S(1, 1, 64, 2, 65), None),
         "no bias": (S(1, 40, 64, 2, 65, bias=False), None),
+        "many rows": (S(1, 2100, 9, 1, 17), None),  # several groups of tiles, and more tiles than a step of the sums over them
         "recompute": (S(1, 70, 72, 2, 65), "recompute"),
         "odd width": (S(1, 33, 131, 1, 17), None),
         "odd width recompute": (S(1, 70, 33, 1, 17), "recompute"),
@@ -140,13 +179,16 @@ CASES = {  # op: {name: (shape, variation or None)}
         "several blocks": (S(1, 7, 16, 1, 17000), None),
         "two tokens": (S(1, 2, 64, 2, 65), None),  # of which one counts
         "odd": (S(1, 33, 31, 1, 517), None),
+        "chunks": (S(2, 67, 48, 3, 101), "chunks"),
         "strides": (S(2, 9, 48, 3, 23), "sliced columns"),
     },
     "adamw": {
         "partial": (S(2, 67, 48, 3, 101), None),
         "whole": (S(1, 1, 256, 1, 96), None),
         "several chunks": (S(1, 1, 131, 1, 190), None),
-        "unaligned": (S(1, 1, 64, 1, 65), "one further"),
+        # Elements of the weight, and of the bias, which has one more than the width: 16 divides both.
+        "aligned": (S(1, 1, 127, 1, 160), None),
+        "unaligned": (S(1, 1, 127, 1, 160), "copied further"),
     },
 }  # fmt: skip
 
@@ -280,7 +322,8 @@ def planted(op, right, wrong, shape, dtype, architecture, small=True):
         for name, row in faults.small_blocks().items() if small else ():
             stack.enter_context(patch.object(configs, name, row))
         module = faults.plant(op, right, wrong, folder)
-        stack.enter_context(patch.object(ops, "kernels", lambda op: module))
+        sound = ops.kernels
+        stack.enter_context(patch.object(ops, "kernels", lambda name: module if name == op else sound(name)))
         with Gpu(architecture):
             it = problem(op, shape, getattr(torch, dtype), "cpu")
             try:

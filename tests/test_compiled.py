@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 import proof
 from faults import CASES as FAULTS
+from faults import SHAPE
 from kernel_case import SEED, philox_uniform
 
 # sm_89 runs sm_80's instructions with sm_80's rows, and sm_120 few others: they have their own CI job.
@@ -40,6 +41,12 @@ def test_the_exported_mask_is_a_host_philoxs(compiled, architecture):
 def test_a_planted_fault_is_found(compiled, op, what, right, wrong, shape):
     architecture = 80 if len(what) % 2 else 90  # each in half of them
     assert compiled(proof.planted, op, right, wrong, shape, "float32", architecture), f"{what}: nothing noticed"
+
+
+@pytest.mark.parametrize("op", sorted(proof.KERNELS))
+def test_nothing_is_found_where_nothing_is_planted(compiled, op):
+    """So that what a planted fault turns red is the fault's, not the planting's."""
+    assert compiled(proof.planted, op, "import torch", "import torch", SHAPE, "float32", 90) == []
 
 
 @pytest.mark.parametrize(

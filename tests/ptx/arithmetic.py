@@ -111,10 +111,10 @@ def shift_right(a, n):
 
 
 def field(a, position, length):
-    """Bits of a from a position on, the sign extended where a is signed. Both numbers are literals or uniform enough for numpy."""
+    """Bits of a from a position on, the sign extended where a is signed; none beyond its highest. Both numbers are Python's."""
     bits = a.dtype.itemsize * 8
-    up = a << (bits - position - length).astype(a.dtype)
-    return up >> (bits - length).astype(a.dtype)
+    length = min(length, bits - position)
+    return (a << a.dtype.type(bits - position - length)) >> a.dtype.type(bits - length)
 
 
 def permute(a, b, selector):
@@ -208,7 +208,9 @@ def translate(inst, read):
         return [(dest, kind, f"where({read(p, 'pred')}, {read(a, kind)}, {read(b, kind)})")]
     if op == "bfe":
         a, position, length = sources
-        return [(dest, kind, f"field({read(a, kind)}, {read(position, 'u32')}, {read(length, 'u32')})")]
+        if length.value < 1 or position.value >= BITS[kind]:
+            raise UnknownPTX(inst.name)
+        return [(dest, kind, f"field({read(a, kind)}, {position.value}, {length.value})")]
     if op == "popc":
         return [(dest, "u32", f"as_u32(bitwise_count({read(sources[0], kind)}))")]
     if op == "prmt":

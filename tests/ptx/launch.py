@@ -23,7 +23,8 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels import adamw, configs
+from fastgpt import ops
+from fastgpt.kernels import configs
 from ptx.machine import Machine
 from ptx.matrix import TensorMap
 from ptx.parse import parse
@@ -59,7 +60,8 @@ class Gpu:
 
     def __enter__(self):
         self.stack = ExitStack()
-        gpu, table_of = self, adamw.table_of
+        gpu, adamw = self, ops.kernels("adamw")  # at times one with a planted fault
+        table_of = adamw.table_of
 
         def run(kernel, *args, grid, warmup, **options):
             gpu.launch(kernel, args, grid, options)

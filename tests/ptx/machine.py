@@ -7,7 +7,7 @@ there: so threads that parted meet again. A barrier holds its block's threads un
 
 import numpy as np
 
-from ptx import matrix, memory, tmem
+from ptx import grammar, matrix, memory, tmem
 from ptx.arithmetic import BITS, FUNCTIONS, NUMPY, PACKED, bits_of, literal, translate
 from ptx.memory import EPOCH_BITS, SHARED_BASE, WARP_BITS, Fault, Global, Shared, granule
 from ptx.parse import Address, Bits, UnknownPTX
@@ -130,19 +130,29 @@ class Machine:
         self.maps = {}
         self.parameters = self.bind(arguments)
         code = kernel.instructions
+        for inst in code:
+            if not grammar.known(inst, kernel):
+                self.unknown(inst)
         self.global_granule = granule(code, "global")
         self.shared_granule = granule(code, "shared")
         self.memory = Global(allocations, self.global_granule)
         self.shared_bytes = shared
         self.pieces, self.piece_at = [], {}
-        starts = {0, *kernel.labels.values()} | {i + 1 for i, inst in enumerate(code) if inst.name.startswith(ENDS)}
+        # Of labels only those that a branch names: those of debuggers stand everywhere.
+        self.targets = {kernel.labels[inst.operands[0]] for inst in code if inst.parts[0] == "bra"}
+        starts = {0} | self.targets | {i + 1 for i, inst in enumerate(code) if inst.name.startswith(ENDS)}
         starts |= {i for i, inst in enumerate(code) if inst.name.startswith("mbarrier.try_wait")}
         starts = sorted(s for s in starts if s < len(code))
         for start, end in zip(starts, [*starts[1:], len(code)], strict=True):
             self.piece_at[start] = len(self.pieces)
             self.pieces.append(Piece(start, end, code[start:end]))
         self.names = sorted(
-            {r for inst in code for r in registers_of([*inst.operands, *(inst.guard or ())[:1]]) if self.is_register(r)}
+            {
+                r
+                for inst in code
+                for r in registers_of([*inst.operands, *(inst.guard or ())[:1]])
+                if self.kernel.is_register(r)
+            }
         )
         self.number = {r: i for i, r in enumerate(self.names)}
         for p in self.pieces:
@@ -155,9 +165,9 @@ class Machine:
         self.traffic = {}  # space -> what `count` notes, where a caller asks for it
         self.counting, self.flops = False, 0
 
-    def is_register(self, name):
-        plain = name.rstrip("0123456789")
-        return name in self.kernel.widths or (plain in self.kernel.widths and plain != name)
+    def unknown(self, inst, cause=None):
+        place = f"{self.kernel.name}, {inst.source}, PTX line {inst.line}"
+        raise UnknownPTX(f"{place}: unknown instruction: {inst.text}") from cause
 
     def bind(self, arguments):
         """{parameter: its value}, of maps of tensors the address that points to them."""
@@ -184,7 +194,10 @@ class Machine:
             for i in range(piece.start, piece.end):
                 inst = self.kernel.instructions[i]
                 if inst is not piece.last or inst.name.startswith(("wgmma", "tcgen05")):
-                    self.translate(i, inst)
+                    try:
+                        self.translate(i, inst)
+                    except UnknownPTX as e:
+                        self.unknown(inst, e)
         exec(compile("\n".join(self.lines), self.kernel.name, "exec"), self.namespace)
         for number, piece in enumerate(self.pieces):
             piece.run = self.namespace[f"piece{number}"]
@@ -193,18 +206,13 @@ class Machine:
         guard = None
         if inst.guard:
             guard = ("~" if inst.guard[1] else "") + self.read(inst.guard[0], "pred")
-        try:
-            results = translate(inst, self.read)
-            if results is None:
-                name = f"i{i}"
-                self.namespace[name] = handler(self, inst)
-                call = f"    if len(G := lanes_of(s, {guard})): {name}(G)" if guard else f"    {name}(L)"
-                self.lines.append(call)
-                return
-        except UnknownPTX as e:
-            raise UnknownPTX(
-                f"{self.kernel.name}, {inst.source}, PTX line {inst.line}: unknown instruction: {inst.text}"
-            ) from e
+        results = translate(inst, self.read)
+        if results is None:
+            name = f"i{i}"
+            self.namespace[name] = handler(self, inst)
+            call = f"    if len(G := lanes_of(s, {guard})): {name}(G)" if guard else f"    {name}(L)"
+            self.lines.append(call)
+            return
         if len(results) > 1:  # computed before the first is written: it may be among the operands
             self.lines.append(f"    t = {', '.join(r[2] for r in results)}")
             results = [(d, kind, f"t[{j}]") for j, (d, kind, _) in enumerate(results)]
@@ -243,7 +251,7 @@ class Machine:
             value = np.uint64(value)
         elif operand == "global_smem":
             value = NUMPY[kind](SHARED_BASE)
-        elif self.is_register(operand):
+        elif self.kernel.is_register(operand):
             width = self.kernel.width(operand)
             if 1 < BITS[kind] < width:  # cvt takes the lower part of a wider register
                 return f"as_{kind}({self.name(operand, f'u{width}')}[s])"
@@ -386,10 +394,6 @@ class Machine:
             self.go(following, lanes[~taken])
             self.release()
         else:
-            if last.guard or last.operands[0] != Bits(0) or len(last.operands) > 1:
-                raise UnknownPTX(
-                    f"{self.kernel.name}, PTX line {last.line}: a barrier that is not of all threads: {last.text}"
-                )
             self.held[lanes] = following
             self.release()
         return True
@@ -521,6 +525,9 @@ def handler(m, inst):
 def parameter(m, inst):
     dest, address = inst.operands
     kind = bits_of(inst.parts[-1])
+    size = next((bytes_ for name, _, bytes_ in m.kernel.params if name == address.base), 0)
+    if address.offset + BITS[kind] // 8 > size:
+        raise UnknownPTX(f"{inst.name} of what is no parameter")
     whole = m.parameters[address.base]
     value = whole.reshape(1).view(f"u{BITS[kind] // 8}")[address.offset // (BITS[kind] // 8)].view(NUMPY[kind])
 
@@ -564,6 +571,8 @@ def across_warp(m, inst):
 
         def run(lanes):
             n = m.whole_warps(inst, lanes)
+            if not np.all(m.value(rest[0], "u32", lanes) == 0xFFFFFFFF):
+                raise UnknownPTX(f"{inst.name} of a part of a warp")
             x = np.broadcast_to(m.value(source, kind, lanes), lanes.shape).reshape(n, 32)
             m.registers[dest].view(NUMPY[kind])[lanes] = np.repeat(total(x, axis=1).astype(NUMPY[kind]), 32)
 
@@ -579,16 +588,12 @@ def across_warp(m, inst):
 
         return run
     mode = inst.parts[2]
-    if mode not in ("bfly", "idx", "up", "down") or isinstance(dest, tuple):
-        raise UnknownPTX(inst.name)
 
     def run(lanes):
         n = m.whole_warps(inst, lanes)
         x = np.broadcast_to(m.value(source, "u32", lanes), lanes.shape).reshape(n, 32)
         b = np.broadcast_to(m.value(rest[0], "u32", lanes), lanes.shape).reshape(n, 32).astype(int)
-        own = np.arange(32)
-        of = {"bfly": own ^ b, "idx": b, "up": own - b, "down": own + b}[mode]
-        of = np.where((of < 0) | (of > 31), own, of)
+        of = b % 32 if mode == "idx" else np.arange(32) ^ b % 32
         m.registers[dest][lanes] = np.take_along_axis(x, of, 1).reshape(-1)
 
     return run

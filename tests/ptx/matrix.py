@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ptx.arithmetic import widen
-from ptx.memory import ANY_BLOCK, EPOCH_BITS, MANY, NEVER, ORDERED, SHARED_BASE, WARP_BITS, access
+from ptx.memory import MANY, NEVER, ORDERED, SHARED_BASE, WARP_BITS, access
 from ptx.parse import Bits, UnknownPTX
 
 
@@ -183,7 +183,9 @@ def read_tile(m, inst, lanes, addresses, element=2):
         if bad.any():
             at = int(where[bad][0]) * space.granule - slot * space.size + SHARED_BASE
             m.fault(inst, lanes[0], f"reads shared memory at {at:#x} which {what}")
-    race = space.touch_read(where[:, None], np.broadcast_to(m.tag[lanes[0]], where.shape))
+    # A warpgroup's four warps read it all: what one of them wrote, the others have not seen before a barrier, nor may one write it.
+    tag = m.tag[lanes[0]] | (MANY if len(lanes) > 1 else 0)
+    race = space.touch_read(where[:, None], np.broadcast_to(tag, where.shape))
     if race.any():
         at = int(where[race][0]) * space.granule - slot * space.size + SHARED_BASE
         m.fault(
@@ -191,11 +193,23 @@ def read_tile(m, inst, lanes, addresses, element=2):
             lanes[0],
             f"reads shared memory at {at:#x}: a race with another warp that writes it with no barrier between",
         )
-    # All four warps read it: none of them may write it before a barrier.
-    space.reader[where] = np.where(
-        space.reader[where] >> (EPOCH_BITS + WARP_BITS) == ANY_BLOCK, space.reader[where], m.tag[lanes[0]] | MANY
-    )
     return space.view(np.dtype(f"u{element}"))[offset // element], where
+
+
+def is_fenced(m, inst):
+    """Whether a wgmma.fence begins the group of products that a wgmma is of.
+
+    What writes their registers may stand behind it: LLVM moves that, and ptxas minds registers by itself.
+    """
+    code = m.kernel.instructions
+    i = next(i for i, other in enumerate(code) if other is inst)
+    while i > 0 and i not in m.targets:
+        i -= 1
+        if code[i].parts[0] in ("bra", "bar") or code[i].name.startswith(("wgmma.commit", "wgmma.wait")):
+            return False
+        if code[i].name.startswith("wgmma.fence"):
+            return True
+    return False
 
 
 def wgmma(m, inst):
@@ -218,9 +232,12 @@ def wgmma(m, inst):
         raise UnknownPTX(f"{inst.name} with a negated operand")
     b_major = majors[-1] if majors else "K"
     a_major = majors[0] if len(majors) == 2 else "K"
+    fenced = is_fenced(m, inst)
 
     def run(lanes):
         n = m.whole_warps(inst, lanes)
+        if not fenced:
+            m.fault(inst, lanes[0], "begins products with no wgmma.fence before them")
         if n % 4 or (m.warp[lanes[::128]] % 4).any():
             m.fault(inst, lanes[0], "runs an instruction of a warpgroup without all of its warps")
         for group in lanes.reshape(-1, 128):
@@ -300,10 +317,16 @@ def mbarrier(m, inst):
 
     def run(lanes):
         at = m.address(address, lanes)
+        space = m.shared
+        for lane, where in zip(lanes, at, strict=True):
+            if what == "inval":  # while it lives, nothing else may write there, another init neither
+                barrier_of(m, inst, lane, where)
+                space.reading[space.granules(space.offset(where[None], m.slot[lane]), 8)] -= 1
         access(m, inst, "shared", lanes, at, 8, what != "arrive")  # threads that arrive do not race with one another
         for lane, where in zip(lanes, at, strict=True):
             if what == "init":
                 m.barriers[int(m.slot[lane]), int(where)] = Barrier(number.value)
+                space.reading[space.granules(space.offset(where[None], m.slot[lane]), 8)] += 1
                 continue
             barrier = barrier_of(m, inst, lane, where)
             if what == "inval":
@@ -413,7 +436,7 @@ def bulk(m, inst):
 
             def done(mask):
                 space.reading[where] -= 1
-                space.reader[where] = m.tag[lane]
+                space.touch_read(where[:, None], np.broadcast_to(m.tag[lane], where.shape))
 
             m.bulk.issue(lanes, done)
         else:
@@ -445,8 +468,7 @@ def fence(m, inst):
         def run(lanes):
             space = m.shared
             written = np.flatnonzero(space.unfenced)
-            tags = np.unique(m.tag[lanes] & ~np.int64(0))
-            mine = np.isin(space.writer[written] & ((1 << WARP_BITS) - 1), np.unique(tags & ((1 << WARP_BITS) - 1)))
+            mine = np.isin(space.writer[written] & ((1 << WARP_BITS) - 1), np.unique(m.warp[lanes]))
             slots = written * space.granule // space.size
             mine &= np.isin(slots, np.unique(m.slot[lanes]))
             space.unfenced[written[mine]] = False

@@ -201,8 +201,8 @@ def watch(m, inst, space, lanes, where, write, first, offset, data):
             before = memory[at[written]] if written.any() else None
             memory[at] = data
             if written.any():
-                old = (conflict(writers, tag[:, None]).any(1))[written] & (before != data[written]).any(1)
-                written[written] = old | (memory[at[written]] != data[written]).any(1)
+                written[written] = conflict(writers, tag[:, None]).any(1)[written] & (before != data[written]).any(1)
+            written |= (memory[at] != data).any(1)  # by another thread, be it of the same warp
         race = race | written
     else:
         race = space.touch_read(where, tag)
@@ -283,6 +283,8 @@ def load_or_store(m, inst):
     kind, space = bits_of(kind), space.removesuffix("::cta")
     size = BITS[kind] // 8
     unsigned = np.dtype(f"u{size}")
+    if any(m.kernel.is_register(r) and m.kernel.width(r) < BITS[kind] for r in registers if isinstance(r, str)):
+        raise UnknownPTX(f"{inst.name} of a register that is narrower")
 
     def load(lanes):
         first = access(m, inst, space, lanes, m.address(address, lanes), size * count, False) // size

@@ -61,6 +61,10 @@ class Kernel:
     instructions: list
     labels: dict
 
+    def is_register(self, name):
+        plain = name.rstrip("0123456789")
+        return name in self.widths or (plain in self.widths and plain != name)
+
     def width(self, register):
         """Bits of a register; 1 of a predicate."""
         return self.widths.get(register) or self.widths[register.rstrip("0123456789")]
