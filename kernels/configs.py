@@ -84,6 +84,13 @@ class AdamWConfig(Config):
     warps: int = 8
     clip_block: int = 4096
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.block < 32 * self.warps:
+            raise ValueError(
+                f"AdamWConfig: {self.warps} warps of a block of {self.block} would hold elements twice, which are updated in place"
+            )
+
 
 ADAMW = AdamWConfig()
 

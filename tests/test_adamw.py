@@ -19,7 +19,7 @@ SIZES = [(40, 7), (1,), (0,), (513,), (3, 5, 2)]  # a chunk and a bit, elements 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(configs, "ADAMW", configs.AdamWConfig(chunk=256, block=64, clip_block=4))
+    monkeypatch.setattr(configs, "ADAMW", configs.AdamWConfig(chunk=256, block=64, warps=2, clip_block=4))
     yield
     ops.use("torch")
 

@@ -412,10 +412,12 @@ def test_what_cannot_be_launched_is_no_row():
         (configs.AttentionConfig, dict(outer="128")),
         (configs.NormConfig, dict(forward_warps=True)),
         (configs.CrossEntropyConfig, dict(memory_share=None)),
+        (configs.AdamWConfig, dict(block=128)),  # two warps would hold an element that is updated in place
     ):
         row = {
             configs.MLPConfig: configs.GELU_MLP[90, 2], configs.AttentionConfig: configs.ATTENTION[90, 2, 64],
             configs.NormConfig: configs.LAYER_NORM[0], configs.CrossEntropyConfig: configs.CROSS_ENTROPY,
+            configs.AdamWConfig: configs.ADAMW,
         }[kind]  # fmt: skip
         with pytest.raises(ValueError, match=kind.__name__):
             replace(row, **wrong)
