@@ -66,7 +66,7 @@ MENDS = (
     ("InterpreterBuilder", "cast_impl", through_fp32),
     ("InterpreterBuilder", "create_dot", in_fp32),
     ("InterpreterBuilder", "binary_op", in_fp32),
-    ("InterpreterBuilder", "unary_op", in_fp32),
+    ("InterpreterBuilder", "unary_op", in_fp32),  # minus, from Triton 3.8 on
     ("InterpreterBuilder", "create_fma", in_fp32),
     ("ReduceOps", "sum", step_by_step),
 )
