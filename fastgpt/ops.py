@@ -94,6 +94,11 @@ def configs():
     return importlib.import_module("fastgpt.kernels.configs")
 
 
+def interpreter_computes_bf16():
+    """Whether Triton's interpreter does, mended where it can be: see kernels/interpreter.py."""
+    return importlib.import_module("fastgpt.kernels.interpreter").computes_bf16()
+
+
 @functools.cache
 def warn_once(op, implementation, device, dtype, size):
     hint = " (without a GPU, kernels run where TRITON_INTERPRET=1 is set)" if device == "cpu" else ""

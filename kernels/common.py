@@ -6,6 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgpt.kernels import interpreter
+
+if triton.knobs.runtime.interpret:
+    interpreter.mend()
+
 
 class Op:
     """A differentiable op on plain tensors, made of two launchers and what autograd needs to know.

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter multiplies and rounds bf16 wrongly: bf16 is a GPU's to test.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALVES = DTYPES[1:]
 SEED = 0x1234567_89ABCDE
 # A copy of an input or a gradient with the same values and other strides. The last two repeat values instead.
 VIEWS = {

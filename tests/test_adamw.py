@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton.runtime.interpreter as interpreter
-from kernel_case import DEVICE
+from kernel_case import DEVICE, HALVES
 
 from fastgpt import ops, optim
 from fastgpt.kernels import configs
@@ -100,8 +100,8 @@ def test_its_state_is_pytorchs_in_both_directions():
 class Keeper:
     """Shadows, as a GPT keeps them."""
 
-    def __init__(self, *params):
-        self.kept = {p: torch.full_like(p, float("nan"), dtype=torch.float16) for p in params}
+    def __init__(self, *params, dtype=torch.bfloat16):
+        self.kept = {p: torch.full_like(p, float("nan"), dtype=dtype) for p in params}
         self.marked = []
 
     def shadows(self):
@@ -111,24 +111,25 @@ class Keeper:
         self.marked += weights
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-def test_shadows_are_the_new_weights(implementation):
+def test_shadows_are_the_new_weights(implementation, dtype):
     ops.use({"adamw": implementation})
     params = parameters()
     a = ours(params, lr=0.5)
-    a.keeper = Keeper(params[0], params[3])
+    a.keeper = Keeper(params[0], params[3], dtype=dtype)
     for step in range(2):
         set_gradients(params, step)
         a.step()
         for p, shadow in a.keeper.kept.items():
-            assert torch.equal(shadow, p.detach().half())
+            assert torch.equal(shadow, p.detach().to(dtype))
     assert len(a.keeper.marked) == 4
 
 
 def small_model():
     torch.manual_seed(0)
     model = GPT(GPTConfig(8, 31, n_layer=1, n_head=1, n_embd=16)).to(DEVICE)
-    model.keep_shadows(torch.float16)
+    model.keep_shadows(torch.bfloat16)
     optimizer = model.configure_optimizers(0.1, 0.1, (0.9, 0.95), DEVICE)
     optimizer.keeper = model
     return model, optimizer
@@ -146,7 +147,7 @@ def test_a_models_shadows_follow_its_weights_and_what_is_behind_stays_behind(imp
 
     def equal():
         shadows = model.shadows()
-        assert all(torch.equal(s, w.detach().half()) for w, s in shadows.items())
+        assert all(torch.equal(s, w.detach().bfloat16()) for w, s in shadows.items())
         return len(shadows)
 
     assert equal() == 5  # four of the block, and the head

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from kernel_case import DEVICE, DTYPES, VIEWS, far, randn, same_bits, widen
+from kernel_case import DEVICE, DTYPES, HALVES, VIEWS, far, randn, same_bits, widen
 
 from fastgpt.kernels import configs
 from fastgpt.kernels import cross_entropy as module
@@ -65,15 +65,17 @@ def test_gpt2s_vocabulary(dtype):
     check((1, 5), 16, 50257, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("C", [768, 1600, 130, 48])
-def test_widths(C):
-    check((1, 9), C, 97, torch.float16)
+def test_widths(C, dtype):
+    check((1, 9), C, 97, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [1, 17, 63, 64, 65, 100, 128] + [1023] * (DEVICE == "cuda"))
-def test_lengths(T, configure):
+def test_lengths(T, dtype, configure):
     configure(block=64, mean_block=32)
-    check((1, T), 16, 150, torch.float32)
+    check((1, T), 16, 150, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,10 +98,11 @@ def test_a_vocabulary_of_one():
     assert max(loss.abs(), h.grad.abs().max(), weight.grad.abs().max()) < 1e-6
 
 
-def test_ignored_targets_and_another_index():
-    check((2, 20), 16, 50, torch.float32, ignored=0.8)
-    check((2, 20), 16, 50, torch.float32, ignore_index=-100)
-    check((2, 20), 16, 50, torch.float32, ignore_index=7)  # one of the vocabulary
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ignored_targets_and_another_index(dtype):
+    check((2, 20), 16, 50, dtype, ignored=0.8)
+    check((2, 20), 16, 50, dtype, ignore_index=-100)
+    check((2, 20), 16, 50, dtype, ignore_index=7)  # one of the vocabulary
 
 
 def test_all_ignored_is_nan_and_moves_nothing():
@@ -119,6 +122,7 @@ def test_a_target_outside_the_vocabulary_shows(target):
 
 def test_large_magnitudes():
     check((2, 9), 16, 40, torch.float16, scale=200.0)
+    check((2, 9), 16, 40, torch.bfloat16, scale=200.0)
     check((2, 9), 16, 40, torch.float32, scale=1e4)
 
 
@@ -140,15 +144,17 @@ def test_a_block_of_logits_that_is_all_minus_infinity(configure):
     torch.testing.assert_close(loss, torch.tensor(18.0, device=DEVICE).log())
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("upstream", [1 / 40, 65536.0])
-def test_the_losss_own_gradient(upstream):
+def test_the_losss_own_gradient(upstream, dtype):
     """A micro-step's share, and fp16's loss scale: softmax - onehot must not have been rounded to nothing before."""
-    check((2, 40), 16, 1003, torch.float16, upstream=upstream)
+    check((2, 40), 16, 1003, dtype, upstream=upstream)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_strides(view):
-    check((3, 5), 20, 33, torch.float32, ignored=0, view=lambda t: view(t) if t.dim() == 3 else t)
+def test_strides(view, dtype):
+    check((3, 5), 20, 33, dtype, ignored=0, view=lambda t: view(t) if t.dim() == 3 else t)
 
 
 def test_targets_of_any_stride():
@@ -186,10 +192,10 @@ def test_nothing_of_the_callers_is_written_into():
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
-    st.integers(4, 20), st.integers(1, 20), st.integers(8, 90)
+    st.integers(4, 20), st.integers(1, 20), st.integers(8, 90), st.sampled_from(DTYPES)
 )  # on fewer, the errors of single roundings are compared
-def test_any_shape(M, C, V):
-    check((M,), C, V, torch.float32)
+def test_any_shape(M, C, V, dtype):
+    check((M,), C, V, dtype)
 
 
 def test_backward_is_the_same_bits_every_time():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from kernel_case import DEVICE, DTYPES, SEED, VIEWS, far, philox_uniform, randn, same_bits, seed, widen
+from kernel_case import DEVICE, DTYPES, HALVES, SEED, VIEWS, far, philox_uniform, randn, same_bits, seed, widen
 
 from fastgpt.kernels import configs
 from fastgpt.kernels.cross_entropy import linear_cross_entropy
@@ -70,18 +70,20 @@ def test_dropout(dtype):
     check(2, 9, 48, 11, dtype, p=0.2)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("C", [768, 130, 1])
-def test_a_stream_of_16_bits(C, p):
-    check(2, 5, C, 7, p=p, stream=torch.float16)
+def test_a_stream_of_16_bits(C, p, dtype):
+    check(2, 5, C, 7, p=p, stream=dtype)
 
 
-def test_a_stream_of_16_bits_leaves_the_weights_gradients_in_full():
-    wte, wpe = randn(7, 8).requires_grad_(), randn(3, 8).requires_grad_()
-    x, _ = embedding(torch.tensor([[2, 2, 2]], device=DEVICE), wte, wpe, dtype=torch.float16)
-    (x.float() * (1 + 2**-10)).sum().backward()
-    assert (x.dtype, wte.grad.dtype, wpe.grad.dtype) == (torch.float16, torch.float32, torch.float32)
-    assert (wte.grad[2] == 3 * (1 + 2**-10)).all(), "added in fp32: in fp16 the last bit would be lost"
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_stream_of_16_bits_leaves_the_weights_gradients_in_full(dtype):
+    wte, wpe, gradient = randn(7, 8).requires_grad_(), randn(3, 8).requires_grad_(), 1 + torch.finfo(dtype).eps
+    x, _ = embedding(torch.tensor([[2, 2, 2]], device=DEVICE), wte, wpe, dtype=dtype)
+    (x.float() * gradient).sum().backward()
+    assert (x.dtype, wte.grad.dtype, wpe.grad.dtype) == (dtype, torch.float32, torch.float32)
+    assert (wte.grad[2] == 3 * gradient).all(), "added in fp32: in 16 bits the last bit would be lost"
 
 
 def test_the_mask_is_a_host_philoxs():
@@ -89,18 +91,23 @@ def test_the_mask_is_a_host_philoxs():
     assert mask == [philox_uniform(SEED, (i, 0, 0, 0)) >= 0.2 for i in range(96)]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("view", [v for n, v in VIEWS.items() if n not in ("sliced columns", "expanded columns")])
-def test_strides(view):
-    check(3, 4, 8, 10, idx=torch.randint(10, (4, 3), device=DEVICE).t(), view=lambda t: view(t) if t.dim() == 3 else t)
-    wte, wpe = randn(8, 10).t(), randn(4, 16)[:, ::2]
+def test_strides(view, dtype):
+    idx = torch.randint(10, (4, 3), device=DEVICE).t()
+    check(3, 4, 8, 10, dtype, idx=idx, view=lambda t: view(t) if t.dim() == 3 else t)
+    wte, wpe = randn(8, 10, dtype=dtype).t(), randn(4, 16, dtype=dtype)[:, ::2]
     idx = torch.randint(10, (1, 4), device=DEVICE).expand(3, 4)
     torch.testing.assert_close(embedding(idx, wte, wpe)[0], F.embedding(idx, wte) + wpe)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 40), st.integers(1, 8), st.sampled_from([0.0, 0.5]))
-def test_any_shape(B, T, C, V, p):
-    check(B, T, C, V, p=p)
+@given(
+    st.integers(1, 4), st.integers(1, 12), st.integers(1, 40), st.integers(1, 8), st.sampled_from([0.0, 0.5]),
+    st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_shape(B, T, C, V, p, dtype):
+    check(B, T, C, V, dtype, p)
 
 
 def test_weights_beyond_two_to_the_31_elements():

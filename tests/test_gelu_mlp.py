@@ -10,7 +10,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from kernel_case import DEVICE, DTYPES, VIEWS, far, randn, run_as, same_bits
+from kernel_case import DEVICE, DTYPES, HALVES, VIEWS, far, randn, run_as, same_bits
 
 from fastgpt.kernels import configs
 from fastgpt.kernels.gelu_mlp import gelu, gelu_derivative, gelu_mlp
@@ -45,44 +45,49 @@ def test_widths(C, dtype, bias):
     check((2, 19), C, dtype, bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("C", [768, 1600])
-def test_wide(C):
-    check((1, 3), C, torch.float16, F_=64)  # every step along K; on a CPU few columns
+def test_wide(C, dtype):
+    check((1, 3), C, dtype, F_=64)  # every step along K; on a CPU few columns
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [1, 17, 63, 64, 65, 100, 128] + [1023] * (DEVICE == "cuda"))
-def test_lengths(T):
-    check((1, T), 16, torch.float32)
+def test_lengths(T, dtype):
+    check((1, T), 16, dtype)
 
 
 def test_more_rows_of_tiles_than_the_bias_sum_reads_at_once():
     check((1, 32 * 33), 8, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("tma", [False, True])
-def test_descriptors_and_pointers(tma, monkeypatch):
+def test_descriptors_and_pointers(tma, dtype, monkeypatch):
     """On the pointers' path too where TMA would be taken; and through descriptors in the interpreter."""
-    config = configs.gelu_mlp(torch.device(DEVICE), torch.float16, True)
+    config = configs.gelu_mlp(torch.device(DEVICE), dtype, True)
     entry = type(config)(**{**vars(config), "tma": tma})
     monkeypatch.setattr(configs, "gelu_mlp", lambda device, dtype, aligned: entry if aligned else config)
-    check((2, 35), 48, torch.float16)
-    check((2, 35), 48, torch.float16, recompute=True)
-    check((1, 5), 12, torch.float16)  # rows that are no multiple of 16 bytes
+    check((2, 35), 48, dtype)
+    check((2, 35), 48, dtype, recompute=True)
+    check((1, 5), 12, dtype)  # rows that are no multiple of 16 bytes
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("view", [v for n, v in VIEWS.items() if n != "expanded rows"])
-def test_strides(view):
-    check((3, 5), 40, torch.float32, view=view)
+def test_strides(view, dtype):
+    check((3, 5), 40, dtype, view=view)
 
 
-def test_large_magnitudes():
-    check((2, 9), 48, torch.float16, scale=1e3)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_large_magnitudes(dtype):
+    check((2, 9), 48, dtype, scale=1e3)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(st.integers(1, 70), st.integers(1, 50), st.integers(1, 70), st.booleans())
-def test_any_shape(M, C, F_, bias):
-    check((M,), C, torch.float32, bias, F_)
+@given(st.integers(1, 70), st.integers(1, 50), st.integers(1, 70), st.booleans(), st.sampled_from(DTYPES))
+def test_any_shape(M, C, F_, bias, dtype):
+    check((M,), C, dtype, bias, F_)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -145,7 +150,7 @@ def _gelu_of(x_ptr, y_ptr, dy_ptr, n, BLOCK: tl.constexpr):
     tl.store(dy_ptr + i, gelu_derivative(x, False), i < n)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_gelu_is_nearer_than_torchs_over_all_inputs(dtype):
     """Every number of the dtype: value and derivative, rounded to it, against fp64 and against torch."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float().to(DEVICE)

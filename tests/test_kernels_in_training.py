@@ -19,7 +19,7 @@ from fastgpt.model import GPT, GPTConfig
 from fastgpt.verify import compared
 
 triton = pytest.importorskip("triton")
-from kernel_case import DEVICE  # noqa: E402
+from kernel_case import DEVICE, DTYPES  # noqa: E402
 
 from fastgpt.kernels import common, cross_entropy, embedding, flash_attention, gelu_mlp, layer_norm, linear  # noqa: E402
 
@@ -88,14 +88,14 @@ def two_micro_steps(model, idx, targets, dtype, in_place):
     """Every weight's gradient after two backward passes of other tokens."""
     model.zero_grad()
     for tokens in (idx, idx.flip(0, 1)):
-        with torch.autocast(DEVICE, dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
+        with torch.autocast(DEVICE, dtype, enabled=dtype.itemsize == 2):
             _, loss = model(tokens, targets, return_logits=False)
         with ops.adding_in_place() if in_place else nullcontext():
             loss.backward()
     return {n: p.grad for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_added_in_place_are_no_further_from_exact_ones(tiny, dtype):
     model, idx, targets = tiny
     exact = two_micro_steps(deepcopy(model).double(), idx, targets, torch.float64, False)
@@ -160,8 +160,8 @@ def test_whoever_waits_for_a_gradient_gets_it(tiny):
 # ---- shadow weights ----
 
 
-def in_half(model, idx, targets, call=None):
-    with torch.autocast(DEVICE, torch.float16):
+def in_bf16(model, idx, targets, call=None):
+    with torch.autocast(DEVICE, torch.bfloat16):
         return gradients(model, idx, targets, call)
 
 
@@ -173,39 +173,39 @@ def assert_same_bits(a, b):
 def test_shadows_are_what_autocast_would_cast(tiny):
     model, *_ = tiny
     ops.use("triton")
-    cast, full = in_half(*tiny), gradients(*tiny)
+    cast, full = in_bf16(*tiny), gradients(*tiny)
     names = set(model.state_dict())
-    model.keep_shadows(torch.float16)
+    model.keep_shadows(torch.bfloat16)
     assert set(model.state_dict()) == names
-    assert_same_bits(in_half(*tiny), cast)
+    assert_same_bits(in_bf16(*tiny), cast)
     for module in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
         module.shadow.zero_()  # they are read, not cast anew: spoiled they show, until they are refreshed
-        assert in_half(*tiny)["loss"] != cast["loss"]
+        assert in_bf16(*tiny)["loss"] != cast["loss"]
         model.refresh_shadows()
-    assert_same_bits(in_half(*tiny), cast)
+    assert_same_bits(in_bf16(*tiny), cast)
     assert_same_bits(gradients(*tiny), full)  # fp32 does not take them
     model.float()
-    assert model.lm_head.shadow.dtype == torch.float16
-    assert_same_bits(in_half(*tiny), cast)
+    assert model.lm_head.shadow.dtype == torch.bfloat16
+    assert_same_bits(in_bf16(*tiny), cast)
 
 
 def test_shadows_that_are_behind_their_weights_are_not_taken(tiny):
     model, *_ = tiny
     ops.use("triton")
-    model.keep_shadows(torch.float16)
+    model.keep_shadows(torch.bfloat16)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.5)
-    stale = in_half(*tiny)
+    stale = in_bf16(*tiny)
     model.refresh_shadows()
-    assert_same_bits(in_half(*tiny), stale)
+    assert_same_bits(in_bf16(*tiny), stale)
     copy = deepcopy(model)
     with torch.no_grad():
         for p in copy.parameters():
             p.mul_(0.5)
-    found = in_half(copy, *tiny[1:])
+    found = in_bf16(copy, *tiny[1:])
     copy.refresh_shadows()
-    assert_same_bits(in_half(copy, *tiny[1:]), found)
+    assert_same_bits(in_bf16(copy, *tiny[1:]), found)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -218,12 +218,12 @@ def test_training_with_shadows_is_training_without(tiny, compiled):
         model.load_state_dict(start)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         if shadows:
-            model.keep_shadows(torch.float16)
+            model.keep_shadows(torch.bfloat16)
             optimizer.register_step_post_hook(lambda *_: model.refresh_shadows())
         torch._dynamo.reset()
         call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else None
         for _ in range(3):
-            found = in_half(model, idx, targets, call)
+            found = in_bf16(model, idx, targets, call)
             optimizer.step()
         runs.append(found)
     assert_same_bits(*runs)
@@ -232,7 +232,7 @@ def test_training_with_shadows_is_training_without(tiny, compiled):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_trainers_shadows_give_the_same_run(dataset, processes, compiled):
-    """On the CPU it computes in fp32 and keeps none: here it is made to compute in fp16."""
+    """On the CPU it computes in fp32 and keeps none: here it is made to compute in bf16."""
     script = """
 import os, sys, torch
 from fastgpt import trainer
@@ -240,9 +240,9 @@ keep = sys.argv.pop(1) == "True"
 init, compile_ = trainer.Run.__init__, torch.compile
 def made(self, *args):
     init(self, *args)
-    self.autocast = torch.autocast("cpu", torch.float16)
+    self.autocast = torch.autocast("cpu", torch.bfloat16)
 trainer.Run.__init__ = made
-trainer.shadow_dtype = lambda picks, dtype: torch.float16 if keep else None
+trainer.shadow_dtype = lambda picks, dtype: torch.bfloat16 if keep else None
 torch.compile = lambda model, **options: compile_(model, backend="aot_eager", **options)
 from fastgpt.cli import main
 sys.exit(main(["train", *sys.argv[1:]]))
@@ -389,7 +389,7 @@ FREE = {
 WORK = {"mm", "addmm", "sum", "sort", "clamp", "zero_", "ones_like", "lift_fresh"}
 
 
-@pytest.mark.parametrize("stream", [None, torch.float16])
+@pytest.mark.parametrize("stream", [None, torch.bfloat16])
 def test_nothing_is_copied_between_the_ops(tiny, stream, monkeypatch):
     """One step under autocast: no copy, cat, add or cast of an activation, in whatever layout; weights alone are cast."""
     model, idx, targets = tiny
@@ -401,7 +401,7 @@ def test_nothing_is_copied_between_the_ops(tiny, stream, monkeypatch):
             cross_entropy, "mm", lambda a, b, dtype, into=None: torch.mm(a, b)
         )  # in fp32 by casts on the CPU alone
         monkeypatch.setattr(gelu_mlp, "mm", lambda a, b, dtype, into=None: torch.mm(a, b))
-    with Dispatched() as record, torch.autocast(DEVICE, torch.float16):
+    with Dispatched() as record, torch.autocast(DEVICE, torch.bfloat16):
         _, loss = model(idx, targets, return_logits=False)
         loss.backward()
     weights = {tuple(p.shape) for p in model.parameters()}

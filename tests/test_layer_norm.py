@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from kernel_case import DEVICE, DTYPES, SEED, VIEWS, far, philox_uniform, randn, same_bits, seed, widen
+from kernel_case import DEVICE, DTYPES, HALVES, SEED, VIEWS, far, philox_uniform, randn, same_bits, seed, widen
 
 from fastgpt.kernels import layer_norm as module
 from fastgpt.kernels.layer_norm import _add_layer_norm, _layer_norm, add_layer_norm, layer_norm
@@ -62,15 +62,17 @@ def test_widths(N, dtype, bias):
     check((2, 3, N), dtype, bias)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("N", [768, 130, 1])
 @pytest.mark.parametrize("p", [0.0, 0.2])
-def test_a_stream_of_16_bits(N, p):
-    check((2, 3, N), torch.float16, p=p, stream=torch.float16)
+def test_a_stream_of_16_bits(N, p, dtype):
+    check((2, 3, N), dtype, p=p, stream=dtype)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_a_stream_of_16_bits_and_any_stride(view):
-    check((3, 4, 40), torch.float16, view=view, stream=torch.float16)
+def test_a_stream_of_16_bits_and_any_stride(view, dtype):
+    check((3, 4, 40), dtype, view=view, stream=dtype)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +93,10 @@ def test_lengths(T):
     check((1, T, 48) if DEVICE == "cpu" else (3, T, 768), torch.float16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N", [2048, 4096, 8192])
-def test_wide_rows(N):
-    check((1, 2, N), torch.float16)
+def test_wide_rows(N, dtype):
+    check((1, 2, N), dtype)
 
 
 def test_more_rows_than_programs(monkeypatch):
@@ -109,12 +112,14 @@ def test_dropout(dtype):
 
 def test_large_magnitudes():
     check((2, 3, 96), torch.float16, scale=1e4 / 4)
+    check((2, 3, 96), torch.bfloat16, scale=1e15)
     check((2, 3, 96), torch.float32, shift=1e4)  # a mean far above the spread: one-pass variance would lose it
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_strides(view):
-    check((3, 4, 40), torch.float32, view=view)
+def test_strides(view, dtype):
+    check((3, 4, 40), dtype, view=view)
 
 
 def test_four_dimensions_are_taken_where_they_are_three():
@@ -200,9 +205,12 @@ def test_layer_norm_alone():
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.integers(1, 3), st.integers(1, 9), st.integers(8, 70), st.booleans(), st.sampled_from([0.0, 0.5]))
-def test_any_shape(B, T, N, bias, p):
-    check((B, T, N), torch.float32, bias, p)
+@given(
+    st.integers(1, 3), st.integers(1, 9), st.integers(8, 70), st.booleans(), st.sampled_from([0.0, 0.5]),
+    st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_shape(B, T, N, bias, p, dtype):
+    check((B, T, N), dtype, bias, p)
 
 
 def test_backward_is_the_same_bits_every_time(monkeypatch):
@@ -240,12 +248,13 @@ def test_rows_beyond_two_to_the_31_elements():
     )
 
 
-def test_autocast_decides_the_answers_dtype():
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_autocast_decides_the_answers_dtype(dtype):
     x, branch, weight = randn(2, 3, 20), randn(2, 3, 20), randn(20)
-    with torch.autocast(DEVICE, dtype=torch.float16):
+    with torch.autocast(DEVICE, dtype=dtype):
         stream, h = add_layer_norm(x, branch, weight)
         alone = layer_norm(x, weight)
-    assert (stream.dtype, h.dtype, alone.dtype) == (torch.float32, torch.float16, torch.float16)
+    assert (stream.dtype, h.dtype, alone.dtype) == (torch.float32, dtype, dtype)
 
 
 def test_what_is_refused():

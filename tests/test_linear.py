@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from kernel_case import DTYPES, VIEWS, randn, run_as, same_bits
+from kernel_case import DTYPES, HALVES, VIEWS, randn, run_as, same_bits
 
 from fastgpt.kernels.linear import linear
 
@@ -28,33 +28,37 @@ def test_widths(K, N, bias, dtype):
     check((2, 19), K, N, dtype, bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [(), (1,), (3, 5), (2, 2, 3), (0, 4)], ids=str)
-def test_any_number_of_dimensions(rows):
-    check(rows, 16, 24, torch.float16)
+def test_any_number_of_dimensions(rows, dtype):
+    check(rows, 16, 24, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", VIEWS)
-def test_strides(name):
-    check((3, 5), 16, 24, torch.float32, view=VIEWS[name])
+def test_strides(name, dtype):
+    check((3, 5), 16, 24, dtype, view=VIEWS[name])
 
 
-def test_the_gradient_is_nearer_than_one_that_is_rounded_to_16_bits():
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_gradient_is_nearer_than_one_that_is_rounded_to_16_bits(dtype):
     """A sum over many rows: fp32 out of the GEMM keeps what PyTorch's under autocast loses."""
-    x, dy, w = randn(4096, 16, dtype=torch.float16), randn(4096, 8, dtype=torch.float16), randn(8, 16)
+    x, dy, w = randn(4096, 16, dtype=dtype), randn(4096, 8, dtype=dtype), randn(8, 16)
     exact = dy.double().t() @ x.double()
     errors = []
     for f in (linear, F.linear):
         leaf = w.clone().requires_grad_()
-        run_as(f, torch.float16)(x, leaf)[0].backward(dy)
+        run_as(f, dtype)(x, leaf)[0].backward(dy)
         assert leaf.grad.dtype == torch.float32
         errors.append((leaf.grad.double() - exact).abs().max())
     assert errors[0] < errors[1] / 50
 
 
-def test_a_shadow_is_read_and_the_weight_gets_the_gradient():
-    x, w = randn(3, 16, dtype=torch.float16), randn(8, 16).requires_grad_()
-    y = linear(x, w, shadow=w.detach().half() * 2)
-    torch.testing.assert_close(y, F.linear(x, w.detach().half()) * 2)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_shadow_is_read_and_the_weight_gets_the_gradient(dtype):
+    x, w = randn(3, 16, dtype=dtype), randn(8, 16).requires_grad_()
+    y = linear(x, w, shadow=w.detach().to(dtype) * 2)
+    torch.testing.assert_close(y, F.linear(x, w.detach().to(dtype)) * 2)
     y.sum().backward()
     assert w.grad.dtype == torch.float32
     torch.testing.assert_close(linear(x, w, shadow=w.detach() * 2), y / 2)  # of another dtype: not taken

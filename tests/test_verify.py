@@ -33,7 +33,10 @@ def test_it_holds_here_and_says_so(workdir):
     assert report["versions"]["torch"] in done.stdout
     if not torch.cuda.is_available():
         assert "no CUDA GPU here: Triton's interpreter runs the kernels" in done.stdout
+        assert "bfloat16 too: where it computes that wrongly, kernels/interpreter.py mends it" in done.stdout
+        assert "Triton" not in done.stderr, "no warning"
     for op in ops.KERNELS:
+        assert {r["dtype"] for r in report["rows"] if r["op"] == op} >= {"float32", "float16", "bfloat16"}
         for direction in ("update", "repeat") if op == "adamw" else ("forward", "backward", "repeat"):
             assert any(r["op"] == op and r["direction"] == direction for r in report["rows"])
             assert direction == "repeat" or any(
