@@ -10,6 +10,7 @@ import itertools
 from dataclasses import dataclass, fields, replace
 
 import torch
+import triton
 
 ANY_COUNT = ("stages", "backward_stages", "programs_per_sm", "min_chunk")  # all other numbers are powers of two
 
@@ -188,6 +189,16 @@ def architecture(device):
 def multiprocessors(device):
     """SMs of a GPU; without one as many as any kernel has programs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2**16
+
+
+# Before 3.7.1 Triton leaves out the fence.proxy.async between a cp.async and the wgmma or tcgen05.mma that reads what it wrote
+# (triton-lang/triton, pull request 10537); tests/test_compiled.py finds that on such a version.
+FENCED = tuple(map(int, triton.__version__.partition("+")[0].split(".")[:3])) >= (3, 7, 1)
+
+
+def pipeline(device, stages):
+    """The stages of a loop that loads by pointers for a matrix product: one, by way of registers, where copies would not be fenced."""
+    return stages if FENCED or architecture(device) not in (90, 100, 103) else 1
 
 
 tuned = {}  # (lookup, *its arguments) -> the row that it answers in place of its table's

@@ -408,7 +408,7 @@ def flash_attention_fwd(
         _attention_forward[(triton.cdiv(T, config.block_m) * B * n_head,)](
             qkv, doc_ids, seed, out, lse, T, n_head, *qkv.stride(), *_strides(doc_ids), LOG2E / math.sqrt(D), p, kept_scale(p),
             D=D, BD=_padded(D), BM=config.block_m, BN=config.block_n, DOCS=doc_ids is not None, DROPOUT=p > 0,
-            PRECISION=precision(qkv.dtype), num_warps=config.warps, num_stages=config.stages,
+            PRECISION=precision(qkv.dtype), num_warps=config.warps, num_stages=configs.pipeline(qkv.device, config.stages),
         )  # fmt: skip
     return out, lse
 
@@ -441,7 +441,8 @@ def flash_attention_bwd(
             qkv, dout, doc_ids, seed, lse, delta, dqkv, T, n_head, *qkv.stride(), *dout.stride(), *_strides(doc_ids),
             LOG2E / math.sqrt(D), 1 / math.sqrt(D), p, kept_scale(p),
             D=D, BD=_padded(D), OUTER=config.outer, INNER=inner, DOCS=doc_ids is not None, DROPOUT=p > 0,
-            PRECISION=precision(qkv.dtype), num_warps=config.backward_warps, num_stages=config.backward_stages,
+            PRECISION=precision(qkv.dtype), num_warps=config.backward_warps, 
+            num_stages=configs.pipeline(qkv.device, config.backward_stages),
         )  # fmt: skip
     return dqkv
 

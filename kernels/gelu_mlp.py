@@ -216,7 +216,7 @@ def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
         BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TMA=config.tma, FLATTEN=config.flatten,
         PRECISION=precision(a.dtype), BACKWARD=backward, HAS_BIAS=(partial if backward else bias) is not None,
         KEEP_PRE=pre is not None, KEEP_POST=post is not None, DTYPE=getattr(tl, str(a.dtype).removeprefix("torch.")),
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages if config.tma else configs.pipeline(a.device, config.stages),
     )  # fmt: skip
 
 

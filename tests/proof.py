@@ -168,6 +168,7 @@ CASES = {  # op: {name: (shape, variation or None)}
         "many rows": (S(1, 2100, 9, 1, 17), None),  # several groups of tiles, and more tiles than a step of the sums over them
         "recompute": (S(1, 70, 72, 2, 65), "recompute"),
         "odd width": (S(1, 33, 131, 1, 17), None),
+        "even width": (S(1, 40, 130, 2, 65), None),  # rows of a multiple of 4 bytes, which cp.async can copy and TMA cannot
         "odd width recompute": (S(1, 70, 33, 1, 17), "recompute"),
         "part of a row": (S(2, 40, 64, 2, 23), "part of a wider row"),
         "unaligned": (S(2, 40, 64, 2, 23), "one further"),
