@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgpt.kernels import interpreter
-
 if triton.knobs.runtime.interpret:
+    from fastgpt.kernels import interpreter
+
     interpreter.mend()
 
 
