@@ -216,6 +216,19 @@ def hold(op, name, dtype, architecture, **gpu):
     return short + [f"{kernel} was not launched" for kernel in sorted(missing)]
 
 
+def unfenced(op, name, architecture):
+    """As hold, on a Triton that forgets a fence behind cp.async: what falls short, and whether any kernel with a product copies so."""
+    copies = []
+
+    def edit(kernel, text):
+        if "mma" in text and "cp.async.c" in text:
+            copies.append(f"{kernel} copies asynchronously")
+        return text
+
+    with patch.object(configs, "FENCED", False):
+        return hold(op, name, "bfloat16", architecture, edit=edit) + copies
+
+
 def mask(architecture):
     """attention's dropout mask [2, 3, 37, 37] as the compiled kernel exports it, in lists."""
     with Gpu(architecture):
