@@ -441,7 +441,7 @@ def flash_attention_bwd(
             qkv, dout, doc_ids, seed, lse, delta, dqkv, T, n_head, *qkv.stride(), *dout.stride(), *_strides(doc_ids),
             LOG2E / math.sqrt(D), 1 / math.sqrt(D), p, kept_scale(p),
             D=D, BD=_padded(D), OUTER=config.outer, INNER=inner, DOCS=doc_ids is not None, DROPOUT=p > 0,
-            PRECISION=precision(qkv.dtype), num_warps=config.backward_warps, 
+            PRECISION=precision(qkv.dtype), num_warps=config.backward_warps,
             num_stages=configs.pipeline(qkv.device, config.backward_stages),
         )  # fmt: skip
     return dqkv

@@ -7,13 +7,8 @@ It belongs in a process in which TRITON_INTERPRET was never set: Triton's own li
 """
 
 import math
-import os
 from contextlib import ExitStack
-from pathlib import Path
 from unittest.mock import patch
-
-# ptxas, which the emulator does not need, takes a third of compiling: it is left out, and what is compiled so is kept apart.
-os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache-ptx"))
 
 import torch
 import triton
@@ -28,6 +23,9 @@ from fastgpt.kernels import configs
 from ptx.machine import Machine
 from ptx.matrix import TensorMap
 from ptx.parse import parse
+
+# ptxas, which the emulator does not need, takes a third of compiling: it is left out, and what is compiled so is kept apart.
+triton.knobs.cache.dir += "-ptx"
 
 
 def storage_of(t, name):
