@@ -1,8 +1,8 @@
 """What each kernel executes at GPT-2's shapes, counted: instructions by pipe, bytes, sectors, bank conflicts. The same on any machine.
 
     python tests/figures.py            a JSON object for each kernel and architecture, a line each
-    python tests/figures.py --markdown the tables of docs/codegen.md
     python tests/figures.py --record   tests/executed.json, which a test holds the code to
+    python tests/figures.py --markdown that record as the tables of docs/codegen.md
 
 Counted are instructions of PTX, by threads: ptxas makes one or a few of its own of each, drops most moves, and fuses some.
 """
@@ -159,24 +159,31 @@ def key(row):
 
 
 def markdown():
-    print("""
+    record = json.loads(RECORD.read_text())
+    print(f"""
 ## Executed
 
-Counted by [tests/figures.py](../tests/figures.py). The compiled kernels run in the emulator of `tests/ptx`, in bf16 at GPT-2 124M's
-shapes (T = 1024, n_embd = 768, heads of 64, a vocabulary of 50,304), and what they execute is counted: no time, and the same on every
-machine. Instructions are PTX's, by threads, for one unit of the kernel's work: an element of its matrix, a query-key pair that
-attention needs, a parameter. `warp` are shuffles and reductions in a warp; `barrier` waits and fences too; `other` moves and branches,
-most of which ptxas drops. `bytes` are those that threads ask of global memory, whichever cache answers. `sectors` is how many sectors
-of 32 bytes the requests touch, by the fewest that would do; `ways` how many wavefronts shared memory needs, by the fewest: at 1 no
-two threads meet in a bank.""")
+Recorded by `python tests/figures.py --record` with Triton {record["triton"]}; a test holds the code to it. The compiled kernels run in
+the emulator of `tests/ptx`, in bf16 at GPT-2 124M's shapes (T = 1024, n_embd = 768, heads of 64, a vocabulary of 50,304), and what they
+execute is counted: no time, and the same on every machine. Instructions are PTX's, by threads, for one unit of the kernel's work: an
+element of its matrix, a query-key pair that attention needs, a parameter. `warp` are shuffles and reductions in a warp; `barrier` waits
+and fences too; `other` moves and branches, most of which ptxas drops. `bytes` are those that threads ask of global memory, whichever
+cache answers. `sectors` is how many sectors of 32 bytes the requests touch, by the fewest that would do; `ways` how many wavefronts
+shared memory needs, by the fewest: at 1 no two threads meet in a bank.""")
     columns = [*PIPES[1:], "bytes", "sectors", "shared bytes", "ways"]
     keys = ["flops", *PIPES[1:], "global_bytes", "global_pieces", "shared_bytes", "shared_pieces"]
     for sm in ARCHITECTURES:
         print(f"\n### Executed on sm_{sm}\n\n| case | kernel | a unit | FLOPs, tensor | {' | '.join(columns)} |")
         print("|---|---|---|" + "---:|" * len(keys))
-        for r in rows(sm):
-            numbers = " | ".join(f"{r[k]:.3g}" if k in r else "" for k in keys)
-            print(f"| {r['case']} | {r['kernel']} | {r['unit']} | {numbers} |")
+        for r in record["kernels"].values():
+            if r["sm"] == sm:
+                numbers = " | ".join(shown(r[k]) if k in r else "" for k in keys)
+                print(f"| {r['case']} | {r['kernel']} | {r['unit']} | {numbers} |")
+
+
+def shown(x):
+    """A figure in three digits."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 if __name__ == "__main__":
