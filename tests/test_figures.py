@@ -38,25 +38,19 @@ def test_no_figure_is_worse_than_the_record(compiled, sm):
     assert worse(rows) == {}
 
 
-ERF = ("value = gelu(z.to(tl.float32), tl.float32 == DTYPE)", "value = gelu(z.to(tl.float32), True)")
 AGAIN = (
     "m_new = tl.maximum(m, tl.max(x, 0))",
     "m_new = tl.maximum(m, tl.max(tl.load(logits_ptr + cols + 1, cols < V - 1).to(tl.float32), 0))",
 )
 
 
-@pytest.mark.parametrize(
-    ("op", "right", "wrong", "kernel", "says"),
-    [
-        ("gelu_mlp", *ERF, "mlp_gemm forward", "fp32"),
-        ("linear_cross_entropy", *AGAIN, "loss_rows", "global"),
-    ],
-)
-def test_a_kernel_that_does_more_is_named(compiled, op, right, wrong, kernel, says):
+def test_a_kernel_that_does_more_is_named(compiled):
+    """A row of logits is read once more."""
     recorded_here()
-    found = worse(compiled(figures.table, 90, (op,), (op, right, wrong)))
-    assert list(found) == [f"{op}: {kernel}, sm_90"]
-    assert any(line.startswith(f"{says}: ") for line in found[f"{op}: {kernel}, sm_90"])
+    op = "linear_cross_entropy"
+    found = worse(compiled(figures.table, 90, (op,), (op, *AGAIN)))
+    assert list(found) == [f"{op}: loss_rows, sm_90"]
+    assert any(line.startswith("global: ") for line in found[f"{op}: loss_rows, sm_90"])
 
 
 def test_an_instruction_without_a_pipe_is_an_error():
