@@ -31,7 +31,7 @@ def held():
                     yield pytest.param(op, case, dtype, sm, marks=[] if quick else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("op", "case", "dtype", "architecture"), held())
+@pytest.mark.parametrize(("op", "case", "dtype", "architecture"), list(held()))
 def test_an_op_holds(compiled, op, case, dtype, architecture):
     assert compiled(proof.hold, op, case, dtype, architecture) == []
 
