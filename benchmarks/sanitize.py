@@ -47,9 +47,9 @@ def cases(mode=""):
         if op in ("embedding", "layer_norm", "attention"):
             yield op, "dropout", replace(PARTIAL, dropout=0.2)
         if op in ("embedding", "layer_norm"):
-            yield op, "16-bit stream", replace(WHOLE, narrow=True)
+            yield op, "16-bit stream", replace(WHOLE, narrow_residual=True)
         if op == "attention":
-            yield op, "documents", replace(PARTIAL, documents=True)
+            yield op, "doc_mask", replace(PARTIAL, doc_mask=True)
             yield op, "heads of 128", replace(WHOLE, n_head=2)
         if op == "gelu_mlp":
             yield op, "unaligned rows", replace(PARTIAL, n_embd=205)

@@ -1,7 +1,20 @@
 """fastgpt: nanoGPT with its hot paths fused. `from fastgpt import GPT, GPTConfig`."""
 
+from typing import TYPE_CHECKING
+
 from fastgpt.config import GPTConfig
-from fastgpt.model import GPT
+
+if TYPE_CHECKING:
+    from fastgpt.model import GPT
 
 __version__ = "0.1.0"
 __all__ = ["GPT", "GPTConfig"]
+
+
+def __getattr__(name):
+    if name == "GPT":
+        # Not before it is asked for: with the model the kernels are imported, and TRITON_INTERPRET is read, which `fastgpt verify` sets.
+        from fastgpt.model import GPT
+
+        return GPT
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

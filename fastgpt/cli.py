@@ -3,6 +3,8 @@
 import os
 import sys
 
+import torch
+
 from fastgpt.config import PrepareConfig, SampleConfig, TuneConfig, UserError, VerifyConfig, parse, parse_train
 
 USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
@@ -67,9 +69,12 @@ def run(command, argv):
                 raise UserError(f"--{name} is missing; write --{name}=PATH")
         prepare(cfg.input, cfg.tokenizer, cfg.out)
     elif command == "verify":
+        cfg, _ = parse(VerifyConfig, argv, "fastgpt verify")
+        if not torch.cuda.is_available():
+            os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, with this:
         from fastgpt.verify import verify
 
-        return verify(parse(VerifyConfig, argv, "fastgpt verify")[0].json)
+        return verify(cfg.json)
     elif command == "tune":
         from fastgpt.tune import tune
 

@@ -2,9 +2,12 @@
 
 Two things differ from nanoGPT's file, neither in what is computed:
 
-- The residual add is left to the LayerNorm that follows it. A block therefore takes and gives the pair
-  (stream, branch still to be added); called with a plain tensor it adds by itself, as nanoGPT's does.
+- The residual add is left to the LayerNorm that follows it. Between blocks go the stream, the last branch, which is still to be added,
+  and the probability of the dropout that falls on it before.
 - `model(idx, targets, return_logits=False)` answers the loss alone, so that training never keeps the logits.
+
+A fused path stands for the calls of several modules. It is taken where all of them are `plain`: what a user has put in a module's place,
+or hooked, or parametrised, is called as nanoGPT calls it.
 """
 
 import math
@@ -15,50 +18,75 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops, optim
+from fastgpt.choose import choose
 from fastgpt.config import GPTConfig
+from fastgpt.records import Shape
 
 
-def project(linear, x):
-    """An nn.Linear on x [...,K], by ops; what was put in its place is called as it is."""
-    if type(linear) is not nn.Linear:
-        return linear(x)
-    return ops.linear(x, linear.weight, linear.bias, shadow(linear))
+def plain(module, kind):
+    """Whether a module is what nanoGPT has there: of this very class, and nothing hangs on its call."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
-def shadow(linear):
-    """The weight of an nn.Linear in the compute dtype, or None where none is kept or it is seen to be behind its weight.
-
-    Seen are another weight and changes that PyTorch counts: not those through `.data`, and not a fused optimizer's. A compiled graph
-    sees nothing. Whoever keeps shadows refreshes them.
-    """
-    kept = getattr(linear, "shadow", None)
-    if kept is None or torch.compiler.is_compiling():
-        return kept
-    return kept if linear.shadow_of == state_of(linear.weight) else None
+def plain_embedding(module):
+    """Whether a module is a plain nn.Embedding that only looks up."""
+    return plain(module, nn.Embedding) and not (
+        module.max_norm or module.padding_idx is not None or module.scale_grad_by_freq or module.sparse
+    )
 
 
-def state_of(weight):
-    """What tells a weight's values from others, as far as PyTorch counts."""
-    return id(weight), weight._version
+def project(linear, x, kernels):
+    """A Linear's output for x [...,K]."""
+    if plain(linear, nn.Linear):
+        return ops.linear(x, linear.weight, linear.bias, kernels=kernels)
+    return linear(x)
+
+
+def dropped(module, x):
+    """(x, the probability of the dropout still due on it): of a plain nn.Dropout it is left to whoever adds x to the stream."""
+    if plain(module, nn.Dropout):
+        return x, module.p if module.training else 0.0
+    return module(x), 0.0
+
+
+def add(x, branch, p):
+    """The stream x [B,T,C] plus a branch [B,T,C] on which dropout of probability p is due; a branch of None is nothing."""
+    return x if branch is None else x + F.dropout(branch, p, training=p > 0)
+
+
+def add_norm(norm, x, branch, p):
+    """(the stream plus the branch that is due, its norm), each [B,T,C]."""
+    if plain(norm, LayerNorm):
+        return ops.add_layer_norm(x, branch, norm.weight, norm.bias, dropout_p=p, kernels=norm.kernels)
+    x = add(x, branch, p)
+    return x, norm(x)
 
 
 class LayerNorm(nn.Module):
     """LayerNorm with an optional bias, over the last dimension; eps 1e-5."""
+
+    kernels = ops.TORCH
 
     def __init__(self, ndim, bias):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(ndim))
         self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
 
-    def forward(self, x, *branch, dropout_p=0.0):
-        """Normalise x [...,C]. With a branch [...,C] due, or None, (x + dropout(branch), its normalisation)."""
-        if not branch:
-            return ops.layer_norm(x, self.weight, self.bias)
-        return ops.add_layer_norm(x, *branch, self.weight, self.bias, dropout_p=dropout_p)
+    def forward(self, x):
+        """Normalise x [...,C]."""
+        return ops.layer_norm(x, self.weight, self.bias, kernels=self.kernels)
 
 
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention with its projections. [B,T,C] in and out."""
+
+    kernels = ops.TORCH
 
     def __init__(self, config):
         super().__init__()
@@ -70,17 +98,23 @@ class CausalSelfAttention(nn.Module):
         self.n_embd = config.n_embd
         self.dropout = config.dropout
 
-    def forward(self, x, cache=None, doc_ids=None, dropout=True):
-        """Attend within x [B,T,C], and within documents where doc_ids [B,T] are given. `dropout=False` leaves the output's dropout
-        to the add that follows."""
-        qkv = project(self.c_attn, x)
-        y = ops.attention(qkv, self.n_head, self.dropout if self.training else 0.0, cache, doc_ids)
-        y = project(self.c_proj, y)
-        return self.resid_dropout(y) if dropout else y
+    def forward(self, x, cache=None, doc_ids=None):
+        """Attend within x [B,T,C], and within documents where doc_ids [B,T] are given."""
+        y, p = self.branch(x, cache, doc_ids)
+        return F.dropout(y, p, training=p > 0)
+
+    def branch(self, x, cache=None, doc_ids=None):
+        """(as forward, but for the last dropout, and the probability of that)."""
+        qkv = project(self.c_attn, x, self.kernels)
+        p = self.dropout if self.training else 0.0
+        y = ops.attention(qkv, self.n_head, p, cache, doc_ids, kernels=self.kernels)
+        return dropped(self.resid_dropout, project(self.c_proj, y, self.kernels))
 
 
 class MLP(nn.Module):
     """Up-projection to 4C, exact-erf GELU, down-projection. [B,T,C] in and out."""
+
+    kernels = ops.TORCH
 
     def __init__(self, config):
         super().__init__()
@@ -90,11 +124,35 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.recompute = False
 
-    def forward(self, x, dropout=True):
-        """`dropout=False` leaves the output's dropout to the add that follows."""
-        fc, proj = self.c_fc, self.c_proj
-        y = ops.gelu_mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.recompute, (shadow(fc), shadow(proj)))
-        return self.dropout(y) if dropout else y
+    def forward(self, x):
+        """The MLP of x [B,T,C]."""
+        y, p = self.branch(x)
+        return F.dropout(y, p, training=p > 0)
+
+    def branch(self, x):
+        """(as forward, but for the last dropout, and the probability of that)."""
+        fc, gelu, proj = self.c_fc, self.gelu, self.c_proj
+        if plain(fc, nn.Linear) and plain(proj, nn.Linear) and plain(gelu, nn.GELU) and gelu.approximate == "none":
+            y = ops.gelu_mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.recompute, kernels=self.kernels)
+        else:
+            y = project(proj, gelu(project(fc, x, self.kernels)), self.kernels)
+        return dropped(self.dropout, y)
+
+
+def branch_of(module, kind, h, *context):
+    """(the branch of h [B,T,C] that a block's attention or MLP gives, the probability of the dropout still due on it).
+
+    context is what a module of our kind takes beside h; another takes h alone. Raises ValueError where that would lose documents.
+    """
+    if plain(module, kind):
+        return module.branch(h, *context)
+    if all(c is None for c in context):
+        return module(h), 0.0
+    if not isinstance(module, kind):
+        raise ValueError(
+            f"{type(module).__name__} in place of {kind.__name__} knows nothing of documents: set_doc_mask(None)"
+        )
+    return module(h, *context), 0.0
 
 
 class Block(nn.Module):
@@ -108,23 +166,26 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, doc_ids=None):
-        """x is the stream [B,T,C], or the pair (stream, the last block's branch, not yet added); gives back the same kind."""
-        if not isinstance(x, tuple):
-            x, branch = self((x, None), cache, doc_ids)
-            return x + self.mlp.dropout(branch)
-        # To the first block comes no branch. Every block's MLP has one and the same dropout, so this block's stands for the last one's.
-        x, h = self.ln_1(*x, dropout_p=dropout_p(self.mlp.dropout))
-        branch = self.attn(h, cache, doc_ids, dropout=False)
-        x, h = self.ln_2(x, branch, dropout_p=dropout_p(self.attn.resid_dropout))
-        return x, self.mlp(h, dropout=False)
+        """The stream [B,T,C] behind the block, of the stream before it."""
+        return add(*self.step(x, None, 0.0, cache, doc_ids))
+
+    def step(self, x, branch, p, cache=None, doc_ids=None):
+        """(stream, branch, p) behind the block, of the same before it: a branch that is still to be added, and its dropout's p."""
+        x, h = add_norm(self.ln_1, x, branch, p)
+        branch, p = branch_of(self.attn, CausalSelfAttention, h, cache, doc_ids)
+        x, h = add_norm(self.ln_2, x, branch, p)
+        return x, *branch_of(self.mlp, MLP, h)
 
 
 class GPT(nn.Module):
     """nanoGPT's `GPT`: names, shapes, tie, initial weights and methods.
 
     Constructing it prints one line with the number of parameters, and draws from torch's CPU generator exactly
-    what nanoGPT draws: its data loader reads the same generator, so a draw left out would change every batch.
+    what nanoGPT draws: its data loader reads the same generator, so a draw left out would change every batch. It runs on PyTorch's
+    own operators until `set_kernels`.
     """
+
+    kernels = ops.TORCH
 
     def __init__(self, config):
         super().__init__()
@@ -147,7 +208,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied: one tensor under both names
         self.recompute_blocks = False
-        self.separator = self.stream_dtype = None
+        self.separator = self.residual_dtype = None
         self._init_weights()
         print(f"number of parameters: {self.get_num_params() / 1e6:.2f}M")
 
@@ -182,47 +243,27 @@ class GPT(nn.Module):
 
     def set_residual(self, dtype):
         """The dtype of the residual stream between blocks; None: the weights'. One of 16 bits wants autocast to the same."""
-        self.stream_dtype = dtype
+        self.residual_dtype = dtype
 
-    @torch.no_grad()
-    def keep_shadows(self, dtype):
-        """Keep the weight of every Linear in a dtype too, so that no step casts it; state_dict knows nothing of it.
+    def set_kernels(self, kernels="auto", batch_size=8, dtype=None, compiled=False):
+        """Decide which kernels run from now on; answers the `ops.Kernels`.
 
-        After each change of the weights call `refresh_shadows`, or have an `optim.AdamW` write them (its `keeper`). Under DDP keep them
-        after it was made, when all processes have the same weights.
+        kernels: an `ops.Kernels`; or, as for the flag --kernels, "triton", "torch", "auto", or a list such as
+        "attention=torch,gelu_mlp=triton". "auto" holds every implementation equal, times it on the device of the weights for
+        batch_size sequences of block_size tokens in `dtype` (None: autocast's where that is on, else the weights'), and takes the
+        fastest; without a CUDA GPU that is PyTorch's. compiled: whether the model will run under torch.compile. Call it before
+        `configure_optimizers`, whose AdamW is one of these ops. Raises UserError for what there is not.
         """
-        for linear in self._linears():
-            linear.register_buffer("shadow", torch.empty_like(linear.weight, dtype=dtype), persistent=False)
-        self.refresh_shadows()
-
-    def shadows(self):
-        """{weight: its shadow} of all that are kept and not seen to be behind their weights."""
-        return {m.weight: m.shadow for m in self._linears() if shadow(m) is not None}
-
-    @torch.no_grad()
-    def refresh_shadows(self):
-        """Make the shadows equal to the weights again."""
-        kept = {m.weight: m.shadow for m in self._linears() if getattr(m, "shadow", None) is not None}
-        if kept:
-            torch._foreach_copy_(list(kept.values()), list(kept))
-        self.mark_shadows(kept)
-
-    def mark_shadows(self, weights):
-        """Take these weights' shadows to be equal to them as they are now."""
-        for linear in self._linears():
-            if linear.weight in weights:
-                linear.shadow_of = state_of(linear.weight)
-
-    def _apply(self, *args, **kwargs):
-        """After .to(), .half() and the like, shadows are made anew in their own dtype."""
-        dtype = next((linear.shadow.dtype for linear in self._linears() if hasattr(linear, "shadow")), None)
-        super()._apply(*args, **kwargs)
-        if dtype is not None:
-            self.keep_shadows(dtype)
-        return self
-
-    def _linears(self):
-        return [m for m in self.modules() if isinstance(m, nn.Linear)]
+        if isinstance(kernels, str):
+            weight = self.lm_head.weight
+            kind = weight.device.type
+            auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+            shape = Shape.of(batch_size, self.config, doc_mask=self.separator is not None)
+            kernels = choose(kernels, shape, dtype or auto, weight.device, compiled)
+        for module in self.modules():
+            if isinstance(module, (GPT, LayerNorm, CausalSelfAttention, MLP)):
+                module.kernels = kernels
+        return kernels
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; less the position embeddings by default. The token embeddings count: they are the head."""
@@ -242,10 +283,13 @@ class GPT(nn.Module):
         h, head = self._hidden(idx)
         if targets is None:
             return self.lm_head(h[:, [-1], :]), None
-        if not return_logits:
-            return None, ops.linear_cross_entropy(h, head, targets, shadow=shadow(self.lm_head))
+        if not return_logits and plain(self.lm_head, nn.Linear) and self.lm_head.bias is None:
+            weight = self.lm_head.weight
+            shadow = getattr(weight, "shadow", None)  # of the parameter: the head is an alias of it where they are tied
+            weight = head if weight is self.transformer.wte.weight else weight
+            return None, ops.linear_cross_entropy(h, weight, targets, shadow=shadow, kernels=self.kernels)
         logits = self.lm_head(h)
-        return logits, ops.cross_entropy(logits, targets)
+        return logits if return_logits else None, ops.cross_entropy(logits, targets)
 
     def _hidden(self, idx, caches=None):
         """(the final LayerNorm's output [B,T,C], the tied head's weight) of idx [B,T].
@@ -263,18 +307,31 @@ class GPT(nn.Module):
             # The separator is of the document behind it, which is thereby told that nothing came before.
             doc_ids = (idx == self.separator).cumsum(1, dtype=torch.int32)
         t = self.transformer
-        wpe = t.wpe.weight[start:] if start else t.wpe.weight
-        x, head = ops.embedding(idx[:, start:], t.wte.weight, wpe, dropout_p(t.drop), self.stream_dtype)
-        x = x, None
+        x, head = self._embed(idx[:, start:], start)
+        branch, p = None, 0.0
         for i, block in enumerate(t.h):
-            if self.recompute_blocks and self.training and torch.is_grad_enabled():
+            if not plain(block, Block):
+                x, _ = branch_of(block, Block, add(x, branch, p), caches[i] if caches else None, doc_ids)
+                branch = None
+            elif self.recompute_blocks and self.training and torch.is_grad_enabled():
                 # A CUDA graph cannot hold the reading of a random state: without dropout there is none to keep.
-                drops = max(block.attn.dropout, dropout_p(block.attn.resid_dropout), dropout_p(block.mlp.dropout)) > 0
-                x = checkpoint(block, x, None, doc_ids, use_reentrant=False, preserve_rng_state=drops)
+                drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules()) or block.attn.dropout > 0
+                x, branch, p = checkpoint(
+                    block.step, x, branch, p, None, doc_ids, use_reentrant=False, preserve_rng_state=drops
+                )
             else:
-                x = block(x, caches[i] if caches else None, doc_ids)
-        _, h = t.ln_f(*x, dropout_p=dropout_p(t.h[-1].mlp.dropout))
-        return h, head
+                x, branch, p = block.step(x, branch, p, caches[i] if caches else None, doc_ids)
+        return add_norm(t.ln_f, x, branch, p)[1], head
+
+    def _embed(self, idx, start):
+        """(the stream [B,T,C], the tied head's weight) of idx [B,T], whose first column stands at position `start`."""
+        t = self.transformer
+        if plain_embedding(t.wte) and plain_embedding(t.wpe) and plain(t.drop, nn.Dropout):
+            wpe = t.wpe.weight[start:] if start else t.wpe.weight
+            p = t.drop.p if t.drop.training else 0.0
+            return ops.embedding(idx, t.wte.weight, wpe, p, self.residual_dtype, kernels=self.kernels)
+        x = t.wte(idx) + t.wpe(torch.arange(start, start + idx.size(1), device=idx.device))
+        return t.drop(x if self.residual_dtype is None else x.to(self.residual_dtype)), self.lm_head.weight
 
     def crop_block_size(self, block_size):
         """Shorten the context to block_size, in place. Do it before an optimizer is made: wpe becomes a new parameter."""
@@ -321,7 +378,7 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW over nanoGPT's two parameter groups; see `optim.adamw`."""
-        return optim.adamw(self, weight_decay, learning_rate, betas, device_type)
+        return optim.adamw(self, weight_decay, learning_rate, betas, device_type, self.kernels)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Model FLOPs utilisation of fwdbwd_per_iter sequences in dt seconds: FLOP/s over peak_flops (default: A100 bf16).
@@ -346,9 +403,10 @@ class GPT(nn.Module):
         """
         block_size = self.config.block_size
         caches = None
+        # Another's block or attention keeps nothing. Dropout in train mode draws anew for every token, old ones too: nothing to keep.
+        ours = all(isinstance(b, Block) and isinstance(b.attn, CausalSelfAttention) for b in self.transformer.h)
         for _ in range(max_new_tokens):
-            # Dropout in train mode draws anew for every token, old ones too: nothing to keep.
-            if self.training or idx.size(1) > block_size:
+            if self.training or not ours or idx.size(1) > block_size:
                 logits, _ = self(idx[:, -block_size:])
             else:
                 caches = caches or [KVCache(block_size) for _ in self.transformer.h]
@@ -389,8 +447,3 @@ class KVCache:
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
-
-
-def dropout_p(module):
-    """The probability at which an nn.Dropout drops now: 0 outside training."""
-    return module.p if module.training else 0.0

@@ -1,16 +1,15 @@
 """One function per hot path, and the one place that decides which implementation runs.
 
-Each op has its plain-PyTorch twin, "torch", and its Triton kernels, "triton"; attention has PyTorch's cuDNN backend too.
-`use` chooses by op; `choose.choose` measures which is fastest. A kernel that cannot take its input (another device or GPU,
-a wider row) leaves it to the twin, with one warning. The model calls these functions and knows nothing of what is
-behind them.
+Each op has its plain-PyTorch twin, "torch", and its Triton kernels, "triton"; attention has PyTorch's cuDNN backend, "cudnn", too. A
+`Kernels` value says which of them run; it is handed to every op, and nothing else decides. A kernel that cannot take its input (another
+device or GPU, a wider row) leaves it to the twin, with one warning.
 """
 
 import difflib
 import functools
-import importlib
 import warnings
-from contextlib import contextmanager
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,7 +19,17 @@ from fastgpt import reference
 from fastgpt.config import UserError
 from fastgpt.reference import EPS, cross_entropy
 
+try:
+    from fastgpt import kernels as triton
+except ModuleNotFoundError as missing:
+    if missing.name.partition(".")[0] != "triton":
+        raise
+    triton = None  # as on a laptop: everything runs on PyTorch
+
 __all__ = [
+    "OPS",
+    "TORCH",
+    "Kernels",
     "adamw",
     "add_layer_norm",
     "attention",
@@ -30,22 +39,47 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
-    "use",
 ]
 
-KERNELS = {  # the ops, and where their kernels are
-    "embedding": "fastgpt.kernels.embedding",
-    "layer_norm": "fastgpt.kernels.layer_norm",
-    "linear": "fastgpt.kernels.linear",
-    "attention": "fastgpt.kernels.flash_attention",
-    "gelu_mlp": "fastgpt.kernels.gelu_mlp",
-    "linear_cross_entropy": "fastgpt.kernels.cross_entropy",
-    "adamw": "fastgpt.kernels.adamw",
-}
-IMPLEMENTATIONS = {op: ["torch", "triton"] + ["cudnn"] * (op == "attention") for op in KERNELS}
-chosen = dict.fromkeys(KERNELS, "torch")
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementation runs each op: "torch" or "triton", and for attention also "cudnn".
+
+    rows: launch configurations that `fastgpt tune` found, pairs of an op and a row's text (kernels/configs.py); an op that is not among
+    them runs by the shipped tables. Raises UserError for an unknown implementation, and for "triton" where Triton is not installed.
+    """
+
+    embedding: str = "torch"
+    layer_norm: str = "torch"
+    linear: str = "torch"
+    attention: str = "torch"
+    gelu_mlp: str = "torch"
+    linear_cross_entropy: str = "torch"
+    adamw: str = "torch"
+    rows: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self):
+        for op in OPS:
+            if getattr(self, op) not in IMPLEMENTATIONS[op]:
+                raise UserError(f"kernels: there is no {getattr(self, op)!r} of {op!r}")
+            if getattr(self, op) == "triton" and triton is None:
+                raise UserError("--kernels: Triton is not installed; pip install triton, or --kernels=torch")
+
+    def row(self, op):
+        """The text of an op's launch configuration; "" stands for the table's."""
+        return dict(self.rows).get(op, "")
+
+
+OPS = tuple(f.name for f in fields(Kernels) if f.name != "rows")
+IMPLEMENTATIONS = {op: ("torch", "triton", "cudnn") if op == "attention" else ("torch", "triton") for op in OPS}
+TORCH = Kernels()
 FALLS_BACK = ".*PyTorch's runs instead"  # how the warning ends that an implementation cannot take its input
-loaded = {}  # op -> the module of its kernels, once it was asked for
+
+
+def all_triton():
+    """The Kernels that run Triton's everywhere. Raises UserError without Triton."""
+    return Kernels(**dict.fromkeys(OPS, "triton"))
 
 
 def parse(spec):
@@ -54,49 +88,16 @@ def parse(spec):
     "auto" stands for what a list leaves open. Raises UserError.
     """
     if "=" not in spec:
-        picks = dict.fromkeys(KERNELS, spec)
+        picks = dict.fromkeys(OPS, spec)
     else:
         picks = dict(part.strip().partition("=")[::2] for part in spec.split(","))
     for op, implementation in picks.items():
         words = ["auto", "triton", "torch"] if "=" not in spec else ["auto", *IMPLEMENTATIONS.get(op, [])]
-        for name, known in ((op, list(KERNELS)), (implementation, words)):
+        for name, known in ((op, list(OPS)), (implementation, words)):
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
                 raise UserError(f"--kernels={spec}: {name!r} is none of {', '.join(known)}; the nearest is {near!r}")
-    return dict.fromkeys(KERNELS, "auto") | picks
-
-
-def use(picks):
-    """Run these implementations from now on: {op: "torch", "triton" or "cudnn"}, or as `parse` reads it; what is left to "auto"
-    stays as it is. Raises UserError."""
-    picks = parse(picks) if isinstance(picks, str) else picks
-    picks = {op: implementation for op, implementation in picks.items() if implementation != "auto"}
-    for op, implementation in picks.items():
-        if implementation not in IMPLEMENTATIONS.get(op, ()):
-            raise UserError(f"kernels: there is no {implementation!r} of {op!r}")
-    if "triton" in picks.values():
-        try:
-            for op in KERNELS:
-                kernels(op)
-        except ImportError:
-            raise UserError("--kernels: Triton is not installed; pip install triton, or --kernels=torch") from None
-    chosen.update(picks)
-
-
-def kernels(op):
-    """The module of an op's kernels. Raises ImportError without Triton."""
-    loaded[op] = importlib.import_module(KERNELS[op])
-    return loaded[op]
-
-
-def configs():
-    """The module of the kernels' launch configurations."""
-    return importlib.import_module("fastgpt.kernels.configs")
-
-
-def interpreter_computes_bf16():
-    """Whether Triton's interpreter does, mended where it can be: see kernels/interpreter.py."""
-    return importlib.import_module("fastgpt.kernels.interpreter").computes_bf16()
+    return dict.fromkeys(OPS, "auto") | picks
 
 
 @functools.cache
@@ -108,32 +109,17 @@ def warn_once(op, implementation, device, dtype, size):
     )
 
 
-@contextmanager
-def adding_in_place():
-    """Within it a backward that runs eagerly may add a weight's gradient to its .grad in the GEMM that makes it.
-
-    It is for a `loss.backward()` that is for all weights, and where nobody but they waits for gradients: DDP's hooks, say, would be
-    called without one.
-    """
-    common = importlib.import_module("fastgpt.kernels.common") if loaded else None
-    if common is None:
-        yield
-        return
-    before, common.adding = common.adding, True
-    try:
-        yield
-    finally:
-        common.adding = before
+def taken(op, implementation, takes, x, note=""):
+    """`takes`; where that is false, one warning says that an op's implementation does not take x."""
+    if not takes:
+        size = f"{x.size(-1) if x.dim() else 1}{note}"
+        warn_once(op, implementation, x.device.type, str(x.dtype)[6:], size)
+    return takes
 
 
-def triton_for(op, x, *args):
-    """The op's kernels, where they were chosen and can take x; else None."""
-    if chosen[op] != "triton":
-        return None
-    if loaded[op].takes(x, *args):
-        return loaded[op]
-    warn_once(op, "triton", x.device.type, str(x.dtype)[6:], x.size(-1) if x.dim() else 1)
-    return None
+def accumulate_in_place():
+    """A context in which backwards may add weights' gradients to `.grad` themselves; see kernels/accumulate.py."""
+    return triton.accumulate.in_place() if triton else nullcontext()
 
 
 def draw_seed(x, dropout_p):
@@ -141,52 +127,54 @@ def draw_seed(x, dropout_p):
     return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0 else None
 
 
-def embedding(idx, wte, wpe, dropout_p=0.0, dtype=None):
+def embedding(idx, wte, wpe, dropout_p=0.0, dtype=None, kernels=TORCH):
     """See `reference.embedding`."""
-    if triton := triton_for("embedding", wte, wpe):
-        return triton.embedding(idx, wte, wpe, dropout_p, draw_seed(wte, dropout_p), dtype)
+    if kernels.embedding == "triton" and taken("embedding", "triton", triton.embedding.takes(wte, wpe), wte):
+        seed = draw_seed(wte, dropout_p)
+        return triton.embedding.embedding(idx, wte, wpe, dropout_p, seed, dtype, kernels.row("embedding"))
     return reference.embedding(idx, wte, wpe, dropout_p, dtype)
 
 
-def layer_norm(x, weight, bias=None, eps=EPS):
+def layer_norm(x, weight, bias=None, eps=EPS, kernels=TORCH):
     """See `reference.layer_norm`."""
-    return (triton_for("layer_norm", x) or reference).layer_norm(x, weight, bias, eps)
+    if kernels.layer_norm == "triton" and taken("layer_norm", "triton", triton.layer_norm.takes(x), x):
+        return triton.layer_norm.layer_norm(x, weight, bias, eps, kernels.row("layer_norm"))
+    return reference.layer_norm(x, weight, bias, eps)
 
 
-def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0):
+def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0, kernels=TORCH):
     """See `reference.add_layer_norm`."""
-    if triton := triton_for("layer_norm", x, branch):
-        seed = None if branch is None else draw_seed(x, dropout_p)
-        return triton.add_layer_norm(x, branch, weight, bias, eps, dropout_p, seed)
+    if kernels.layer_norm == "triton" and taken("layer_norm", "triton", triton.layer_norm.takes(x, branch), x):
+        seed, row = None if branch is None else draw_seed(x, dropout_p), kernels.row("layer_norm")
+        return triton.layer_norm.add_layer_norm(x, branch, weight, bias, eps, dropout_p, seed, row)
     return reference.add_layer_norm(x, branch, weight, bias, eps, dropout_p)
 
 
-def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None):
+def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None, kernels=TORCH):
     """See `reference.attention`. With a cache, in generation, PyTorch's runs."""
-    if cache is None:
-        if triton := triton_for("attention", qkv, n_head):
-            return triton.flash_attention(qkv, n_head, dropout_p, draw_seed(qkv, dropout_p), doc_ids)
-        if chosen["attention"] == "cudnn":
-            if qkv.is_cuda and doc_ids is None:
-                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                    return reference.attention(qkv, n_head, dropout_p)
-            size = f"{qkv.size(-1)}" + " within documents" * (doc_ids is not None)
-            warn_once("attention", "cudnn", qkv.device.type, str(qkv.dtype)[6:], size)
+    chosen = "torch" if cache is not None else kernels.attention
+    if chosen == "triton" and taken("attention", "triton", triton.attention.takes(qkv, n_head), qkv):
+        seed = draw_seed(qkv, dropout_p)
+        return triton.attention.attention(qkv, n_head, dropout_p, seed, doc_ids, kernels.row("attention"))
+    note = " within documents" * (doc_ids is not None)
+    if chosen == "cudnn" and taken("attention", "cudnn", qkv.is_cuda and doc_ids is None, qkv, note):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return reference.attention(qkv, n_head, dropout_p)
     return reference.attention(qkv, n_head, dropout_p, cache, doc_ids)
 
 
-def linear(x, weight, bias=None, shadow=None):
-    """See `reference.linear`. shadow is the weight in the compute dtype, where one is kept: kernels then need not cast it."""
-    if triton := triton_for("linear", x):
-        return triton.linear(x, weight, bias, shadow)
+def linear(x, weight, bias=None, kernels=TORCH):
+    """See `reference.linear`."""
+    if kernels.linear == "triton" and taken("linear", "triton", triton.linear.takes(x), x):
+        return triton.linear.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
 
 
-def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, shadows=(None, None)):
-    """See `reference.gelu_mlp`. shadows are w_fc and w_proj in the compute dtype, where they are kept; recompute keeps the activation
-    for the backward no longer than it is used, and PyTorch's twin then not even the pre-activation."""
-    if triton := triton_for("gelu_mlp", h):
-        return triton.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute, shadows)
+def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, kernels=TORCH):
+    """See `reference.gelu_mlp`. recompute keeps the activation for the backward no longer than it is used; PyTorch's twin then does
+    not keep the pre-activation either."""
+    if kernels.gelu_mlp == "triton" and taken("gelu_mlp", "triton", triton.gelu_mlp.takes(h), h):
+        return triton.gelu_mlp.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute, kernels.row("gelu_mlp"))
     if recompute and torch.is_grad_enabled():
         return checkpoint(
             reference.gelu_mlp, h, w_fc, b_fc, w_proj, b_proj, use_reentrant=False, preserve_rng_state=False
@@ -194,14 +182,19 @@ def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, shadows=(None, None
     return reference.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj)
 
 
-def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None):
-    """See `reference.linear_cross_entropy`. shadow is the weight in the compute dtype, where one is kept."""
-    if triton := triton_for("linear_cross_entropy", h):
-        return triton.linear_cross_entropy(h, weight, targets, ignore_index, shadow)
+def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None, kernels=TORCH):
+    """See `reference.linear_cross_entropy`. shadow: that of the parameter which the weight is an alias of, or None."""
+    if kernels.linear_cross_entropy == "triton" and taken(
+        "linear_cross_entropy", "triton", triton.linear_cross_entropy.takes(h), h
+    ):
+        row = kernels.row("linear_cross_entropy")
+        return triton.linear_cross_entropy.linear_cross_entropy(h, weight, targets, ignore_index, shadow, row)
     return reference.linear_cross_entropy(h, weight, targets, ignore_index)
 
 
-def adamw(groups, grads, max_norm=None, found_inf=None):
+def adamw(groups, grads, max_norm=None, found_inf=None, kernels=TORCH):
     """See `reference.adamw`."""
-    first = next(p for group in groups for p in group["params"])
-    return (triton_for("adamw", first, groups) or reference).adamw(groups, grads, max_norm, found_inf)
+    p = next(p for group in groups for p in group["params"])
+    if kernels.adamw == "triton" and taken("adamw", "triton", triton.adamw.takes(p, groups), p):
+        return triton.adamw.adamw(groups, grads, max_norm, found_inf, kernels.row("adamw"))
+    return reference.adamw(groups, grads, max_norm, found_inf)

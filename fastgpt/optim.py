@@ -8,16 +8,17 @@ from fastgpt import ops
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW whose step can clip and write shadow weights on the way, by `ops.adamw`; its state and state_dict are torch's.
+    """torch.optim.AdamW whose step can clip, by `ops.adamw`, and writes the shadows of weights that have one; its state is torch's.
 
     `max_norm` is the global norm to clip to (None: `step` leaves the gradients alone, as torch's does; infinity: it is measured),
-    `grad_norm` what it was before, [] fp32, after such a step. `keeper` is a GPT whose shadows are rewritten with their weights.
-    `in_order` are the parameters as their norms are added up; others come behind. Raises ValueError for what nanoGPT's has no use
-    for: amsgrad, maximize, capturable, differentiable.
+    `grad_norm` what it was before, [] fp32, after such a step. `in_order` are the parameters as their norms are added up; others come
+    behind. `kernels` are the ops.Kernels that it runs by. Raises ValueError for what nanoGPT's has no use for: amsgrad, maximize,
+    capturable, differentiable.
     """
 
-    max_norm = grad_norm = keeper = None
+    max_norm = grad_norm = None
     in_order = ()
+    kernels = ops.TORCH
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -30,7 +31,6 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        shadows = self.keeper.shadows() if self.keeper else {}
         groups = []
         for group in self.param_groups:
             if unknown := [k for k in ("amsgrad", "maximize", "capturable", "differentiable") if group[k]]:
@@ -39,8 +39,8 @@ class AdamW(torch.optim.AdamW):
             # Gathers them, and makes moments where there are none.
             self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps)
             names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
-            kept = [shadows.get(p) for p in params]
-            groups.append({**group, **dict(zip(names, tensors, strict=True)), "shadows": kept})
+            shadows = [getattr(p, "shadow", None) for p in params]
+            groups.append({**group, **dict(zip(names, tensors, strict=True)), "shadows": shadows})
         order = {p: i for i, p in enumerate(self.in_order)}
         params = sorted((p for group in groups for p in group["params"]), key=lambda p: order.get(p, len(order)))
         grads = [p.grad for p in params]
@@ -49,13 +49,11 @@ class AdamW(torch.optim.AdamW):
         if scale is not None:
             torch._foreach_div_(grads, scale)
         if grads:
-            self.grad_norm = ops.adamw(groups, grads, self.max_norm, found_inf)
-        if self.keeper:
-            self.keeper.mark_shadows(shadows)
+            self.grad_norm = ops.adamw(groups, grads, self.max_norm, found_inf, self.kernels)
         return loss
 
 
-def adamw(model, weight_decay, learning_rate, betas, device_type):
+def adamw(model, weight_decay, learning_rate, betas, device_type, kernels=ops.TORCH):
     """AdamW (eps 1e-8) over nanoGPT's two groups; fused on CUDA. Prints the three lines that nanoGPT prints.
 
     Tensors of two and more dimensions (matmul weights and both embeddings) decay; biases and LayerNorms do not.
@@ -68,7 +66,7 @@ def adamw(model, weight_decay, learning_rate, betas, device_type):
         print(f"num {kind} parameter tensors: {len(group)}, with {sum(p.numel() for p in group):,} parameters")
     fused = device_type == "cuda"
     optimizer = AdamW(groups, lr=learning_rate, betas=betas, **({"fused": True} if fused else {}))
-    optimizer.in_order = params
+    optimizer.in_order, optimizer.kernels = params, kernels
     print(f"using fused AdamW: {fused}")
     return optimizer
 

@@ -47,7 +47,7 @@ def micro_step(model, x, y, scaler, accumulation, autocast, alone=True, then=lam
         _, loss = model(x, y, return_logits=False)
         loss = loss / accumulation
     then()
-    with ops.adding_in_place() if alone else nullcontext():
+    with ops.accumulate_in_place() if alone else nullcontext():
         scaler.scale(loss).backward()
     return loss.detach()
 

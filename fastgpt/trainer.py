@@ -19,8 +19,9 @@ from fastgpt.choose import choose
 from fastgpt.config import RESIDUAL, UserError
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
+from fastgpt.records import Shape
+from fastgpt.shadows import Shadows
 from fastgpt.step import evaluate, micro_step, train_step
-from fastgpt.verify import Shape
 
 
 def train(cfg, given=frozenset()):
@@ -61,11 +62,12 @@ class Run:
         ops.parse(cfg.kernels)  # a wrong word is said before any work
         check_residual(cfg, self.cuda)
         torch.manual_seed(cfg.seed + world.rank)
-        self.autocast = nullcontext()  # on the CPU and mps float32, as in nanoGPT
+        self.dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32  # as in nanoGPT
+        self.autocast = nullcontext()
         if self.cuda:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
-            self.autocast = torch.autocast("cuda", dtype=getattr(torch, cfg.dtype))
+            self.autocast = torch.autocast("cuda", dtype=self.dtype)
 
         with distributed.main_first(world):
             check_writable(cfg.out_dir)
@@ -110,9 +112,8 @@ class Run:
         dynamic = False if merged > 1 else None
         self.compiled = torch.compile(self.model, dynamic=dynamic) if cfg.compile else self.model
         self.parallel = distributed.wrap(self.compiled, world)
-        if self.shadows:  # after DDP has given all processes the same weights; of buffers this new it sends nothing
-            self.model.keep_shadows(self.shadows)
-            self.optimizer.keeper = self.model
+        if dtype := shadow_dtype(self.model.kernels, self.dtype):  # after DDP has given all processes the same weights
+            self.shadows = Shadows(self.model, dtype)
 
         self.graphs = self.make_graphs() if cfg.cuda_graphs else None
 
@@ -129,9 +130,8 @@ class Run:
     def merge_micro_batches(self):
         """Decide how many of nanoGPT's micro-batches a micro-step computes, for all processes alike; that many fewer are taken."""
         cfg, world = self.cfg, self.world
-        dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32
         c = self.model.config
-        takes = sequence_bytes(c, dtype.itemsize, cfg.recompute, RESIDUAL[cfg.residual].itemsize)
+        takes = sequence_bytes(c, self.dtype.itemsize, cfg.recompute, RESIDUAL[cfg.residual].itemsize)
         if cfg.cuda_graphs and world.size > 1:
             takes *= 2  # a graph keeps its memory, and the last micro-step takes its own
         merged = merge(cfg.micro_batch, cfg.batch_size, self.accumulation, c, world.device, takes)
@@ -156,13 +156,10 @@ class Run:
     def choose_kernels(self, merged):
         """Decide which implementation of each op runs, on this run's shapes. The main process measures, the others read."""
         cfg = self.cfg
-        modes = dict(documents=cfg.doc_mask, narrow=cfg.residual == "bf16")
+        modes = dict(doc_mask=cfg.doc_mask, narrow_residual=cfg.residual == "bf16")
         shape = Shape.of(merged * cfg.batch_size, self.model.config, **modes)
-        dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32
         with distributed.main_first(self.world):
-            picks = choose(cfg.kernels, shape, dtype, self.world.device, cfg.compile)
-        ops.use(picks)
-        self.shadows = shadow_dtype(picks, dtype)
+            self.model.set_kernels(choose(cfg.kernels, shape, self.dtype, self.world.device, cfg.compile))
 
     def build_model(self, saved, vocab_size):
         """The model of init_from: new, from a checkpoint, or GPT-2's, cropped to a smaller block_size."""
@@ -375,9 +372,9 @@ class Run:
             print(f"more text:  fastgpt sample --out_dir={cfg.out_dir}{device}")
 
 
-def shadow_dtype(picks, dtype):
-    """The dtype to keep shadow weights in, for the ops chosen and what they compute in; None where nothing would read them."""
-    reads = any(picks[op] == "triton" for op in ("linear", "gelu_mlp", "linear_cross_entropy"))
+def shadow_dtype(kernels, dtype):
+    """The dtype to keep shadow weights in, for the ops.Kernels and what they compute in; None where nothing would read them."""
+    reads = "triton" in (kernels.linear, kernels.gelu_mlp, kernels.linear_cross_entropy)
     return dtype if reads and dtype != torch.float32 else None
 
 

@@ -8,6 +8,7 @@ cuBLAS and by cuBLASLt; which of them runs is PyTorch's setting for a whole proc
 """
 
 import contextlib
+import functools
 import statistics
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from time import monotonic
 import torch
 
 from fastgpt import ops, tuned
-from fastgpt.choose import check, has_triton, is_cuda, prepared, time_rounds
+from fastgpt.choose import check, is_cuda, prepared, time_rounds
 from fastgpt.config import UserError
 from fastgpt.distributed import check_device
-from fastgpt.verify import Shape, problem
+from fastgpt.ops import Kernels
+from fastgpt.records import RECORDS, Shape, problem
 
 # Sequences and tokens that a candidate is checked at: whole and partial tiles; and a multiple of 16 as in most runs, since
 # Triton compiles other sizes on their own.
@@ -31,14 +33,15 @@ PRODUCTS = "products"  # not an op: the matrix products that a library computes
 def tune(cfg, measure=time_rounds):
     """Search as a TuneConfig says, print a line for each op, and write the file. Raises UserError where it cannot."""
     c, dtype, device = cfg.gpt_config(), getattr(torch, cfg.dtype), cfg.device
-    times = {"gelu_mlp": c.n_layer, "attention": c.n_layer, "layer_norm": 2 * c.n_layer}
-    times |= {"linear_cross_entropy": 1, "embedding": 1, "adamw": 1}  # of an op in a step
+    times = {op: record.times(c.n_layer) for op, record in RECORDS.items() if record.row}
     chosen = list(dict.fromkeys(map(str.strip, cfg.only.split(",")))) if cfg.only else [*times, PRODUCTS]
     for op in chosen:
         if op not in times and op != PRODUCTS:
             raise UserError(f"--only={cfg.only}: {op!r} is none of {', '.join(times)}, {PRODUCTS}")
     needs_gpu(device)
-    shape = Shape.of(cfg.batch_size, c, dropout=cfg.dropout, documents=cfg.doc_mask, narrow=cfg.residual == "bf16")
+    shape = Shape.of(
+        cfg.batch_size, c, dropout=cfg.dropout, doc_mask=cfg.doc_mask, narrow_residual=cfg.residual == "bf16"
+    )
     file = Path(cfg.out) if cfg.out else tuned.path(shape, dtype, device)
 
     def write(op=None, found=None):
@@ -57,9 +60,7 @@ def tune(cfg, measure=time_rounds):
     print(
         f"tuning for {shape.B} x {shape.T} tokens in {cfg.dtype} on {tuned.conditions(shape, dtype, device)['gpu']}, {cfg.budget} s"
     )
-    deadline, before = monotonic() + cfg.budget, dict(ops.chosen)
-    ops.use("triton")
-    ops.configs().use({})
+    deadline = monotonic() + cfg.budget
     shares = {op: times[op] * shipped_ms(op, shape, dtype, device, measure) for op in chosen if op != PRODUCTS}
     print(f"  {'op':22}{'shipped ms':>11}{'best ms':>9}{'ratio':>7}  configuration")
     late = []
@@ -81,8 +82,6 @@ def tune(cfg, measure=time_rounds):
         left = f"; {found['left']} candidates not reached" if found["left"] else ""
         print(f"  {op:22}{found['shipped_ms']:11.3f}{found['ms']:9.3f}{found['ratio']:7.2f}  {found['repr']}{left}")
         write(op, found)
-    ops.use(before)
-    ops.configs().use({})
     if late:
         print(f"the budget of {cfg.budget} s is spent; not reached: {', '.join(late)}")
     print(f"{file}: {'this folder is not looked into by runs' if cfg.out else 'runs of this shape take it'}")
@@ -90,7 +89,7 @@ def tune(cfg, measure=time_rounds):
 
 def needs_gpu(device):
     """Make device the current one. Raises UserError where the kernels do not run natively."""
-    if not (is_cuda(device) and torch.cuda.is_available() and has_triton() and not torch.version.hip):
+    if not (is_cuda(device) and torch.cuda.is_available() and ops.triton and not torch.version.hip):
         raise UserError("tune: needs an NVIDIA GPU and Triton")
     check_device(device)
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -103,7 +102,7 @@ def needs_gpu(device):
 def shipped_ms(op, shape, dtype, device, measure):
     """The time of an op by its shipped row, to say which op takes most of a step. Raises UserError where it does not fit."""
     try:
-        f = prepared(op, "triton", problem(op, shape, dtype, device), compiled=False)
+        f = prepared(problem(op, shape, dtype, device), Kernels(**{op: "triton"}), compiled=False)
         return statistics.median(measure({"shipped": f})["shipped"])
     except torch.OutOfMemoryError:
         raise UserError(
@@ -113,24 +112,19 @@ def shipped_ms(op, shape, dtype, device, measure):
 
 def search(op, shape, dtype, device, deadline, measure):
     """What is found for an op, as the file has it. `measure` is `time_rounds`, or like it."""
-    configs, key = ops.configs(), tuned.lookup(op, shape, dtype, device)
-    shipped = getattr(configs, key[0])(*key[1:])
+    shipped = RECORDS[op].row(shape, dtype, device)
     if shape.dropout and op == "attention":  # its step is then gated_inner: what is tried is to be what runs
         shipped = replace(shipped, inner=shipped.gated_inner or shipped.inner, gated_inner=None)
-    run = prepared(op, "triton", problem(op, shape, dtype, device), compiled=False)
-    small = replace(shape, B=min(shape.B, SMALL[0]), T=min(shape.T, SMALL[1]))
+    it = problem(op, shape, dtype, device)
+    small = problem(op, replace(shape, B=min(shape.B, SMALL[0]), T=min(shape.T, SMALL[1])), dtype, device)
 
     def by(row):
-        def f():
-            configs.use({key: row})
-            run()
-
-        return f
+        return prepared(it, Kernels(**{op: "triton"}, rows=((op, row.text),)), compiled=False)
 
     best, seen, rejected, left = shipped, {shipped}, {}, set()
-    for grid in configs.GRIDS[type(shipped)]:
+    for grid in ops.triton.configs.GRIDS[type(shipped)]:
         sound = [best]
-        for row in configs.around(best, grid):
+        for row in ops.triton.configs.neighbours(best, grid):
             if row in seen:
                 continue
             if monotonic() >= deadline:
@@ -138,8 +132,7 @@ def search(op, shape, dtype, device, deadline, measure):
                 continue
             seen.add(row)
             try:
-                configs.use({key: row})
-                check(op, small, dtype, device, "kernel")
+                check(small, functools.partial(small.kernel, row=row.text))
                 by(row)()
                 sound.append(row)
             except Exception as e:  # whatever stops a candidate is said, and the search goes on without it
@@ -149,7 +142,7 @@ def search(op, shape, dtype, device, deadline, measure):
             best = min(sound, key=lambda row: statistics.median(ms[row]))
     again = measure({row: by(row) for row in {shipped: None, best: None}})
     ms, shipped_ms = (statistics.median(again[row]) for row in (best, shipped))
-    kept = surely_less(again[best], again[shipped])
+    kept = significantly_faster(again[best], again[shipped])
     row, ms = (best, ms) if kept else (shipped, shipped_ms)
     return {
         "kept": kept, "row": asdict(row), "repr": repr(row), "ms": ms, "shipped": repr(shipped), "shipped_ms": shipped_ms,
@@ -157,7 +150,7 @@ def search(op, shape, dtype, device, deadline, measure):
     }  # fmt: skip
 
 
-def surely_less(times, others):
+def significantly_faster(times, others):
     """Whether times, a round each, are less than others by more than their noise."""
     by_median = statistics.median(times) <= GAIN * statistics.median(others)
     return by_median and all(a < b for a, b in zip(times, others, strict=True))
@@ -165,14 +158,15 @@ def surely_less(times, others):
 
 def products(shape, n_layer, dtype, device):
     """{name: (times in a step, function)} of the matrix products of each linear at a Shape: forward, dx, and dw in fp32."""
-    M, C, mm, found = shape.B * shape.T, shape.n_embd, ops.kernels("linear").mm, {}
+    M, C, mm, found = shape.B * shape.T, shape.n_embd, ops.triton.common.mm, {}
     sizes = {"c_attn": (3 * C, C), "attn.c_proj": (C, C), "c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
     for name, (N, K) in {**sizes, "lm_head": (shape.vocab_size, C)}.items():
         times = n_layer if name in sizes else 1
         x, w, dy = (torch.randn(size, dtype=dtype, device=device) for size in ((M, K), (N, K), (M, N)))
         found[f"{name} forward"] = times, lambda x=x, w=w: torch.mm(x, w.t())
         found[f"{name} dx"] = times, lambda dy=dy, w=w: torch.mm(dy, w)
-        found[f"{name} dw"] = times, lambda dy=dy, x=x: mm(dy.t(), x, torch.float32)
+        dw = torch.empty(N, K, device=device)
+        found[f"{name} dw"] = times, lambda dy=dy, x=x, dw=dw: mm(dy.t(), x, dw)
     return found
 
 
@@ -197,7 +191,7 @@ def libraries(shape, n_layer, dtype, device, measure):
     cublas, cublaslt = (statistics.median(totals[library]) for library in names)
     medians = {key: statistics.median(ms) for key, ms in rounds.items()}
     return {
-        "kept": surely_less(totals["cublaslt"], totals["cublas"]), "cublas": cublas, "cublaslt": cublaslt,
+        "kept": significantly_faster(totals["cublaslt"], totals["cublas"]), "cublas": cublas, "cublaslt": cublaslt,
         "ratio": cublaslt / cublas, "ratios": {what: medians["cublaslt", what] / medians["cublas", what] for what in found},
     }  # fmt: skip
 

@@ -9,235 +9,16 @@ the same bits.
 import json
 import os
 import platform
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from fastgpt import ops, reference
+from fastgpt import ops
 from fastgpt.config import UserError
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a problem: B sequences of T tokens, a model's width, heads and vocabulary."""
-
-    B: int
-    T: int
-    n_embd: int
-    n_head: int
-    vocab_size: int
-    bias: bool = True
-    dropout: float = 0.0
-    documents: bool = False
-    narrow: bool = False  # the residual stream in the compute dtype, not in fp32
-
-    @classmethod
-    def of(cls, B, config, **others):
-        """That of B sequences through a GPTConfig's model; others as above, in place of the config's."""
-        c = config
-        shape = dict(
-            T=c.block_size, n_embd=c.n_embd, n_head=c.n_head, vocab_size=c.vocab_size, bias=c.bias, dropout=c.dropout
-        )
-        return cls(B, **shape | others)
-
-
-@dataclass
-class Problem:
-    """An op at a shape: inputs by name, gradients of its outputs, and three functions of the inputs that give a tuple.
-
-    `kernel` is the Triton op, `reference` PyTorch's with the kernel's dropout mask, `chosen` what ops would run; `targets` are the
-    loss's. `timed` is `chosen` where it works in place, the others then on copies.
-    """
-
-    inputs: dict
-    outputs: tuple
-    grads: tuple
-    kernel: Callable
-    reference: Callable
-    chosen: Callable
-    targets: torch.Tensor | None = None
-    timed: Callable | None = None
-
-
-def widened(x, dtype):
-    """x in dtype, or in fp64 where it is: the exact path is rounded nowhere."""
-    return x if x.dtype == torch.float64 else x.to(dtype)
-
-
-class LateModule:
-    """An op's kernels, imported where they are first used: PyTorch's side of a Problem needs no Triton."""
-
-    def __init__(self, op):
-        self.op = op
-
-    def __getattr__(self, name):
-        return getattr(ops.kernels(self.op), name)
-
-
-def problem(op, shape, dtype, device):
-    """The Problem of an op at a Shape, as training under autocast to dtype would have it (float32: without autocast)."""
-    B, T, C, V, p = shape.B, shape.T, shape.n_embd, shape.vocab_size, shape.dropout
-    module = LateModule(op)
-    seed = torch.tensor([0x1234567_89ABCDE], device=device) if p else None
-    random = torch.Generator(device).manual_seed(1)
-    stream = dtype if shape.narrow else torch.float32
-
-    def randn(*size, dtype=torch.float32, scale=1.0, shift=0.0):
-        return (torch.randn(size, device=device, generator=random) * scale + shift).to(dtype)
-
-    def autocast(f):
-        def call(*inputs):
-            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-                return f(*inputs)
-
-        return call
-
-    def bias(n):
-        return randn(n) if shape.bias else None
-
-    def dropped(x, mask):
-        return x if mask is None else x * mask / (1 - p)
-
-    if op == "embedding":
-        idx = torch.randint(V, (B, T), device=device, generator=random)
-        idx[:, ::3] = 0  # as in a text, one token comes often
-        mask = None
-        if p:
-            one, nothing = torch.ones(1, C, device=device), torch.zeros(T, C, device=device)
-            mask = module.embedding(idx * 0, one, nothing, p, seed)[0] != 0
-
-        def reference_embedding(wte, wpe):
-            x, head = reference.embedding(idx, wte, wpe)
-            return dropped(widened(x, stream), mask), head
-
-        return Problem(
-            dict(wte=randn(V, C), wpe=randn(T + 1, C)), ("x", "head"), (randn(B, T, C, dtype=stream), randn(V, C)),
-            autocast(lambda wte, wpe: module.embedding(idx, wte, wpe, p, seed, stream)), autocast(reference_embedding),
-            autocast(lambda wte, wpe: ops.embedding(idx, wte, wpe, p, stream)),
-        )  # fmt: skip
-    if op == "layer_norm":
-        mask = None
-        if p:
-            zeros, ones = torch.zeros(B, T, C, device=device), torch.ones(B, T, C, device=device)
-            mask = module.add_layer_norm(zeros, ones, ones[0, 0], dropout_p=p, seed=seed)[0] != 0
-
-        def reference_norm(x, branch, weight, bias):
-            x = x + dropped(branch, mask).to(x.dtype)
-            return x, widened(reference.layer_norm(x, weight, bias), dtype)
-
-        return Problem(
-            dict(x=randn(B, T, C, dtype=stream), branch=randn(B, T, C, dtype=dtype), weight=randn(C, shift=1.0), bias=bias(C)),
-            ("stream", "h"), (randn(B, T, C, dtype=stream), randn(B, T, C, dtype=dtype)),
-            autocast(lambda x, branch, weight, bias: module.add_layer_norm(x, branch, weight, bias, dropout_p=p, seed=seed)),
-            autocast(reference_norm),
-            autocast(lambda x, branch, weight, bias: ops.add_layer_norm(x, branch, weight, bias, dropout_p=p)),
-        )  # fmt: skip
-    if op == "attention":
-        H = shape.n_head
-        docs = None
-        if shape.documents:
-            # Short ones and a long one: what short ones spare a kernel is not to decide which implementation is the fastest.
-            starts = 11 * torch.arange(B, device=device, dtype=torch.int32)[:, None]  # no two sequences alike
-            docs = ((torch.arange(T, device=device, dtype=torch.int32) + starts) // 37).clamp(max=4)
-        mask = module.dropout_mask(B, H, T, p, seed) if p else None
-
-        def reference_attention(qkv):
-            if mask is None:
-                return (reference.attention(qkv, H, doc_ids=docs),)
-            q, k, v = (t.view(B, T, H, -1).transpose(1, 2) for t in qkv.split(C, dim=2))
-            scores = q @ k.transpose(-1, -2) / (C // H) ** 0.5
-            allowed = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-            if docs is not None:
-                allowed = allowed & (docs[:, None, :, None] == docs[:, None, None, :])
-            probabilities = widened(scores, torch.float32).masked_fill(~allowed, -float("inf")).softmax(-1)
-            y = dropped(probabilities, mask).to(v.dtype) @ v
-            return (y.transpose(1, 2).reshape(B, T, C),)
-
-        return Problem(
-            dict(qkv=randn(B, T, 3 * C, dtype=dtype)), ("out",), (randn(B, T, C, dtype=dtype),),
-            autocast(lambda qkv: (module.flash_attention(qkv, H, p, seed, docs),)), autocast(reference_attention),
-            autocast(lambda qkv: (ops.attention(qkv, H, p, doc_ids=docs),)),
-        )  # fmt: skip
-    if op == "linear":
-        return Problem(
-            dict(h=randn(B, T, C, dtype=dtype), weight=randn(3 * C, C, scale=C**-0.5), bias=bias(3 * C)),
-            ("y",), (randn(B, T, 3 * C, dtype=dtype),),
-            autocast(lambda *inputs: (module.linear(*inputs),)),
-            autocast(lambda *inputs: (reference.linear(*inputs),)),
-            autocast(lambda *inputs: (ops.linear(*inputs),)),
-        )  # fmt: skip
-    if op == "gelu_mlp":
-        return Problem(
-            dict(
-                h=randn(B, T, C, dtype=dtype), w_fc=randn(4 * C, C, scale=C**-0.5), b_fc=bias(4 * C),
-                w_proj=randn(C, 4 * C, scale=C**-0.5 / 2), b_proj=bias(C),
-            ),
-            ("y",), (randn(B, T, C, dtype=dtype),),
-            autocast(lambda *inputs: (module.gelu_mlp(*inputs),)),
-            autocast(lambda *inputs: (reference.gelu_mlp(*inputs),)),
-            autocast(lambda *inputs: (ops.gelu_mlp(*inputs),)),
-        )  # fmt: skip
-    if op == "adamw":
-        return update_problem(shape, dtype, device, randn)
-    targets = torch.randint(V, (B, T), device=device, generator=random)
-    targets[:, ::7] = -1
-
-    def reference_loss(h, weight):
-        return (reference.cross_entropy(widened(F.linear(h, weight), torch.float32), targets),)
-
-    return Problem(
-        dict(h=randn(B, T, C, dtype=dtype), weight=randn(V, C, scale=2 * C**-0.5)),
-        ("loss",), (torch.tensor(3.0, device=device),),
-        autocast(lambda h, weight: (module.linear_cross_entropy(h, weight, targets),)),
-        autocast(reference_loss),
-        autocast(lambda h, weight: (ops.linear_cross_entropy(h, weight, targets),)), targets,
-    )  # fmt: skip
-
-
-def update_problem(shape, dtype, device, randn):
-    """The Problem of an update: of the embedding's weight, with a shadow in dtype, and of a bias."""
-    V, C = shape.vocab_size, shape.n_embd
-    inputs = {}
-    for name, size in (("weight", (V, C)), ("bias", (C + 1,))):
-        # Gradients from far below eps to far above, as those of tokens that a text rarely has; moments that fit them.
-        g = randn(*size) * 10 ** (3 * randn(*size).clamp(-2, 2) - 4)
-        inputs |= {
-            name: randn(*size),
-            "gradient of " + name: g,
-            "exp_avg of " + name: g * randn(*size),
-            "exp_avg_sq of " + name: g * g,
-        }
-    clip = inputs["gradient of weight"].norm().item() / 2
-    low = dtype != torch.float32
-
-    def in_place(op):
-        @torch.no_grad()
-        def call(*tensors):
-            weight, bias = tensors[:4], tensors[4:]
-            shadow = torch.empty_like(weight[0], dtype=widened(weight[0], dtype).dtype) if low else None
-            groups = [
-                dict(
-                    params=[p], grads=[g], exp_avgs=[m], exp_avg_sqs=[v], steps=[torch.full((), t, device=device)], lr=0.1,
-                    betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, fused=torch.device(device).type == "cuda", shadows=[kept],
-                )
-                for (p, g, m, v), t, decay, kept in ((weight, 1.0, 0.5, shadow), (bias, 900.0, 0.0, None))
-            ]  # fmt: skip
-            norm = op.adamw(groups, [weight[1], bias[1]], clip)
-            return *(t for i, t in enumerate(tensors) if i % 4 != 1), norm, *([shadow] if low else [])
-
-        return call
-
-    def copying(op):
-        return lambda *tensors: in_place(op)(*(t.clone() for t in tensors))
-
-    outputs = *(name for name in inputs if "gradient" not in name), "norm", *(["shadow"] if low else [])
-    functions = copying(LateModule("adamw")), copying(reference), copying(ops)
-    return Problem(inputs, outputs, (None,) * len(outputs), *functions, timed=in_place(ops))
+from fastgpt.records import RECORDS, problem
 
 
 @dataclass
@@ -310,39 +91,6 @@ def compare(kernel, same, inputs, outputs, grads, found=None):
     return [compared(*name, *tensors) for name, *tensors in zip(names, found, *expected, strict=True)]
 
 
-GPU_SHAPES = [
-    Shape(2, 1024, 768, 12, 50304),
-    Shape(1, 1023, 1600, 25, 50257, bias=False),
-    Shape(2, 256, 384, 6, 65, dropout=0.2),
-]
-GPU_HEADS = [Shape(1, 300, 512, 4, 1000), Shape(1, 300, 480, 10, 1000)]  # heads of 128; of 48, which are padded
-INTERPRETER_SHAPES = [
-    Shape(2, 67, 48, 3, 101),
-    Shape(1, 33, 130, 2, 517, bias=False),
-    Shape(1, 40, 32, 2, 65, dropout=0.2),
-]
-
-
-def cases(op, dtype, gpu):
-    """The shapes that an op is held at in a dtype: those at which each of its options takes part, none of them twice."""
-    shapes = GPU_SHAPES if gpu else INTERPRETER_SHAPES
-    by_row = op in ("embedding", "layer_norm")
-    low = dtype != torch.float32
-    if by_row and not gpu:  # the interpreter takes milliseconds a row; LayerNorm adds up 64 at once
-        shapes = [replace(shape, T=shape.T // 2) for shape in shapes]
-    wide = op != "embedding" or not low  # an embedding has nothing in 16 bits but a narrow stream
-    for shape in shapes:
-        if wide and (not shape.dropout or by_row or op == "attention"):
-            yield shape
-    if op == "attention":
-        yield replace(shapes[0], documents=True)
-        yield replace(shapes[-1], documents=True)
-        yield from GPU_HEADS if gpu else ()
-    if by_row and low:
-        yield replace(shapes[0], narrow=True)
-        yield replace(shapes[-1], narrow=True)
-
-
 def compile_all(dtypes):
     """Run every case once on the GPU from as many threads as there are cores: nearly all of that time is compiling."""
 
@@ -351,7 +99,9 @@ def compile_all(dtypes):
         run(it.kernel, it.inputs.values(), it.grads)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        all_cases = [(op, shape, dtype) for dtype in dtypes for op in ops.KERNELS for shape in cases(op, dtype, True)]
+        all_cases = [
+            (op, shape, dtype) for dtype in dtypes for op, r in RECORDS.items() for shape in r.cases(dtype, True)
+        ]
         list(pool.map(once, all_cases))
 
 
@@ -371,10 +121,10 @@ def verify(json_file=""):
     repeats = 20 if gpu else 2
     if gpu:
         compile_all(dtypes)
-    for op in ops.KERNELS:
+    for op, record in RECORDS.items():
         for dtype in dtypes:
             worst, same_bits = {}, True
-            for shape in cases(op, dtype, gpu):
+            for shape in record.cases(dtype, gpu):
                 it = problem(op, shape, dtype, device)
                 found = run(it.kernel, it.inputs.values(), it.grads)
                 for _ in range(repeats - 1):
@@ -418,18 +168,14 @@ def verify(json_file=""):
 
 def where(gpu):
     """(The dtypes that are held where the kernels run, that place in words). Raises UserError where they run nowhere."""
-    if gpu:
-        if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
-            raise UserError(
-                f"verify: the kernels need an NVIDIA GPU from sm_80 on, and this is {torch.cuda.get_device_name()}"
-            )
-    else:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
-    try:
-        for op in ops.KERNELS:
-            ops.kernels(op)
-    except ImportError:
-        raise UserError("verify: Triton is not installed; pip install triton") from None
+    if ops.triton is None:
+        raise UserError("verify: Triton is not installed; pip install triton")
+    if gpu and (torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0)):
+        raise UserError(
+            f"verify: the kernels need an NVIDIA GPU from sm_80 on, and this is {torch.cuda.get_device_name()}"
+        )
+    if not gpu and not ops.triton.common.INTERPRETED:  # `fastgpt verify` sees to it
+        raise UserError("verify: without a GPU set TRITON_INTERPRET=1 before Python begins")
     dtypes = [torch.float32, torch.float16, torch.bfloat16]
     if gpu:
         return dtypes, f"{torch.cuda.get_device_name()}, sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
@@ -439,7 +185,7 @@ def where(gpu):
     place = (
         f"no CUDA GPU here: Triton's interpreter runs the kernels on the CPU ({platform.machine()}), in small sizes;\n"
     )
-    if ops.interpreter_computes_bf16():
+    if ops.triton.interpreter.computes_bf16():
         return dtypes, place + "bfloat16 too: where it computes that wrongly, kernels/interpreter.py mends it"
     return dtypes[:2], place + "bfloat16 is a GPU's to verify: this Triton's interpreter computes it wrongly"
 

@@ -181,9 +181,9 @@ def table_of(groups, counts, device):
 
 
 @on_device
-def update(grad, groups, max_norm, found_inf):
+def update(grad, groups, max_norm, found_inf, row):
     """See `adamw`; grad is one of the gradients, for its device."""
-    config, device = configs.adamw(), grad.device
+    config, device = configs.adamw(row), grad.device
     sizes = tuple(p.numel() for group in groups for p in group["params"])
     counts, rows = chunks_of(sizes, config.chunk, device)
     table, aligned = table_of(groups, counts, device)
@@ -242,11 +242,12 @@ def takes(p, groups):
 
 
 @torch.no_grad()
-def adamw(groups, grads, max_norm=None, found_inf=None):
+def adamw(groups, grads, max_norm=None, found_inf=None, row=""):
     """Clip to a global norm of max_norm, and update in place: the norm before clipping [] fp32, or None where max_norm is.
 
     groups: dicts with lists of tensors, params, grads, exp_avgs, exp_avg_sqs, steps ([] fp32, updates done so far) and shadows (None
     where there is none), and lr, betas, eps, weight_decay. found_inf [] fp32, or None: where it is not 0, nothing changes. grads are
-    all groups' (PyTorch adds up their norms in that order). The gradients stay as they are.
+    all groups' (PyTorch adds up their norms in that order). The gradients stay as they are. row: a launch configuration
+    (configs.AdamWConfig.text), "" the table's.
     """
-    return update(grads[0], groups, max_norm, found_inf)
+    return update(grads[0], groups, max_norm, found_inf, row)

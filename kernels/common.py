@@ -1,4 +1,4 @@
-"""What every op needs: how it is called in eager mode, under torch.compile and under autocast; strides; dropout."""
+"""What every op needs: registration with torch, autocast's dtype, the matrix products of cuBLAS, strides, dropout."""
 
 import functools
 
@@ -6,54 +6,66 @@ import torch
 import triton
 import triton.language as tl
 
-if triton.knobs.runtime.interpret:
+INTERPRETED = triton.knobs.runtime.interpret  # as the kernels are from here on, whatever the environment becomes
+if INTERPRETED:
     from fastgpt.kernels import interpreter
 
     interpreter.mend()
 
 
-class Op:
-    """A differentiable op on plain tensors, made of two launchers and what autograd needs to know.
+LIBRARY = torch.library.Library("fastgpt", "FRAGMENT")  # torch.ops.fastgpt
 
-    forward(*args) and backward(*args) launch kernels and give tuples of new tensors; their signatures are annotated as
-    torch.library wants them, and `fake_forward`, `fake_backward` give empty tensors of the same kind. setup_context is
-    torch.autograd.Function's; gradients(launch, ctx, *grads) calls launch(...), which is the backward, and gives the
-    gradients of forward's arguments. `mutates` names the arguments that backward writes into.
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+    # Inductor writes an error's text for each op that it does not know, and with it all that the op was computed from: exponential in
+    # the layers. PyTorch 2.13 mended it. The target's name says enough.
+    from torch._inductor.exc import OperatorIssue
 
-    In eager mode the launchers run directly: torch.library's boundary costs about 50 us a call. Under torch.compile the
-    ops are the opaque `fastgpt::name` and `fastgpt::name_backward`.
+    OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: str(target))
+
+
+def kernel_op(*writes):
+    """A decorator that makes a launcher an op that torch.compile does not look into; `writes` names the arguments that it writes into.
+
+    A launcher takes its outputs as arguments and answers nothing, so there is nothing that torch.library must be told about them. In
+    eager mode a call is the launcher itself. Under torch.compile it is the op fastgpt::NAME, registered by define and impl: such a call
+    costs 2.5 us of host time, one by torch.library.custom_op 10 to 35.
     """
 
-    def __init__(self, name, forward, fake_forward, backward, fake_backward, setup_context, gradients, mutates=()):
-        self.name = name
-        self.forward, self.backward = forward, backward = on_device(forward), on_device(backward)
-        self.custom_backward = torch.library.custom_op(f"fastgpt::{name}_backward", backward, mutates_args=mutates)
-        self.custom_backward.register_fake(fake_backward)
-        self.custom = torch.library.custom_op(f"fastgpt::{name}", forward, mutates_args=())
-        self.custom.register_fake(fake_forward)
-        self.custom.register_autograd(functools.partial(gradients, self.custom_backward), setup_context=setup_context)
-        members = {
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(once(name, functools.partial(gradients, backward))),
-        }
-        self.function = type(name, (torch.autograd.Function,), members)
+    def register(launcher):
+        name, launch = launcher.__name__, on_device(launcher)
+        LIBRARY.define(name + torch.library.infer_schema(launcher, mutates_args=writes))
+        LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastgpt::{name}", lambda *args, **kwargs: None, lib=LIBRARY)
+        opaque = getattr(torch.ops.fastgpt, name).default
 
-    def __call__(self, *args):
-        return self.custom(*args) if torch.compiler.is_compiling() else self.function.apply(*args)
+        @functools.wraps(launcher)
+        def call(*args):
+            return opaque(*args) if torch.compiler.is_compiling() else launch(*args)
+
+        call.opaque = opaque
+        return call
+
+    return register
 
 
-def once(name, gradients):
-    """A backward that refuses to be differentiated itself: its answer would be taken for a constant, in silence."""
+def forbid_double_backward(name):
+    """A decorator of an autograd.Function's backward: differentiating it would take its answer for a constant, in silence.
 
-    def backward(ctx, *grads):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"{name}: a kernel's gradient has no gradient; leave out create_graph=True, or take PyTorch's op"
-            )
-        return gradients(ctx, *grads)
+    Raises RuntimeError under create_graph=True.
+    """
 
-    return backward
+    def decorate(backward):
+        @functools.wraps(backward)
+        def checked(ctx, *grads):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"{name}: a kernel's gradient has no gradient; leave out create_graph=True, or take PyTorch's op"
+                )
+            return backward(ctx, *grads)
+
+        return checked
+
+    return decorate
 
 
 def on_device(launcher):
@@ -81,7 +93,7 @@ def can_run(x):
 def _device_can_run(kind, index):
     if kind == "cuda":
         return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 0)
-    return kind == "cpu" and triton.knobs.runtime.interpret
+    return kind == "cpu" and INTERPRETED
 
 
 def check_dtype(x):
@@ -125,74 +137,48 @@ def like(x, dtype):
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def ours(grad):
-    """Mark a gradient that a backward has just made: the next one may write into it."""
-    grad.is_fastgpts = True
-    return grad
-
-
-def is_ours(grad):
-    """Whether a backward of ours made this gradient and nobody else holds it: a sum hands one tensor to both of its terms.
-
-    A reference that Python code keeps, in a hook, is not counted.
-    """
-    return getattr(grad, "is_fastgpts", False) and grad.is_contiguous() and grad._use_count() == 1
-
-
-adding = False  # whether a backward may add to weights' gradients by itself: fastgpt.ops.adding_in_place
-
-
-def grad_of(weight):
-    """The gradient of a weight that a GEMM may add to, fp32; None where there is none yet, or where somebody else must hear of it."""
-    if (
-        not adding
-        or torch.compiler.is_compiling()
-        or not (weight.is_leaf and weight.requires_grad)
-        or weight.grad is None
-    ):
-        return None
-    heard = weight._backward_hooks or weight._post_accumulate_grad_hooks
-    mine = not heard and weight.grad.dtype == torch.float32 and weight.grad.is_contiguous()
-    return weight.grad if mine else None
-
-
-def mm(a, b, dtype, into=None):
-    """a @ b by cuBLAS, accumulated in fp32 and rounded once, to dtype: a's own, fp32, or one that fp32 is cast to.
-
-    With `into`, fp32, it is added to that and nothing is answered: the GEMM reads it where it would only write.
-    """
-    if into is None and dtype == a.dtype:
-        return torch.mm(a, b)
-    with torch.autocast(a.device.type, enabled=False):  # under which mm would answer in 16 bits again
-        half = a.is_cuda and a.dtype != torch.float32  # torch 2.13 has out_dtype on CUDA alone
-        if into is None:
-            return (torch.mm(a, b, out_dtype=torch.float32) if half else torch.mm(a.float(), b.float())).to(dtype)
-        if half:
-            torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
+def mm(a, b, out, accumulate=False):
+    """Write a @ b into out by cuBLAS, accumulated in fp32 and rounded once to out's dtype; or add it to an fp32 out in that GEMM."""
+    if not a.is_cuda or a.dtype == torch.float32:  # torch has out_dtype on CUDA alone
+        if accumulate:
+            out.addmm_(a.float(), b.float())
+        elif out.dtype == a.dtype:
+            torch.mm(a, b, out=out)
         else:
-            into.addmm_(a.float(), b.float())
-    return None
+            out.copy_(torch.mm(a.float(), b.float()))
+    elif accumulate:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    elif out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(torch.mm(a, b, out_dtype=torch.float32))
 
 
 def project(x, weight, bias, out):
-    """out [M, N] = x [M, K] weight [N, K]^T + bias [N] or None, by cuBLAS."""
+    """Write x [M, K] weight [N, K]^T + bias [N] or None into out [M, N], by cuBLAS."""
     if bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
 
 
-def row_sums(dy, dtype):
-    """A bias's gradient: the sum over rows of dy [M, N], added in fp32, in dtype; empty where that is None, without a bias."""
-    return dy.new_empty(0) if dtype is None else dy.sum(0, dtype=torch.float32).to(dtype)
+def sum_rows(x, out):
+    """Write the sum over rows of x [M, N], added in fp32, into out [N]: a bias's gradient. Nothing where out is None."""
+    if out is not None and out.dtype == torch.float32:
+        torch.sum(x, 0, dtype=torch.float32, out=out)
+    elif out is not None:
+        out.copy_(x.sum(0, dtype=torch.float32))
 
 
 def cast(weight, dtype, shadow=None):
     """A weight in the compute dtype, for an op that takes both: its gradient goes to the weight itself, in full precision.
 
-    shadow is such a one that the caller keeps: no copy is then made.
+    No copy is made where the weight has a shadow in that dtype (fastgpt.shadows); `shadow` is that of a weight which this is an alias of.
     """
-    if shadow is not None and shadow.dtype == dtype:
+    shadow = getattr(weight, "shadow", None) if shadow is None else shadow
+    if shadow is not None and shadow.dtype == dtype and shadow.device == weight.device:
         return shadow
     return weight.detach().to(dtype)
 
@@ -208,7 +194,7 @@ def precision(dtype=torch.float32):
 
 
 @triton.jit
-def keep(seed_ptr, index, p):
+def dropout_keep_mask(seed_ptr, index, p):
     """Which elements dropout keeps, each with probability 1 - p: Philox4x32-7 of the seed and the element's index alone.
 
     Seven rounds pass every test of randomness that ten do (Salmon et al., SC'11), for less of what binds this: arithmetic.

@@ -2,13 +2,14 @@
 
 A table's rows are tried in order; the first whose bound holds is taken. Not measured on a GPU yet: the rows were chosen
 by the registers and barriers of the generated code, which tests/codegen.py compiles for every architecture (docs/codegen.md).
-`GRIDS` is what `fastgpt tune` tries around a row on a GPU; `use` puts what it found before the tables.
+`GRIDS` is what `fastgpt tune` tries around a row on a GPU.
 """
 
 import functools
 import itertools
+import json
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import triton
@@ -29,6 +30,20 @@ class Config:
             if not right:
                 raise ValueError(f"{type(self).__name__}: {field.name}={value!r}")
 
+    @property
+    def text(self):
+        """The row as text, which an op can be given: custom ops take text, and no dataclass."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    @functools.cache
+    def of(cls, text):
+        """The row of a `text`. Raises ValueError where it is none."""
+        try:
+            return cls(**json.loads(text))
+        except TypeError as e:
+            raise ValueError(f"{cls.__name__}: {e}") from None
+
 
 @dataclass(frozen=True)
 class NormConfig(Config):
@@ -37,8 +52,6 @@ class NormConfig(Config):
     max_width: int
     forward_warps: int
     backward_warps: int
-    reduce_columns: int = 32  # of the second backward kernel: columns that a program sums
-    reduce_rows: int = 64  # and rows that it reads at once
 
 
 LAYER_NORM = (
@@ -63,7 +76,7 @@ EMBEDDING = EmbeddingConfig()
 
 
 @dataclass(frozen=True)
-class CrossEntropyConfig(Config):
+class LossConfig(Config):
     """The loss: columns of a row that are in registers at once, warps of a row, and how the rows are cut into chunks."""
 
     block: int = 8192  # GPT-2's 50,304 are 6.1 of these; 65,536 at once would spill
@@ -74,7 +87,7 @@ class CrossEntropyConfig(Config):
     memory_share: float = 1 / 16  # of the device's memory that a chunk's logits may take
 
 
-CROSS_ENTROPY = CrossEntropyConfig()
+LINEAR_CROSS_ENTROPY = LossConfig()
 
 
 @dataclass(frozen=True)
@@ -110,8 +123,6 @@ class MLPConfig(Config):
     flatten: bool = False  # pipeline across tiles: the next one's loads begin in this one's epilogue
     programs_per_sm: int = 1
     group: int = 8  # rows of tiles that share a column of weights in L2
-    sum_rows: int = 32  # of the bias gradient's second kernel
-    sum_columns: int = 64
 
     def __post_init__(self):
         super().__post_init__()
@@ -202,37 +213,23 @@ def pipeline(device, stages):
     return stages if FENCED or architecture(device) not in (90, 100, 103) else 1
 
 
-tuned = {}  # (lookup, *its arguments) -> the row that it answers in place of its table's
+# A row is asked for by what decides it. `row` is another in text, such as `fastgpt tune` found, which is then answered instead.
 
 
-def use(rows):
-    """Answer these rows from now on, {(lookup, *its arguments): row}, and elsewhere the tables'; {} is the tables alone."""
-    tuned.clear()
-    tuned.update(rows)
-
-
-def tunable(lookup):
-    """A lookup that answers what `use` was given for its arguments, else what the table has."""
-
-    @functools.wraps(lookup)
-    def look_up(*args, **named):
-        return tuned.get((lookup.__name__, *args, *named.values())) or lookup(*args, **named)
-
-    return look_up
-
-
-@tunable
-def gelu_mlp(device, dtype, aligned):
-    """The MLPConfig for a device, a compute dtype, and whether all rows begin on 16 bytes."""
+def gelu_mlp(device, dtype, aligned, row=""):
+    """The MLPConfig for a device, a compute dtype, and whether all rows begin on 16 bytes; where they do not, `row` does not count."""
     sm = architecture(device)
     if sm and not aligned:
         return UNALIGNED
+    if row:
+        return MLPConfig.of(row)
     return next(config for (least, size), config in GELU_MLP.items() if least <= sm and size == dtype.itemsize)
 
 
-@tunable
-def attention(device, dtype, head_size):
+def attention(device, dtype, head_size, row=""):
     """The AttentionConfig for a device, a compute dtype and a head size to 128."""
+    if row:
+        return AttentionConfig.of(row)
     sm = architecture(device)
     return next(
         config
@@ -241,31 +238,27 @@ def attention(device, dtype, head_size):
     )
 
 
-@tunable
-def layer_norm(width):
+def layer_norm(width, row=""):
     """The NormConfig of a row width. Raises ValueError above the widest."""
     for config in LAYER_NORM:
         if width <= config.max_width:
-            return config
+            return NormConfig.of(row) if row else config
     raise ValueError(f"layer_norm: rows of {width} are wider than {LAYER_NORM[-1].max_width}")
 
 
-@tunable
-def embedding():
+def embedding(row=""):
     """The EmbeddingConfig."""
-    return EMBEDDING
+    return EmbeddingConfig.of(row) if row else EMBEDDING
 
 
-@tunable
-def cross_entropy():
-    """The CrossEntropyConfig."""
-    return CROSS_ENTROPY
+def linear_cross_entropy(row=""):
+    """The LossConfig."""
+    return LossConfig.of(row) if row else LINEAR_CROSS_ENTROPY
 
 
-@tunable
-def adamw():
+def adamw(row=""):
     """The AdamWConfig."""
-    return ADAMW
+    return AdamWConfig.of(row) if row else ADAMW
 
 
 # What is tried around a row: grid by grid, the rest of the row as it was found so far. Forward and backward share few fields.
@@ -285,9 +278,8 @@ GRIDS = {
     NormConfig: (
         dict(forward_warps=(1, 2, 4, 8)),
         dict(backward_warps=(4, 8, 16)),
-        dict(reduce_columns=(16, 32, 64), reduce_rows=(32, 64, 128)),
     ),
-    CrossEntropyConfig: (
+    LossConfig: (
         dict(block=(2048, 4096, 8192, 16384), warps=(4, 8, 16)),
         dict(scale_block=(1024, 2048, 4096, 8192)),
     ),
@@ -302,8 +294,8 @@ GRIDS = {
 }
 
 
-def around(row, grid):
-    """The rows that a grid gives where the rest is a row's, a list; what no kernel can be launched with is left out."""
+def neighbours(row, grid):
+    """The valid rows that come of putting every combination of a grid's values into `row`, a list."""
     rows = []
     for values in itertools.product(*grid.values()):
         try:

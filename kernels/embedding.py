@@ -24,7 +24,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import Op, can_run, check_dtype, check_seed, is_ours, keep, kept_scale, once
+from fastgpt.kernels.accumulate import is_owned
+from fastgpt.kernels.common import (
+    can_run,
+    check_dtype,
+    check_seed,
+    dropout_keep_mask,
+    forbid_double_backward,
+    kept_scale,
+    kernel_op,
+)
 
 
 @triton.jit
@@ -60,7 +69,9 @@ def _embed_forward(
         x += tl.load(wpe_ptr + t * stride_pt + cols * stride_pc, mask, other=0.0).to(tl.float32)
         x = x.to(x_ptr.dtype.element_ty)  # rounded before dropout, as PyTorch's sum is
         if DROPOUT:
-            x = tl.where(keep(seed_ptr, row * C + cols, p), x.to(tl.float32) * scale, 0.0).to(x_ptr.dtype.element_ty)
+            x = tl.where(dropout_keep_mask(seed_ptr, row * C + cols, p), x.to(tl.float32) * scale, 0.0).to(
+                x_ptr.dtype.element_ty
+            )
         tl.store(x_ptr + row * C + cols, x, mask)
 
 
@@ -72,7 +83,7 @@ def _gradient(
     dx_ptrs = dx_ptr + (b * stride_db + t * stride_dt)[:, None] + (cols * stride_dc)[None, :]
     dx = tl.load(dx_ptrs, mask, other=0.0).to(tl.float32)
     if DROPOUT:
-        dx = tl.where(keep(seed_ptr, ((b * T + t) * C)[:, None] + cols[None, :], p), dx * scale, 0.0)
+        dx = tl.where(dropout_keep_mask(seed_ptr, ((b * T + t) * C)[:, None] + cols[None, :], p), dx * scale, 0.0)
     return dx
 
 
@@ -167,25 +178,28 @@ def _embed_backward_wte(
 # ---- launchers ----
 
 
-def embedding_fwd(idx: Tensor, wte: Tensor, wpe: Tensor, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x [B, T, C] in dtype, of idx [B, T]."""
+@kernel_op("x")
+def embedding_forward(
+    wte: Tensor, wpe: Tensor, idx: Tensor, p: float, seed: Tensor | None, row: str, x: Tensor
+) -> None:
+    """Write x [B, T, C] of idx [B, T]."""
     (B, T), (V, C) = idx.shape, wte.shape
-    config = configs.embedding()
-    x = torch.empty((B, T, C), dtype=dtype, device=wte.device)
+    config = configs.embedding(row)
     if B * T:
         _embed_forward[(B * T,)](
             idx, wte, wpe, seed, x, T, V, C, *idx.stride(), *wte.stride(), *wpe.stride(), p, kept_scale(p),
             BLOCK=min(config.block, triton.next_power_of_2(C)), DROPOUT=p > 0, num_warps=config.forward_warps,
         )  # fmt: skip
-    return x
 
 
-def embedding_bwd(dx: Tensor, idx: Tensor, dwte: Tensor, positions: int, p: float, seed: Tensor | None) -> Tensor:
-    """Add dx's rows to dwte [V, C] in place; dwpe [positions, C]."""
+@kernel_op("dwte", "dwpe")
+def embedding_backward(
+    dx: Tensor, idx: Tensor, p: float, seed: Tensor | None, row: str, dwte: Tensor, dwpe: Tensor
+) -> None:
+    """Add dx's rows [B, T, C] to dwte [V, C], and write dwpe [positions, C]."""
     (B, T), (V, C) = idx.shape, dwte.shape
-    config = configs.embedding()
-    dwpe = torch.empty((positions, C), dtype=dwte.dtype, device=dwte.device)
-    if positions > T:
+    config = configs.embedding(row)
+    if dwpe.size(0) > T:
         dwpe[T:].zero_()
     block = min(config.block, triton.next_power_of_2(C))
     rows = max(1, config.backward_tile // block)
@@ -203,66 +217,39 @@ def embedding_bwd(dx: Tensor, idx: Tensor, dwte: Tensor, positions: int, p: floa
             dx, ids, places, seed, dwte, B * T, T, V, C, *dx.stride(), p, kept_scale(p),
             ROWS=min(rows, 64), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,
         )  # fmt: skip
-    return dwpe
 
 
 # ---- what torch needs to know ----
 
 
-def _setup(ctx, inputs, output):
-    idx, wte, wpe, p, seed, _ = inputs
-    ctx.save_for_backward(idx, seed)
-    # Not the weights: a backward that does not read them must not mind that they have changed.
-    ctx.V, ctx.positions, ctx.p, ctx.w_dtype = wte.size(0), wpe.size(0), p, wte.dtype
-
-
-def _gradients(launch, ctx, dx):
-    idx, seed = ctx.saved_tensors
-    dwte = dx.new_zeros((ctx.V, dx.size(-1)), dtype=ctx.w_dtype)
-    return None, dwte, launch(dx, idx, dwte, ctx.positions, ctx.p, seed), None, None, None
-
-
-_embedding = Op(
-    "embedding",
-    embedding_fwd,
-    lambda idx, wte, wpe, p, seed, dtype: wte.new_empty((*idx.shape, wte.size(1)), dtype=dtype),
-    embedding_bwd,
-    lambda dx, idx, dwte, positions, p, seed: dwte.new_empty((positions, dx.size(-1))),
-    _setup,
-    _gradients,
-    mutates=("dwte",),
-)
-
-
-def _tied_gradients(ctx, dx, dhead):
-    idx, seed = ctx.saved_tensors
-    if dx is None:
-        return None, dhead, None, None, None, None
-    compiling = torch.compiler.is_compiling()
-    if dhead is None:
-        dwte = dx.new_zeros((ctx.V, dx.size(-1)), dtype=ctx.w_dtype)
-    elif not compiling and is_ours(dhead):
-        dwte = dhead
-    else:  # somebody else may hold it. The compiler leaves the copy out where nobody does.
-        dwte = dhead.clone(memory_format=torch.contiguous_format)
-    dwpe = (_embedding.custom_backward if compiling else _embedding.backward)(dx, idx, dwte, ctx.positions, ctx.p, seed)
-    return None, dwte, dwpe, None, None, None
-
-
-class _Tied(torch.autograd.Function):
-    """The op and the edge that brings the head's gradient back to it."""
+class _Embedding(torch.autograd.Function):
+    """The embedding, and wte again for the head: the head's gradient comes back this way, and the rows are added to it."""
 
     @staticmethod
-    def forward(idx, wte, wpe, p, seed, dtype):
-        op = _embedding.custom if torch.compiler.is_compiling() else _embedding.forward
-        return op(idx, wte, wpe, p, seed, dtype), wte.view_as(wte)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _setup(ctx, inputs, output)
+    def forward(ctx, idx, wte, wpe, p, seed, dtype, row):
+        x = torch.empty((*idx.shape, wte.size(1)), dtype=dtype, device=wte.device)
+        embedding_forward(wte, wpe, idx, p, seed, row, x)
+        ctx.save_for_backward(idx, seed)
+        # Not the weights: a backward that does not read them must not mind that they have changed.
+        ctx.shapes, ctx.dtype, ctx.p, ctx.row = (wte.shape, wpe.shape), wte.dtype, p, row
         ctx.set_materialize_grads(False)
+        return x, wte.view_as(wte)
 
-    backward = staticmethod(once("embedding", _tied_gradients))
+    @staticmethod
+    @forbid_double_backward("embedding")
+    def backward(ctx, dx, dhead):
+        idx, seed = ctx.saved_tensors
+        if dx is None:
+            return None, dhead, *(None,) * 5
+        if dhead is None:
+            dwte = dx.new_zeros(ctx.shapes[0], dtype=ctx.dtype)
+        elif not torch.compiler.is_compiling() and is_owned(dhead):
+            dwte = dhead
+        else:  # somebody else may hold it. The compiler leaves the copy out where nobody does.
+            dwte = dhead.clone(memory_format=torch.contiguous_format)
+        dwpe = dx.new_empty(ctx.shapes[1], dtype=ctx.dtype)
+        embedding_backward(dx, idx, ctx.p, seed, ctx.row, dwte, dwpe)
+        return None, dwte, dwpe, *(None,) * 4
 
 
 def takes(wte, wpe):
@@ -270,11 +257,12 @@ def takes(wte, wpe):
     return can_run(wte) and wte.dtype == wpe.dtype
 
 
-def embedding(idx, wte, wpe, dropout_p=0.0, seed=None, dtype=None):
+def embedding(idx, wte, wpe, dropout_p=0.0, seed=None, dtype=None, row=""):
     """(dropout(wte[idx] + wpe[:T]) [B, T, C], wte again for the tied head) of ids idx [B, T] int64; wte [V, C], wpe [>=T, C].
 
-    x is in dtype, None: the weights'. seed is an int64 tensor of one element, needed for dropout. An id outside the vocabulary
-    gives nan. Raises ValueError for shapes that do not match.
+    x is in dtype, None: the weights'. seed is an int64 tensor of one element, needed for dropout. row: a launch configuration
+    (configs.EmbeddingConfig.text), "" the table's. An id outside the vocabulary gives nan. Raises ValueError for shapes that do not
+    match.
     """
     if (
         idx.dim() != 2
@@ -289,4 +277,4 @@ def embedding(idx, wte, wpe, dropout_p=0.0, seed=None, dtype=None):
         )
     check_dtype(wte)
     check_seed(dropout_p, seed)
-    return _Tied.apply(idx, wte, wpe, dropout_p, seed, dtype or wte.dtype)
+    return _Embedding.apply(idx, wte, wpe, dropout_p, seed, dtype or wte.dtype, row)

@@ -12,7 +12,7 @@ with `recompute` not post. Backward, of dy:
 
 The two GEMMs that end or begin with the activation, h w_fc^T and dy w_proj, are one Triton kernel with two epilogues:
 the first writes pre and post, the second reads pre, writes dpre (and post, where that was not kept) and sums the columns
-of its tile for db_fc, which a second kernel adds up in a fixed order. The other four GEMMs have nothing to fuse: cuBLAS does them.
+of its tile for db_fc, which torch.sum then adds up. The other four GEMMs have nothing to fuse: cuBLAS does them.
 
 GELU(x) = max(x, 0) - |x| PHI(|x|), where PHI(t) = P[X < -t] = 2^poly(t): log2 PHI is smooth, and a polynomial of degree 7 has
 it to 5e-6, relatively, tail included. docs/fit_gelu.py fits it and shows that over all fp16 and bf16 inputs it rounds more of
@@ -30,18 +30,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.kernels import configs
+from fastgpt.kernels.accumulate import weight_gradient
 from fastgpt.kernels.common import (
-    Op,
     can_run,
     cast,
     compute_dtype,
-    grad_of,
+    forbid_double_backward,
+    kernel_op,
     like,
     mm,
     needs_grad,
     precision,
     project,
-    row_sums,
+    sum_rows,
 )
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -166,34 +167,15 @@ def _mlp_gemm(
                     tl.store(pre + out, z, mask)
 
 
-@triton.jit
-def _mlp_column_sums(
-    partial_ptr,  # [P, N] fp32
-    out_ptr,  # [N] out
-    P,
-    N,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, P, ROWS):
-        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
-        total += tl.load(
-            partial_ptr + rows[:, None] * N + cols[None, :], (rows < P)[:, None] & (cols < N)[None, :], other=0.0
-        )
-    tl.store(out_ptr + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), cols < N)
-
-
 # ---- launchers ----
 
 
-def _config(*matrices):
+def _config(row, *matrices):
     """The MLPConfig for these matrices, inputs and outputs."""
     aligned = all(
         t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices
     )
-    return configs.gelu_mlp(matrices[0].device, matrices[0].dtype, aligned)
+    return configs.gelu_mlp(matrices[0].device, matrices[0].dtype, aligned, row)
 
 
 def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
@@ -220,100 +202,84 @@ def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
     )  # fmt: skip
 
 
-def gelu_mlp_fwd(
-    h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, fc: Tensor, proj: Tensor,
-    keep_pre: bool, keep_post: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y [..., C], pre [M, F], post [M, F]) of h [..., C], in h's dtype; pre and post are empty where they are not kept.
-
-    fc and proj are w_fc and w_proj in h's dtype.
-    """
+@kernel_op("y", "pre", "post")
+def gelu_mlp_forward(
+    h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, row: str,
+    y: Tensor, pre: Tensor | None, post: Tensor | None,
+) -> None:  # fmt: skip
+    """Write y [..., C] of h [..., C], and pre and post [M, F] where they are kept. The weights are in h's dtype."""
     h2, F = h.reshape(-1, h.size(-1)), w_fc.size(0)
-    post = torch.empty((h2.size(0), F), dtype=h.dtype, device=h.device)
-    pre = like(post, h.dtype) if keep_pre else None
-    _launch_gemm(h2, fc, F, pre, post, None, b_fc, None, _config(h2, fc, post), backward=False)
-    y = like(h, h.dtype)
-    project(post, proj, b_proj, y.view(h2.shape))
-    return y, h.new_empty(0) if pre is None else pre, post if keep_post else h.new_empty(0)
+    activation = torch.empty((h2.size(0), F), dtype=h.dtype, device=h.device) if post is None else post
+    _launch_gemm(h2, w_fc, F, pre, activation, None, b_fc, None, _config(row, h2, w_fc, activation), backward=False)
+    project(activation, w_proj, b_proj, y.view(h2.shape))
 
 
-def gelu_mlp_bwd(
-    dy: Tensor, h: Tensor, pre: Tensor, post: Tensor, fc: Tensor, proj: Tensor, w_fc_dtype: torch.dtype,
-    b_fc_dtype: torch.dtype | None, w_proj_dtype: torch.dtype, b_proj_dtype: torch.dtype | None,
-    into_fc: Tensor | None = None, into_proj: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dh, dw_fc, db_fc, dw_proj, db_proj) in the dtypes given, the biases' empty where they have none; post may be empty.
+@kernel_op("dh", "dw_fc", "db_fc", "dw_proj", "db_proj")
+def gelu_mlp_backward(
+    dy: Tensor, h: Tensor, pre: Tensor, post: Tensor | None, w_fc: Tensor, w_proj: Tensor, row: str, add_fc: bool, add_proj: bool,
+    dh: Tensor, dw_fc: Tensor, db_fc: Tensor | None, dw_proj: Tensor, db_proj: Tensor | None,
+) -> None:  # fmt: skip
+    """Write all gradients of dy [..., C], a bias's where it is wanted; dw_fc and dw_proj are added to where add_fc, add_proj, then fp32.
 
-    With into_fc or into_proj, fp32, dw_fc or dw_proj is added to that, and empty. Never so as a custom op, which would have to say it.
+    Where post was not kept it is computed again, of pre.
     """
     dy2, h2 = dy.reshape(-1, dy.size(-1)).to(h.dtype), h.reshape(-1, h.size(-1))
     M, F = pre.shape
-    config = _config(dy2, proj, pre)
+    config = _config(row, dy2, w_proj, pre)
     dpre = like(pre, pre.dtype)
-    recomputed = None if post.numel() == pre.numel() else like(pre, pre.dtype)
+    recomputed = like(pre, pre.dtype) if post is None else None
     tiles = triton.cdiv(M, config.block_m)
-    partial = None if b_fc_dtype is None else torch.empty((tiles, F), dtype=torch.float32, device=h.device)
-    _launch_gemm(dy2, proj, F, pre, recomputed, dpre, None, partial, config, backward=True)
-    db_fc = torch.empty(0 if b_fc_dtype is None else F, dtype=b_fc_dtype, device=h.device)
-    if partial is not None:
-        _mlp_column_sums[(triton.cdiv(F, config.sum_columns),)](
-            partial, db_fc, tiles, F, ROWS=config.sum_rows, COLUMNS=config.sum_columns
-        )
-    dw_proj = mm(dy2.t(), post if recomputed is None else recomputed, w_proj_dtype, into_proj)
-    dh = mm(dpre, fc, h.dtype).view(h.shape)
-    dw_fc = mm(dpre.t(), h2, w_fc_dtype, into_fc)
-    dw_fc, dw_proj = (h.new_empty(0) if dw is None else dw for dw in (dw_fc, dw_proj))
-    return dh, dw_fc, db_fc, dw_proj, row_sums(dy2, b_proj_dtype)
+    partial = None if db_fc is None else torch.empty((tiles, F), dtype=torch.float32, device=h.device)
+    _launch_gemm(dy2, w_proj, F, pre, recomputed, dpre, None, partial, config, backward=True)
+    if db_fc is not None:
+        sum_rows(partial, db_fc)
+    mm(dy2.t(), recomputed if post is None else post, dw_proj, add_proj)
+    torch.mm(dpre, w_fc, out=dh.view(h2.shape))
+    mm(dpre.t(), h2, dw_fc, add_fc)
+    sum_rows(dy2, db_proj)
 
 
 # ---- what torch needs to know ----
 
 
-def _fake_forward(h, w_fc, b_fc, w_proj, b_proj, fc, proj, keep_pre, keep_post):
-    shape = h.numel() // h.size(-1), w_fc.size(0)
-    return like(h, h.dtype), h.new_empty(shape if keep_pre else 0), h.new_empty(shape if keep_post else 0)
+class _GeluMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, w_fc, b_fc, w_proj, b_proj, low_fc, low_proj, keep_pre, keep_post, row):
+        """low_fc and low_proj are the weights in h's dtype."""
+        hidden = h.numel() // h.size(-1), w_fc.size(0)
+        y = like(h, h.dtype)
+        pre, post = (h.new_empty(hidden) if kept else None for kept in (keep_pre, keep_post))
+        gelu_mlp_forward(h, low_fc, b_fc, low_proj, b_proj, row, y, pre, post)
+        ctx.save_for_backward(h, pre, post, low_fc, low_proj)
+        ctx.weights, ctx.row = (w_fc, w_proj), row  # not saved: their values are not read, and may change
+        ctx.bias_dtypes = [None if b is None else b.dtype for b in (b_fc, b_proj)]
+        return y
 
-
-def _fake_backward(
-    dy, h, pre, post, fc, proj, w_fc_dtype, b_fc_dtype, w_proj_dtype, b_proj_dtype, into_fc=None, into_proj=None
-):
-    db_fc = h.new_empty(0 if b_fc_dtype is None else fc.size(0), dtype=b_fc_dtype or torch.float32)
-    db_proj = h.new_empty(0 if b_proj_dtype is None else proj.size(0), dtype=b_proj_dtype or torch.float32)
-    return like(h, h.dtype), like(fc, w_fc_dtype), db_fc, like(proj, w_proj_dtype), db_proj
-
-
-def _setup(ctx, inputs, output):
-    h, *weights, fc, proj, _, _ = inputs  # w_fc, b_fc, w_proj, b_proj
-    _, pre, post = output
-    ctx.save_for_backward(h, pre, post, fc, proj)
-    ctx.weights = weights[0], weights[2]  # not saved: their values are not read, and may change
-    ctx.dtypes = [None if w is None else w.dtype for w in weights]
-    ctx.mark_non_differentiable(pre, post)
-    ctx.set_materialize_grads(False)  # else zeros are filled for these, as large as they are
-
-
-def _gradients(launch, ctx, dy, *_):
-    if dy is None:
-        return (None,) * 9
-    into = [grad_of(w) for w in ctx.weights]
-    dh, dw_fc, db_fc, dw_proj, db_proj = launch(dy, *ctx.saved_tensors, *ctx.dtypes, *into)
-    _, b_fc, _, b_proj = ctx.dtypes
-    dw_fc, dw_proj = (dw if grad is None else None for dw, grad in zip((dw_fc, dw_proj), into, strict=True))
-    return dh, dw_fc, None if b_fc is None else db_fc, dw_proj, None if b_proj is None else db_proj, *(None,) * 4
-
-
-_gelu_mlp = Op("gelu_mlp", gelu_mlp_fwd, _fake_forward, gelu_mlp_bwd, _fake_backward, _setup, _gradients)
+    @staticmethod
+    @forbid_double_backward("gelu_mlp")
+    def backward(ctx, dy):
+        h, pre, post, low_fc, low_proj = ctx.saved_tensors
+        (dw_fc, add_fc), (dw_proj, add_proj) = (weight_gradient(w, w.dtype) for w in ctx.weights)
+        db_fc, db_proj = (
+            None if dtype is None else h.new_empty(w.size(0), dtype=dtype)
+            for w, dtype in zip(ctx.weights, ctx.bias_dtypes, strict=True)
+        )
+        dh = like(h, h.dtype)
+        gelu_mlp_backward(
+            dy, h, pre, post, low_fc, low_proj, ctx.row, add_fc, add_proj, dh, dw_fc, db_fc, dw_proj, db_proj
+        )
+        return dh, None if add_fc else dw_fc, db_fc, None if add_proj else dw_proj, db_proj, *(None,) * 5
 
 
 takes = can_run  # any h, wherever Triton runs
 
 
-def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, shadows=(None, None)):
+def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, row=""):
     """GELU(h w_fc^T + b_fc) w_proj^T + b_proj, [..., C], in autocast's dtype where that is on, else in h's.
 
     h [..., C]; w_fc [F, C], w_proj [C, F]; b_fc [F] and b_proj [C], or None. `recompute` saves half of the memory between forward
-    and backward, and gives the same bits. shadows: w_fc and w_proj in the compute dtype, where the caller keeps them. Raises
-    ValueError for shapes that do not match.
+    and backward, and gives the same bits. A weight's shadow is read where it has one (fastgpt.shadows). row: a launch configuration
+    (configs.MLPConfig.text), "" the table's. Raises ValueError for shapes that do not match.
     """
     C, F = h.size(-1), w_fc.size(0)
     biases = [(b, n) for b, n in ((b_fc, F), (b_proj, C)) if b is not None]
@@ -321,6 +287,6 @@ def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, shadows=(None, None
         raise ValueError(f"gelu_mlp: h {tuple(h.shape)}, w_fc {tuple(w_fc.shape)}, w_proj {tuple(w_proj.shape)}")
     dtype = compute_dtype(h)
     grad = needs_grad(h, w_fc, b_fc, w_proj, b_proj)
-    fc, proj = (cast(w, dtype, shadow) for w, shadow in zip((w_fc, w_proj), shadows, strict=True))
     b_fc = None if b_fc is None else b_fc.contiguous()  # the kernel reads it without a stride
-    return _gelu_mlp(h.to(dtype), w_fc, b_fc, w_proj, b_proj, fc, proj, grad, grad and not recompute)[0]
+    low_fc, low_proj = cast(w_fc, dtype), cast(w_proj, dtype)
+    return _GeluMLP.apply(h.to(dtype), w_fc, b_fc, w_proj, b_proj, low_fc, low_proj, grad, grad and not recompute, row)

@@ -14,8 +14,8 @@ Backward, of the gradients dstream' and dh, in one pass over the rows:
     dstream = dx, in the stream's dtype;  dbranch = dropout'(dx), in the branch's
     dweight = the sum over rows of dh * xhat;  dbias = the sum of dh
 
-A program takes every PROGRAMS-th row and keeps its sums of dweight and dbias in registers; a second kernel adds the
-programs' sums in their order. No atomics: the same bits every time, whatever the number of SMs.
+A program takes every PROGRAMS-th row and keeps its sums of dweight and dbias in registers; torch.sum then adds the programs' sums.
+No atomics: the same bits every time.
 
 Without dropout, dbranch in the stream's own dtype is dx, and is not written a second time.
 
@@ -29,7 +29,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import Op, can_run, check_seed, compute_dtype, keep, kept_scale, like, once, rows
+from fastgpt.kernels.common import (
+    can_run,
+    check_seed,
+    compute_dtype,
+    dropout_keep_mask,
+    forbid_double_backward,
+    kept_scale,
+    kernel_op,
+    like,
+    rows,
+)
 
 # Rows are shared by a fixed number of programs, so that the order of the sums does not depend on the GPU: about four a
 # SM on an H100, and 3 MB of partial sums at C = 768.
@@ -72,7 +82,7 @@ def _norm_forward(
         branch_ptrs = branch_ptr + b * stride_bb + t * stride_bt + cols * stride_bn
         branch = tl.load(branch_ptrs, mask, other=0.0).to(tl.float32)
         if DROPOUT:
-            branch = tl.where(keep(seed_ptr, row * N + cols, p), branch * scale, 0.0)
+            branch = tl.where(dropout_keep_mask(seed_ptr, row * N + cols, p), branch * scale, 0.0)
         # Normalised is what is stored, rounding included: the backward reads no other.
         x = (x + branch).to(stream_ptr.dtype.element_ty)
         tl.store(stream_ptr + row * N + cols, x, mask)
@@ -144,211 +154,87 @@ def _norm_backward(
         tl.store(dx_ptr + row * N + cols, dx.to(dx_ptr.dtype.element_ty), mask)
         if HAS_BRANCH:
             if DROPOUT:
-                dx = tl.where(keep(seed_ptr, row * N + cols, p), dx * scale, 0.0)
+                dx = tl.where(dropout_keep_mask(seed_ptr, row * N + cols, p), dx * scale, 0.0)
             tl.store(dbranch_ptr + row * N + cols, dx.to(dbranch_ptr.dtype.element_ty), mask)
     tl.store(partial_ptr + program * N + cols, dweight, mask)
     tl.store(partial_ptr + (programs + program) * N + cols, dbias, mask)
 
 
-@triton.jit
-def _norm_reduce(
-    partial_ptr,  # [2, P, N] fp32
-    dweight_ptr,  # [N] out
-    dbias_ptr,  # [N] out, where HAS_BIAS
-    P,
-    N,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    lanes = tl.arange(0, ROWS)
-    dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
-    dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, P, ROWS):
-        offsets = (start + lanes)[:, None] * N + cols[None, :]
-        mask = (start + lanes < P)[:, None] & (cols < N)[None, :]
-        dweight += tl.load(partial_ptr + offsets, mask, other=0.0)
-        if HAS_BIAS:
-            dbias += tl.load(partial_ptr + P * N + offsets, mask, other=0.0)
-    tl.store(dweight_ptr + cols, tl.sum(dweight, 0).to(dweight_ptr.dtype.element_ty), cols < N)
-    if HAS_BIAS:
-        tl.store(dbias_ptr + cols, tl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty), cols < N)
-
-
 # ---- launchers ----
 
 
-def _launch_forward(x, branch, weight, bias, eps, p, seed, dtype):
+@kernel_op("stream", "h", "stats")
+def layer_norm_forward(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, p: float, seed: Tensor | None, row: str,
+    stream: Tensor | None, h: Tensor, stats: Tensor,
+) -> None:  # fmt: skip
+    """Write h [..., C] and stats [2, rows] fp32, each row's mean and rstd, of x [..., C]; with a branch also their sum, the stream."""
     N = x.size(-1)
-    config = configs.layer_norm(N)
     M = x.numel() // N
-    h = torch.empty(x.shape, dtype=dtype, device=x.device)
-    stream = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    stats = torch.empty((2, M), dtype=torch.float32, device=x.device)
     x3, b3 = rows(x), None if branch is None else rows(branch)
     strides = *x3.stride(), *(x3 if b3 is None else b3).stride()
     if M:
         _norm_forward[(M,)](
             x3, b3, weight, bias, seed, stream, h, stats, M, x3.size(1), *strides, eps, p, kept_scale(p),
             N=N, BLOCK=triton.next_power_of_2(N), HAS_BRANCH=branch is not None, HAS_BIAS=bias is not None,
-            DROPOUT=p > 0, num_warps=config.forward_warps,
+            DROPOUT=p > 0, num_warps=configs.layer_norm(N, row).forward_warps,
         )  # fmt: skip
-    return stream, h, stats
 
 
-def _launch_backward(dh, dstream, stream, stats, weight, has_bias, p, seed, branch_dtype):
+@kernel_op("dx", "dbranch", "sums")
+def layer_norm_backward(
+    dh: Tensor, dstream: Tensor | None, stream: Tensor, stats: Tensor, weight: Tensor, p: float, seed: Tensor | None, row: str,
+    dx: Tensor, dbranch: Tensor | None, sums: Tensor,
+) -> None:  # fmt: skip
+    """Write dx [..., C], where wanted dbranch [..., C], and sums [1 or 2, C] fp32: dweight and, where there is a bias, dbias."""
     N = stream.size(-1)
-    config = configs.layer_norm(N)
     M = stream.numel() // N
-    dx = torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
-    has_branch = branch_dtype is not None
-    dbranch = torch.empty(stream.shape, dtype=branch_dtype, device=stream.device) if has_branch else None
     programs = min(M, PROGRAMS)
     partial = torch.empty((2, programs, N), dtype=torch.float32, device=stream.device)
-    dweight = torch.empty_like(weight)
-    dbias = torch.empty_like(weight) if has_bias else None
     h3, s3, d3 = rows(dh), rows(stream), None if dstream is None else rows(dstream)
     strides = *h3.stride(), *(h3 if d3 is None else d3).stride(), *s3.stride()
     if M:
         _norm_backward[(programs,)](
             h3, d3, s3, stats, weight, seed, dx, dbranch, partial,
             M, h3.size(1), *strides, p, kept_scale(p),
-            N=N, BLOCK=triton.next_power_of_2(N), HAS_DSTREAM=dstream is not None, HAS_BRANCH=has_branch,
-            DROPOUT=p > 0, num_warps=config.backward_warps,
+            N=N, BLOCK=triton.next_power_of_2(N), HAS_DSTREAM=dstream is not None, HAS_BRANCH=dbranch is not None,
+            DROPOUT=p > 0, num_warps=configs.layer_norm(N, row).backward_warps,
         )  # fmt: skip
-    _norm_reduce[(triton.cdiv(N, config.reduce_columns),)](
-        partial, dweight, dbias, programs, N, ROWS=config.reduce_rows, COLUMNS=config.reduce_columns, HAS_BIAS=has_bias
-    )
-    return dx, dbranch, dweight, dbias
-
-
-def layer_norm_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(h [..., C] in dtype, mean and rstd [2, rows] fp32) of x [..., C]."""
-    return _launch_forward(x, None, weight, bias, eps, 0.0, None, dtype)[1:]
-
-
-def layer_norm_bwd(
-    dh: Tensor, dstream: Tensor | None, x: Tensor, stats: Tensor, weight: Tensor, has_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias); dbias is empty without a bias. dstream, x's gradient by another way, is added to dx."""
-    dx, _, dweight, dbias = _launch_backward(dh, dstream, x, stats, weight, has_bias, 0.0, None, None)
-    return dx, dweight, weight.new_empty(0) if dbias is None else dbias
-
-
-def add_layer_norm_fwd(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float, p: float, seed: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(stream [..., C] in x's dtype, h [..., C] in dtype, mean and rstd [2, rows] fp32) of x and branch [..., C]."""
-    return _launch_forward(x, branch, weight, bias, eps, p, seed, dtype)
-
-
-def add_layer_norm_bwd(
-    dh: Tensor, dstream: Tensor | None, stream: Tensor, stats: Tensor, weight: Tensor, has_bias: bool,
-    p: float, seed: Tensor | None, branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx in the stream's dtype, dbranch in branch_dtype, dweight, dbias); dbranch is empty where that is None, dbias without a bias."""
-    grads = _launch_backward(dh, dstream, stream, stats, weight, has_bias, p, seed, branch_dtype)
-    return tuple(weight.new_empty(0) if g is None else g for g in grads)
+    torch.sum(partial[: len(sums)], 1, out=sums)
 
 
 # ---- what torch needs to know ----
 
 
-def _statistics(x):
-    return x.new_empty((2, x.numel() // x.size(-1)), dtype=torch.float32)
-
-
-def _fake_bias(weight, has_bias):
-    return torch.empty_like(weight) if has_bias else weight.new_empty(0)
-
-
-def _setup(ctx, inputs, output):
-    x, weight, bias, *_ = inputs
-    _, stats = output
-    ctx.save_for_backward(x, stats, weight)
-    ctx.has_bias = bias is not None
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats)
-
-
-def _gradients(launch, ctx, dh, *_):
-    x, stats, weight = ctx.saved_tensors
-    if dh is None:
-        return (None,) * 5
-    dx, dweight, dbias = launch(dh, None, x, stats, weight, ctx.has_bias)
-    return dx, dweight, dbias if ctx.has_bias else None, None, None
-
-
-def _add_setup(ctx, inputs, output):
-    _, branch, weight, bias, _, p, seed, _ = inputs
-    stream, _, stats = output
-    ctx.save_for_backward(stream, stats, weight, seed)
-    ctx.has_bias, ctx.p, ctx.branch_dtype = bias is not None, p, branch.dtype
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats)
-
-
-def _add_gradients(launch, ctx, dstream, dh, *_):
-    stream, stats, weight, seed = ctx.saved_tensors
-    if dh is None:  # h went unused: zeros of stride 0 cost nothing
-        dh = stream.new_zeros(1).expand(stream.shape)
-    same = ctx.p == 0 and ctx.branch_dtype == stream.dtype  # dbranch is then dx
-    dx, dbranch, dweight, dbias = launch(
-        dh, dstream, stream, stats, weight, ctx.has_bias, ctx.p, seed, None if same else ctx.branch_dtype
-    )
-    return dx, dx if same else dbranch, dweight, dbias if ctx.has_bias else None, None, None, None, None
-
-
-_layer_norm = Op(
-    "layer_norm",
-    layer_norm_fwd,
-    lambda x, weight, bias, eps, dtype: (like(x, dtype), _statistics(x)),
-    layer_norm_bwd,
-    lambda dh, dstream, x, stats, weight, has_bias: (
-        like(x, x.dtype), torch.empty_like(weight), _fake_bias(weight, has_bias)
-    ),
-    _setup,
-    _gradients,
-)  # fmt: skip
-_add_layer_norm = Op(
-    "add_layer_norm",
-    add_layer_norm_fwd,
-    lambda x, branch, weight, bias, eps, p, seed, dtype: (like(x, x.dtype), like(x, dtype), _statistics(x)),
-    add_layer_norm_bwd,
-    lambda dh, dstream, stream, stats, weight, has_bias, p, seed, branch_dtype: (
-        like(stream, stream.dtype), weight.new_empty(0) if branch_dtype is None else like(stream, branch_dtype),
-        torch.empty_like(weight), _fake_bias(weight, has_bias),
-    ),
-    _add_setup,
-    _add_gradients,
-)  # fmt: skip
-
-
-def _keeping_gradients(ctx, dstream, dh, *_):
-    x, stats, weight = ctx.saved_tensors
-    if dh is None:
-        return dstream, None, None, None, None
-    launch = _layer_norm.custom_backward if torch.compiler.is_compiling() else _layer_norm.backward
-    dx, dweight, dbias = launch(dh, dstream, x, stats, weight, ctx.has_bias)
-    return dx, dweight, dbias if ctx.has_bias else None, None, None
-
-
-class _Keeping(torch.autograd.Function):
-    """layer_norm, and x again for the stream that goes on: its gradient comes back this way, and is added where dx is made."""
+class _AddLayerNorm(torch.autograd.Function):
+    """(the stream, its LayerNorm). Without a branch the stream is x: its gradient comes back this way, and is added where dx is made."""
 
     @staticmethod
-    def forward(x, weight, bias, eps, dtype):
-        op = _layer_norm.custom if torch.compiler.is_compiling() else _layer_norm.forward
-        return x.view_as(x), *op(x, weight, bias, eps, dtype)
+    def forward(ctx, x, branch, weight, bias, eps, p, seed, dtype, row):
+        stream, h = None if branch is None else like(x, x.dtype), like(x, dtype)
+        stats = torch.empty((2, x.numel() // x.size(-1)), dtype=torch.float32, device=x.device)
+        layer_norm_forward(x, branch, weight, bias, eps, p, seed, row, stream, h, stats)
+        ctx.save_for_backward(x if branch is None else stream, stats, weight, seed)
+        ctx.has_bias, ctx.p, ctx.row = bias is not None, p, row
+        ctx.branch_dtype = None if branch is None else branch.dtype
+        ctx.set_materialize_grads(False)
+        return x.view_as(x) if branch is None else stream, h
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        _setup(ctx, inputs, output[1:])
-
-    backward = staticmethod(once("layer_norm", _keeping_gradients))
+    @forbid_double_backward("layer_norm")
+    def backward(ctx, dstream, dh):
+        stream, stats, weight, seed = ctx.saved_tensors
+        if dh is None and ctx.branch_dtype is None:
+            return dstream, *(None,) * 8
+        if dh is None:  # h went unused: zeros of stride 0 cost nothing
+            dh = stream.new_zeros(1).expand(stream.shape)
+        same = ctx.p == 0 and ctx.branch_dtype == stream.dtype  # dbranch is then dx
+        dx = like(stream, stream.dtype)
+        dbranch = None if same or ctx.branch_dtype is None else like(stream, ctx.branch_dtype)
+        sums = torch.empty((1 + ctx.has_bias, stream.size(-1)), dtype=torch.float32, device=stream.device)
+        layer_norm_backward(dh, dstream, stream, stats, weight, ctx.p, seed, ctx.row, dx, dbranch, sums)
+        dweight, *dbias = sums.to(weight.dtype)
+        return dx, dx if same else dbranch, dweight, dbias[0] if ctx.has_bias else None, *(None,) * 5
 
 
 def takes(x, branch=None):
@@ -358,33 +244,33 @@ def takes(x, branch=None):
     return can_run(x) and x.dim() > 0 and 0 < x.size(-1) <= configs.LAYER_NORM[-1].max_width and fits
 
 
-def _vectors(x, weight, bias):
-    """weight and bias as the kernels read them, dense. Raises ValueError where they are not of x's width."""
-    if x.dim() < 1 or any(t is not None and t.shape != x.shape[-1:] for t in (weight, bias)):
-        shapes = [None if t is None else tuple(t.shape) for t in (weight, bias)]
-        raise ValueError(f"layer_norm: weight and bias of {shapes[0]} and {shapes[1]} for x of {tuple(x.shape)}")
-    return weight.contiguous(), None if bias is None else bias.contiguous()
-
-
-def layer_norm(x, weight, bias=None, eps=1e-5):
+def layer_norm(x, weight, bias=None, eps=1e-5, row=""):
     """LayerNorm over the last dimension of x [..., C], C to 8192; weight [C], bias [C] or None.
 
-    The answer is in autocast's dtype where that is on, else in x's. Raises ValueError for a shape it does not take.
+    The answer is in autocast's dtype where that is on, else in x's. row: a launch configuration (configs.NormConfig.text), "" the
+    table's. Raises ValueError for a shape it does not take.
     """
-    return _layer_norm(x, *_vectors(x, weight, bias), eps, compute_dtype(x))[0]
+    return add_layer_norm(x, None, weight, bias, eps, row=row)[1]
 
 
-def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, dropout_p=0.0, seed=None):
+def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, dropout_p=0.0, seed=None, row=""):
     """(x + dropout(branch), its LayerNorm), each [..., C]: the first in the wider of their dtypes, the second as `layer_norm`'s.
 
     Without a branch, None, the first is x. seed is an int64 tensor of one element, needed for dropout. Raises ValueError for shapes
     that do not match.
     """
+    if x.dim() < 1 or any(t is not None and t.shape != x.shape[-1:] for t in (weight, bias)):
+        shapes = [None if t is None else tuple(t.shape) for t in (weight, bias)]
+        raise ValueError(f"layer_norm: weight and bias of {shapes[0]} and {shapes[1]} for x of {tuple(x.shape)}")
     if branch is None:
-        return _Keeping.apply(x, *_vectors(x, weight, bias), eps, compute_dtype(x))[:2]
-    if x.shape != branch.shape:
+        dropout_p, seed = 0.0, None
+    elif x.shape != branch.shape:
         raise ValueError(f"add_layer_norm: a branch of {tuple(branch.shape)} for a stream of {tuple(x.shape)}")
-    check_seed(dropout_p, seed)
-    if x.dtype not in (torch.float32, branch.dtype):  # the usual streams hold the branch
+    elif x.dtype not in (torch.float32, branch.dtype):  # the usual streams hold the branch
         x = x.to(torch.promote_types(x.dtype, branch.dtype))
-    return _add_layer_norm(x, branch, *_vectors(x, weight, bias), eps, dropout_p, seed, compute_dtype(x))[:2]
+    check_seed(dropout_p, seed)
+    weight, bias = (
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+    )  # the kernel reads them without a stride
+    return _AddLayerNorm.apply(x, branch, weight, bias, eps, dropout_p, seed, compute_dtype(x), row)

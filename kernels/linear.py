@@ -6,8 +6,8 @@ Shapes: x [..., K]; w [N, K]; b [N] or None. Saved: x, and w in the compute dtyp
 
 All three products are cuBLAS's. What is won is around them: the weight comes in the compute dtype, from its shadow where one is
 kept; and dw leaves the GEMM in the weight's own dtype, fp32 in training, where PyTorch under autocast rounds it to 16 bits and casts
-it back in a kernel of its own; or it is added to the gradient that the weight has already in that GEMM (`common.grad_of`). So no
-element of a weight or of its gradient is moved but by a GEMM, and the gradient is more exact.
+it back in a kernel of its own. Or that GEMM adds it to the gradient that the weight has already (accumulate.py). No other kernel moves
+an element of a weight or of its gradient, and the gradient is more exact.
 
 Bytes beside the GEMMs': none; nanoGPT's casts move 6 for each element of w in each direction. FLOPs: 2 K N a row forward, 4 K N
 backward.
@@ -16,73 +16,73 @@ backward.
 import torch
 from torch import Tensor
 
-from fastgpt.kernels.common import Op, can_run, cast, compute_dtype, grad_of, like, mm, project, row_sums
+from fastgpt.kernels.accumulate import weight_gradient
+from fastgpt.kernels.common import (
+    can_run,
+    cast,
+    compute_dtype,
+    forbid_double_backward,
+    kernel_op,
+    like,
+    mm,
+    project,
+    sum_rows,
+)
 
 
-def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
-    """y [..., N] in x's dtype; low is the weight in that dtype."""
-    y = x.new_empty((*x.shape[:-1], low.size(0)))
-    project(x.reshape(-1, x.size(-1)), low, bias, y.view(-1, low.size(0)))
-    return y
+@kernel_op("y")
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Write y [..., N] of x [..., K] and weight [N, K] in x's dtype."""
+    project(x.reshape(-1, x.size(-1)), weight, bias, y.view(-1, y.size(-1)))
 
 
-def linear_bwd(
-    dy: Tensor, x: Tensor, low: Tensor, w_dtype: torch.dtype, b_dtype: torch.dtype | None, into: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [..., K] in x's dtype, dw [N, K] and db [N] in the dtypes given); db is empty without a bias.
-
-    With `into` [N, K], fp32, dw is added to that, and the answer's empty. Never so as a custom op, which would have to say it.
-    """
+@kernel_op("dx", "dw", "db")
+def linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, accumulate: bool, dx: Tensor, dw: Tensor, db: Tensor | None
+) -> None:
+    """Write dx [..., K], dw [N, K] and where wanted db [N] of dy [..., N]; dw is added to where `accumulate`, then fp32."""
     dy2, x2 = dy.reshape(-1, dy.size(-1)).to(x.dtype), x.reshape(-1, x.size(-1))
-    dw = mm(dy2.t(), x2, w_dtype, into)
-    return torch.mm(dy2, low).view(x.shape), x.new_empty(0) if dw is None else dw, row_sums(dy2, b_dtype)
+    mm(dy2.t(), x2, dw, accumulate)
+    torch.mm(dy2, weight, out=dx.view(x2.shape))
+    sum_rows(dy2, db)
 
 
 # ---- what torch needs to know ----
 
 
-def _setup(ctx, inputs, output):
-    x, weight, bias, low = inputs
-    ctx.save_for_backward(x, low)
-    ctx.weight = weight  # not saved: its values are not read, and may change
-    ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, low):
+        """low is the weight in x's dtype."""
+        y = x.new_empty((*x.shape[:-1], low.size(0)))
+        linear_forward(x, low, bias, y)
+        ctx.save_for_backward(x, low)
+        ctx.weight = weight  # not saved: its values are not read, and may change
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
 
-
-def _gradients(launch, ctx, dy):
-    into = grad_of(ctx.weight)
-    dx, dw, db = launch(dy, *ctx.saved_tensors, *ctx.dtypes, into)
-    return dx, dw if into is None else None, None if ctx.dtypes[1] is None else db, None
-
-
-_linear = Op(
-    "linear",
-    linear_fwd,
-    lambda x, weight, bias, low: x.new_empty((*x.shape[:-1], low.size(0))),
-    linear_bwd,
-    lambda dy, x, low, w_dtype, b_dtype, into=None: (
-        like(x, x.dtype),
-        like(low, w_dtype),
-        x.new_empty(0 if b_dtype is None else low.size(0), dtype=b_dtype or torch.float32),
-    ),
-    _setup,
-    _gradients,
-)
+    @staticmethod
+    @forbid_double_backward("linear")
+    def backward(ctx, dy):
+        x, low = ctx.saved_tensors
+        dw, accumulate = weight_gradient(ctx.weight, ctx.weight.dtype)
+        db = None if ctx.bias_dtype is None else dy.new_empty(dy.size(-1), dtype=ctx.bias_dtype)
+        dx = like(x, x.dtype)
+        linear_backward(dy, x, low, accumulate, dx, dw, db)
+        return dx, None if accumulate else dw, db, None
 
 
 takes = can_run  # any x, wherever the other kernels run
 
 
-def linear(x, weight, bias=None, shadow=None):
+def linear(x, weight, bias=None):
     """x weight^T + bias, [..., N], in autocast's dtype where that is on, else in x's.
 
-    x [..., K]; weight [N, K]; bias [N] or None. shadow is the weight in the compute dtype, where the caller keeps one. Raises
-    ValueError for shapes that do not match.
+    x [..., K]; weight [N, K]; bias [N] or None. A weight's shadow is read where it has one (fastgpt.shadows). Raises ValueError for
+    shapes that do not match.
     """
-    if (
-        weight.dim() != 2
-        or x.size(-1) != weight.size(1)
-        or any(t is not None and t.shape != s for t, s in ((bias, weight.shape[:1]), (shadow, weight.shape)))
-    ):
-        raise ValueError(f"linear: x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias and shadow of other shapes")
+    if weight.dim() != 2 or x.size(-1) != weight.size(1) or (bias is not None and bias.shape != weight.shape[:1]):
+        shape = None if bias is None else tuple(bias.shape)
+        raise ValueError(f"linear: x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {shape}")
     dtype = compute_dtype(x)
-    return _linear(x.to(dtype), weight, bias, cast(weight, dtype, shadow))
+    return _Linear.apply(x.to(dtype), weight, bias, cast(weight, dtype))

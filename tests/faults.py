@@ -13,7 +13,7 @@ from fastgpt.verify import Shape
 
 SHAPE = Shape(2, 70, 48, 3, 97)  # more than a block of queries, of keys, of rows; heads and a width of no power of two
 DROPOUT = Shape(1, 40, 32, 2, 65, dropout=0.2)
-DOCUMENTS = Shape(1, 70, 32, 2, 65, documents=True)
+DOCUMENTS = Shape(1, 70, 32, 2, 65, doc_mask=True)
 FAULTS = {  # op, what is wrong, the text, what stands there instead, and the shape that shows it
     "layer_norm": [
         ("a wrong eps", "/ N + eps)", "/ N + 2 * eps)", SHAPE),

@@ -43,7 +43,7 @@ def pairs(T):
 CASES = {  # name: (op, shape, blocks of each launch that run, {kernel: (unit, how many units those blocks are)})
     "layer_norm": ("layer_norm", Shape(2, T, C, 12, 65), None, dict(
         norm_forward=("element", ROWS * C), norm_backward=("element", ROWS * C), norm_reduce=("partial sum", 2 * 512 * C))),
-    "layer_norm, bf16 stream": ("layer_norm", Shape(2, T, C, 12, 65, narrow=True), None, dict(
+    "layer_norm, bf16 stream": ("layer_norm", Shape(2, T, C, 12, 65, narrow_residual=True), None, dict(
         norm_forward=("element", ROWS * C), norm_backward=("element", ROWS * C))),
     "layer_norm, dropout": ("layer_norm", Shape(1, T, C, 12, 65, dropout=0.1), None, dict(
         norm_forward=("element", T * C), norm_backward=("element", T * C))),

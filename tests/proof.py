@@ -117,8 +117,8 @@ CASES = {  # op: {name: (shape, variation or None)}
         "dropout": (S(1, 40, 32, 2, 65, dropout=0.2), None),
         "odd width": (S(1, 33, 131, 1, 17), None),
         "wide": (S(1, 40, 1100, 4, 3), None),  # two blocks of columns; runs of one id longer than a program reads at once
-        "narrow": (S(2, 20, 64, 2, 65, narrow=True), None),
-        "narrow dropout": (S(2, 20, 48, 3, 65, dropout=0.2, narrow=True), None),
+        "narrow_residual": (S(2, 20, 64, 2, 65, narrow_residual=True), None),
+        "narrow dropout": (S(2, 20, 48, 3, 65, dropout=0.2, narrow_residual=True), None),
         "strides": (S(2, 9, 48, 3, 23), "sliced columns"),
         "other strides": (S(2, 9, 48, 3, 23), "some transposed"),
         "unaligned": (S(2, 9, 64, 3, 23), "one further"),
@@ -134,8 +134,8 @@ CASES = {  # op: {name: (shape, variation or None)}
         "2100": (S(1, 5, 2100, 1, 17), None),
         "4100": (S(1, 4, 4100, 1, 17), None),
         "dropout": (S(1, 40, 96, 2, 65, dropout=0.2), None),
-        "narrow": (S(1, 20, 768, 2, 65, narrow=True), None),
-        "narrow dropout": (S(2, 20, 48, 3, 65, dropout=0.2, narrow=True), None),
+        "narrow_residual": (S(1, 20, 768, 2, 65, narrow_residual=True), None),
+        "narrow dropout": (S(2, 20, 48, 3, 65, dropout=0.2, narrow_residual=True), None),
         "strides": (S(2, 9, 48, 3, 23), "sliced columns"),
         "other strides": (S(2, 9, 48, 3, 23), "some transposed"),
         "part of a row": (S(2, 9, 64, 3, 23), "part of a wider row"),
@@ -150,8 +150,8 @@ CASES = {  # op: {name: (shape, variation or None)}
         "D=128": (S(1, 130, 128, 1, 64), None),
         "D=40": (S(1, 70, 40, 1, 64), None),
         "dropout": (S(1, 140, 32, 1, 65, dropout=0.2), None),
-        "documents": (S(2, 129, 32, 1, 64, documents=True), None),  # one more than whole blocks: the last begins with a document's last
-        "documents dropout": (S(1, 70, 16, 1, 65, dropout=0.2, documents=True), None),
+        "doc_mask": (S(2, 129, 32, 1, 64, doc_mask=True), None),  # one more than whole blocks: the last begins with a document's last
+        "documents dropout": (S(1, 70, 16, 1, 65, dropout=0.2, doc_mask=True), None),
         "strides": (S(1, 40, 48, 3, 23), "sliced columns"),
         "other strides": (S(2, 40, 48, 3, 23), "some transposed"),
         "part of a row": (S(2, 40, 64, 2, 23), "part of a wider row"),

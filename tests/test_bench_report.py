@@ -14,7 +14,7 @@ from fastgpt.config import UserError
 
 ROOT = Path(__file__).parents[1]
 SPEED = {"fastgpt": 1.27, "compiled": 1.0, "eager": 0.55, "strongest": 1.13, "quack": 0.9, "liger": 0.8}
-SHAPE = dict(B=32, T=1024, n_embd=768, n_head=12, vocab_size=50304, bias=True, dropout=0.0, documents=False)
+SHAPE = dict(B=32, T=1024, n_embd=768, n_head=12, vocab_size=50304, bias=True, dropout=0.0, doc_mask=False)
 
 
 def benchmark(name, seconds, spread=0.01, **info):

@@ -192,7 +192,7 @@ def test_what_stands_before_a_separator_is_not_read(packed):
 @pytest.fixture
 def documents(workdir):
     """data/documents: GPT-2's tokens by what is known of them, for there is no meta.pkl; a document is of one letter, three times."""
-    folder = workdir / "data" / "documents"
+    folder = workdir / "data" / "doc_mask"
     folder.mkdir(parents=True)
     tokens = np.repeat(np.random.default_rng(0).integers(26, size=1000), 4).astype("<u2")
     tokens[3::4] = tokenizer.GPT2_END_OF_TEXT
@@ -244,7 +244,7 @@ def test_kernels_are_chosen_on_documents(train, monkeypatch):
     )
     train("--doc_mask")
     train()
-    assert shapes[0] == replace(shapes[1], documents=True)
+    assert shapes[0] == replace(shapes[1], doc_mask=True)
 
 
 def test_a_checkpoint_is_sampled_as_it_was_trained(dataset, fastgpt, monkeypatch):

@@ -85,7 +85,7 @@ DOCUMENTS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("doc_mask", DOCUMENTS.values(), ids=DOCUMENTS)
 def test_documents(documents, dtype):
     doc_ids = torch.stack([documents(130), documents(130).flip(0)]).to(DEVICE)
     check(2, 130, 1, 16, dtype, doc_ids=doc_ids)

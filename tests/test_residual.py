@@ -158,4 +158,4 @@ def test_kernels_are_chosen_on_such_a_stream(train, monkeypatch):
     )
     train("--residual=bf16")
     train()
-    assert [s.narrow for s in shapes] == [True, False]
+    assert [s.narrow_residual for s in shapes] == [True, False]

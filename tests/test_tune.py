@@ -114,7 +114,7 @@ def test_what_is_tuned_is_what_a_launch_looks_up(op, monkeypatch):
 def test_a_file_is_of_all_that_it_was_measured_under(monkeypatch):
     here = tuned.conditions(*RUN)
     for other in (
-        dict(dropout=0.1), dict(documents=True), dict(narrow=True), dict(n_embd=32), dict(n_head=4), dict(T=8),
+        dict(dropout=0.1), dict(doc_mask=True), dict(narrow_residual=True), dict(n_embd=32), dict(n_head=4), dict(T=8),
     ):  # fmt: skip
         shape = replace(SHAPE, **other)
         assert tuned.conditions(shape, *RUN[1:]) != here

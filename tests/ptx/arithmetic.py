@@ -139,7 +139,7 @@ def saturated(x, kind):
 
 
 FUNCTIONS = dict(
-    widen=widen, narrow=narrow, fma=fma, fma16=fma16, ftz=ftz, pack=pack, pairs=pairs, pair_up=pair_up, quotient=quotient,
+    widen=widen, narrow_residual=narrow, fma=fma, fma16=fma16, ftz=ftz, pack=pack, pairs=pairs, pair_up=pair_up, quotient=quotient,
     remainder=remainder, high=high, shift_left=shift_left, shift_right=shift_right, field=field, permute=permute,
     saturated=saturated, where=np.where, exp2=np.exp2, log2=np.log2, sqrt=np.sqrt, tanh=np.tanh, fmax=np.fmax, fmin=np.fmin,
     maximum=np.maximum, minimum=np.minimum, isnan=np.isnan, trunc=np.trunc, rint=np.rint, floor=np.floor, ceil=np.ceil,

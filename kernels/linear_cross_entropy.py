@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import Op, can_run, cast, compute_dtype, like, mm, needs_grad, ours
+from fastgpt.kernels.accumulate import mark_owned
+from fastgpt.kernels.common import can_run, cast, compute_dtype, forbid_double_backward, kernel_op, like, mm, needs_grad
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -115,118 +116,95 @@ def _loss_scale(
 # ---- launchers ----
 
 
-def chunk_rows(M, V, itemsize, memory):
+def chunk_rows(M, V, itemsize, memory, config):
     """Rows of a chunk: as many as have their logits in a share of the device's memory, in chunks of one size."""
-    config = configs.cross_entropy()
     most = max(config.min_chunk, int(memory * config.memory_share) // (V * itemsize))
     return triton.cdiv(M, triton.cdiv(M, most)) if M else 1
 
 
-def linear_cross_entropy_fwd(
-    h: Tensor, weight: Tensor, cast: Tensor, targets: Tensor, ignore_index: int, grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(mean loss [] fp32, 1/n [] fp32, dh like h, dweight like weight): both without the factor 1/n; empty without grad.
+@kernel_op("loss", "share", "dh", "dweight")
+def linear_cross_entropy_forward(
+    h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, row: str,
+    loss: Tensor, share: Tensor, dh: Tensor | None, dweight: Tensor | None,
+) -> None:  # fmt: skip
+    """Write the mean loss [] fp32 and 1/n [] fp32; and where wanted dh like h and dweight [V, C] fp32, both without the factor 1/n.
 
-    h [..., C] and cast, which is weight [V, C], are in the compute dtype.
+    h [..., C] and weight [V, C] are in the compute dtype.
     """
-    config, device = configs.cross_entropy(), h.device
+    config, device = configs.linear_cross_entropy(row), h.device
     V, C = weight.shape
     h2, targets = h.reshape(-1, C), targets.reshape(-1)
     M = h2.size(0)
     memory = torch.cuda.get_device_properties(device).total_memory if h.is_cuda else 2**34
-    chunk = chunk_rows(M, V, h.element_size(), memory)
+    chunk = chunk_rows(M, V, h.element_size(), memory, config)
     losses = torch.empty(M, dtype=torch.float32, device=device)
-    dh = torch.empty(h.shape if grad else 0, dtype=h.dtype, device=device)
-    dweight = None
     # Rows of the logits begin on 128 bytes, whatever V: loads and GEMMs are then aligned.
     room = triton.cdiv(V, 64) * 64
     buffer = torch.empty((chunk, room), dtype=h.dtype, device=device)
     # No more warps than a row has work for: a second holder of a logit would read it while the first replaces it.
     block = min(config.block, triton.next_power_of_2(V))
+    if dweight is not None and not M:
+        dweight.zero_()
     for start in range(0, M, chunk):
         x, y = h2[start : start + chunk], targets[start : start + chunk]
         logits = buffer[: x.size(0), :V]
-        torch.mm(x, cast.t(), out=logits)
+        torch.mm(x, weight.t(), out=logits)
         _loss_rows[(x.size(0),)](
             logits, y, losses[start:], V, room, room, y.stride(0), ignore_index,
-            BLOCK=block, GRAD=grad, num_warps=min(config.warps, max(1, block // 32)),
+            BLOCK=block, GRAD=dh is not None, num_warps=min(config.warps, max(1, block // 32)),
         )  # fmt: skip
-        if grad:
-            torch.mm(logits, cast, out=dh.view(-1, C)[start : start + chunk])
-            part = mm(logits.t(), x, torch.float32)
-            dweight = part if dweight is None else dweight.add_(part)
-    if dweight is None:
-        dweight = torch.zeros(weight.shape if grad else 0, dtype=torch.float32, device=device)
-    loss, share = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
+        if dh is not None:
+            torch.mm(logits, weight, out=dh.view(-1, C)[start : start + chunk])
+            mm(logits.t(), x, dweight, accumulate=start > 0)
     _loss_mean[(1,)](
-        losses,
-        targets,
-        loss,
-        share,
-        M,
-        targets.stride(0),
-        ignore_index,
-        BLOCK=config.mean_block,
-        num_warps=config.warps,
-    )
-    return loss, share, dh, dweight
+        losses, targets, loss, share, M, targets.stride(0), ignore_index, BLOCK=config.mean_block, num_warps=config.warps
+    )  # fmt: skip
 
 
-def linear_cross_entropy_bwd(
-    dloss: Tensor, share: Tensor, dh: Tensor, dweight: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """dh and dweight (the latter in dtype) times dloss / n."""
-    outs = like(dh, dh.dtype), like(dweight, dtype)
-    block = configs.cross_entropy().scale_block
-    for x, out in zip((dh, dweight), outs, strict=True):
+@kernel_op("dh_out", "dweight_out")
+def linear_cross_entropy_backward(
+    dloss: Tensor, share: Tensor, dh: Tensor, dweight: Tensor, row: str, dh_out: Tensor, dweight_out: Tensor
+) -> None:
+    """Write dh and dweight times dloss / n."""
+    block = configs.linear_cross_entropy(row).scale_block
+    for x, out in ((dh, dh_out), (dweight, dweight_out)):
         if x.numel():
             _loss_scale[(triton.cdiv(x.numel(), block),)](x, dloss, share, out, x.numel(), BLOCK=block)
-    return outs
 
 
 # ---- what torch needs to know ----
 
 
-def _setup(ctx, inputs, output):
-    _, weight, *_ = inputs
-    _, share, dh, dweight = output
-    ctx.save_for_backward(share, dh, dweight)
-    ctx.dtype = weight.dtype
-    ctx.mark_non_differentiable(share, dh, dweight)
-    ctx.set_materialize_grads(False)  # else zeros are filled for these, as large as they are
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, weight, low, targets, ignore_index, grad, row):
+        """low is the weight in h's dtype."""
+        loss, share = (torch.empty((), dtype=torch.float32, device=h.device) for _ in range(2))
+        dh = like(h, h.dtype) if grad else None
+        dweight = like(weight, torch.float32) if grad else None
+        linear_cross_entropy_forward(h, low, targets, ignore_index, row, loss, share, dh, dweight)
+        ctx.save_for_backward(share, dh, dweight)
+        ctx.dtype, ctx.row = weight.dtype, row
+        return loss
 
-
-def _gradients(launch, ctx, dloss, *_):
-    if dloss is None:
-        return (None,) * 6
-    dh, dweight = launch(dloss, *ctx.saved_tensors, ctx.dtype)
-    return dh, ours(dweight), None, None, None, None
-
-
-def _fake(h, weight, cast, targets, ignore_index, grad):
-    loss, share = (h.new_empty((), dtype=torch.float32) for _ in range(2))
-    dh = h.new_empty(h.shape if grad else 0)
-    return loss, share, dh, weight.new_empty(weight.shape if grad else 0, dtype=torch.float32)
-
-
-_linear_cross_entropy = Op(
-    "linear_cross_entropy",
-    linear_cross_entropy_fwd,
-    _fake,
-    linear_cross_entropy_bwd,
-    lambda dloss, share, dh, dweight, dtype: (like(dh, dh.dtype), like(dweight, dtype)),
-    _setup,
-    _gradients,
-)
+    @staticmethod
+    @forbid_double_backward("linear_cross_entropy")
+    def backward(ctx, dloss):
+        share, dh, dweight = ctx.saved_tensors
+        dh_out, dweight_out = like(dh, dh.dtype), like(dweight, ctx.dtype)
+        linear_cross_entropy_backward(dloss, share, dh, dweight, ctx.row, dh_out, dweight_out)
+        owned = dweight_out if torch.compiler.is_compiling() else mark_owned(dweight_out)
+        return dh_out, owned, *(None,) * 5
 
 
 takes = can_run  # any h, wherever Triton runs
 
 
-def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None):
+def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None, row=""):
     """Mean cross entropy of logits h weight^T against targets: a scalar, fp32. h [..., C]; weight [V, C]; targets [...] int64.
 
-    shadow is the weight in the compute dtype, where the caller keeps one.
+    shadow is the weight in the compute dtype, where the weight is an alias of one that has such a shadow (fastgpt.shadows). row: a launch
+    configuration (configs.LossConfig.text), "" the table's.
 
     Targets of `ignore_index` count for nothing, and all ignored gives nan, as in PyTorch; so does a target outside the
     vocabulary, where PyTorch asserts. Without a gradient wanted, none is made. Raises ValueError for shapes that do not match.
@@ -241,6 +219,5 @@ def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None):
             f"linear_cross_entropy: h {tuple(h.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)} "
             f"{targets.dtype}"
         )
-    dtype = compute_dtype(h)
-    grad = needs_grad(h, weight)
-    return _linear_cross_entropy(h.to(dtype), weight, cast(weight, dtype, shadow), targets, ignore_index, grad)[0]
+    dtype, grad = compute_dtype(h), needs_grad(h, weight)
+    return _LinearCrossEntropy.apply(h.to(dtype), weight, cast(weight, dtype, shadow), targets, ignore_index, grad, row)

@@ -36,14 +36,23 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import Op, can_run, check_seed, compute_dtype, kept_scale, like, precision
+from fastgpt.kernels.common import (
+    can_run,
+    check_seed,
+    compute_dtype,
+    forbid_double_backward,
+    kept_scale,
+    kernel_op,
+    like,
+    precision,
+)
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_SIZE = 128
 
 
 @triton.jit
-def _keep(seed, b, h, rows, cols, p):
+def _dropout_keep_mask(seed, b, h, rows, cols, p):
     """Which of the elements (rows, cols), of shapes that broadcast, dropout keeps."""
     word, _, _, _ = tl.philox(seed, cols, rows, h, b, n_rounds=7)
     return tl.uint_to_uniform_float(word) >= p
@@ -73,13 +82,13 @@ def _store(ptr, rows, stride_row, bound, value, D: tl.constexpr, BD: tl.constexp
 
 
 @triton.jit
-def _meeting(docs_ptr, stride, low, high, start, end):
+def _meeting(doc_ids_ptr, stride, low, high, start, end):
     """(the first position in [start, end) whose document may be one of low .. high, the one after the last such)."""
     first = end
     after = start
     for t0 in range(start, end, 1024):
         t = t0 + tl.arange(0, 1024)
-        doc = tl.load(docs_ptr + t.to(tl.int64) * stride, t < end, other=0)
+        doc = tl.load(doc_ids_ptr + t.to(tl.int64) * stride, t < end, other=0)
         meets = (t < end) & (doc >= low) & (doc <= high)
         first = tl.minimum(first, tl.min(tl.where(meets, t, end), 0))
         after = tl.maximum(after, tl.max(tl.where(meets, t + 1, start), 0))
@@ -89,7 +98,7 @@ def _meeting(docs_ptr, stride, low, high, start, end):
 @triton.jit
 def _forward_step(
     acc, total, m, q, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p, keep_scale,
-    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOC_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the new accumulator, sum and maximum of each row."""
@@ -98,14 +107,14 @@ def _forward_step(
     # A finite "minus infinity": a row that has seen no key yet holds garbage, which its first key multiplies by 2^-1e30 = 0.
     if MASKED:
         s = tl.where((rows[:, None] >= cols[None, :]) & (cols < T)[None, :], s, -1e30)
-    if DOCS:
+    if DOC_MASK:
         s = tl.where(row_docs[:, None] == col_docs[None, :], s, -1e30)
     m_new = tl.maximum(m, tl.max(s, 1))
     prob = tl.exp2(s - m_new[:, None])
     alpha = tl.exp2(m - m_new)
     total = total * alpha + tl.sum(prob, 1)  # before dropout, as softmax is
     if DROPOUT:
-        prob = tl.where(_keep(seed, b, h, rows[:, None], cols[None, :], p), prob * keep_scale, 0.0)
+        prob = tl.where(_dropout_keep_mask(seed, b, h, rows[:, None], cols[None, :], p), prob * keep_scale, 0.0)
     v = _tile(v_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
     acc = tl.dot(prob.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, total, m_new
@@ -114,7 +123,7 @@ def _forward_step(
 @triton.jit
 def _attention_forward(
     qkv_ptr,  # [B, T, 3 H D]
-    docs_ptr,  # [B, T], where DOCS
+    doc_ids_ptr,  # [B, T], where DOC_MASK
     seed_ptr,  # [1] int64, where DROPOUT
     out_ptr,  # [B, T, H D] out, contiguous
     lse_ptr,  # [B, H, T] fp32 out
@@ -132,7 +141,7 @@ def _attention_forward(
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    DOCS: tl.constexpr,
+    DOC_MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -147,21 +156,21 @@ def _attention_forward(
     rows = m0 + tl.arange(0, BM)
     lanes = tl.arange(0, BN)
     q = _tile(q_ptr, rows, stride_t, stride_c, T, D, BD, True)
-    if DOCS:
-        docs_ptr += b.to(tl.int64) * stride_db
-        some = tl.load(docs_ptr + m0.to(tl.int64) * stride_dt)
-        row_docs = tl.load(docs_ptr + rows.to(tl.int64) * stride_dt, rows < T, other=some)
+    if DOC_MASK:
+        doc_ids_ptr += b.to(tl.int64) * stride_db
+        some = tl.load(doc_ids_ptr + m0.to(tl.int64) * stride_dt)
+        row_docs = tl.load(doc_ids_ptr + rows.to(tl.int64) * stride_dt, rows < T, other=some)
         low, high = tl.min(row_docs, 0), tl.max(row_docs, 0)
     acc = tl.zeros([BM, BD], tl.float32)
     total = tl.zeros([BM], tl.float32)
     m = tl.full([BM], -1e30, tl.float32)
     diagonal = m0 // BN * BN  # all keys before it come before all of these queries
     end = tl.minimum(m0 + BM, T)
-    if DOCS:
-        first, after = _meeting(docs_ptr, stride_dt, low, high, 0, end)
+    if DOC_MASK:
+        first, after = _meeting(doc_ids_ptr, stride_dt, low, high, 0, end)
         for n0 in range(first // BN * BN, after, BN):
             cols = n0 + lanes
-            col_docs = tl.load(docs_ptr + cols.to(tl.int64) * stride_dt, cols < T, other=low)
+            col_docs = tl.load(doc_ids_ptr + cols.to(tl.int64) * stride_dt, cols < T, other=low)
             acc, total, m = _forward_step(
                 acc, total, m, q, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p,
                 keep_scale, D, BD, True, True, DROPOUT, PRECISION,
@@ -208,13 +217,13 @@ def _attention_delta(
 
 @triton.jit
 def _probabilities(
-    s, rows, cols, row_docs, col_docs, lse, T, scale, MASKED: tl.constexpr, DOCS: tl.constexpr
+    s, rows, cols, row_docs, col_docs, lse, T, scale, MASKED: tl.constexpr, DOC_MASK: tl.constexpr
 ):  # fmt: skip
     """The softmax of scores s, from each row's lse; rows and cols broadcast to its shape."""
     prob = tl.exp2(s * scale - lse)
     if MASKED:
         prob = tl.where((rows >= cols) & (cols < T), prob, 0.0)
-    if DOCS:
+    if DOC_MASK:
         prob = tl.where(row_docs == col_docs, prob, 0.0)
     return prob
 
@@ -223,7 +232,7 @@ def _probabilities(
 def _dkv_step(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c,
     stride_ot, stride_oc, seed, scale, p, keep_scale,
-    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOC_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries, for the gradients of a block of keys. Scores are transposed, [keys, queries]: p and ds are then
@@ -232,14 +241,14 @@ def _dkv_step(
     lse = tl.load(lse_ptr + rows, rows < T, other=float("inf"))  # rows beyond T then have probability 0
     st = tl.dot(k, q.T, input_precision=PRECISION)
     prob = _probabilities(
-        st, rows[None, :], cols[:, None], row_docs[None, :] if DOCS else 0, col_docs[:, None] if DOCS else 0, lse[None, :], T,
-        scale, MASKED, DOCS,
+        st, rows[None, :], cols[:, None], row_docs[None, :] if DOC_MASK else 0, col_docs[:, None] if DOC_MASK else 0, lse[None, :], T,
+        scale, MASKED, DOC_MASK,
     )  # fmt: skip
     dout = _tile(dout_ptr, rows, stride_ot, stride_oc, T, D, BD, True)
     dp = tl.dot(v, dout.T, input_precision=PRECISION)
     dropped = prob
     if DROPOUT:
-        keep = _keep(seed, b, h, rows[None, :], cols[:, None], p)
+        keep = _dropout_keep_mask(seed, b, h, rows[None, :], cols[:, None], p)
         dropped = tl.where(keep, prob * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -253,20 +262,20 @@ def _dkv_step(
 def _dq_step(
     dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p,
     keep_scale,
-    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOC_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, for the gradient of a block of queries."""
     k = _tile(k_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
     s = tl.dot(q, k.T, input_precision=PRECISION)
     prob = _probabilities(
-        s, rows[:, None], cols[None, :], row_docs[:, None] if DOCS else 0, col_docs[None, :] if DOCS else 0, lse[:, None], T,
-        scale, MASKED, DOCS,
+        s, rows[:, None], cols[None, :], row_docs[:, None] if DOC_MASK else 0, col_docs[None, :] if DOC_MASK else 0, lse[:, None], T,
+        scale, MASKED, DOC_MASK,
     )  # fmt: skip
     v = _tile(v_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
     dp = tl.dot(dout, v.T, input_precision=PRECISION)
     if DROPOUT:
-        dp = tl.where(_keep(seed, b, h, rows[:, None], cols[None, :], p), dp * keep_scale, 0.0)
+        dp = tl.where(_dropout_keep_mask(seed, b, h, rows[:, None], cols[None, :], p), dp * keep_scale, 0.0)
     ds = prob * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
@@ -275,7 +284,7 @@ def _dq_step(
 def _attention_backward(
     qkv_ptr,  # [B, T, 3 H D]
     dout_ptr,  # [B, T, H D]
-    docs_ptr,  # [B, T], where DOCS
+    doc_ids_ptr,  # [B, T], where DOC_MASK
     seed_ptr,  # [1] int64, where DROPOUT
     lse_ptr,  # [B, H, T] fp32
     delta_ptr,  # [B, H, T] fp32
@@ -298,7 +307,7 @@ def _attention_backward(
     BD: tl.constexpr,
     OUTER: tl.constexpr,  # keys, then queries, whose gradients a program makes
     INNER: tl.constexpr,  # queries, then keys, of a step
-    DOCS: tl.constexpr,
+    DOC_MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -316,10 +325,10 @@ def _attention_backward(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     block = start + tl.arange(0, OUTER)
     lanes = tl.arange(0, INNER)
-    if DOCS:
-        docs_ptr += b.to(tl.int64) * stride_db
-        some = tl.load(docs_ptr + start.to(tl.int64) * stride_dt)
-        block_docs = tl.load(docs_ptr + block.to(tl.int64) * stride_dt, block < T, other=some)
+    if DOC_MASK:
+        doc_ids_ptr += b.to(tl.int64) * stride_db
+        some = tl.load(doc_ids_ptr + start.to(tl.int64) * stride_dt)
+        block_docs = tl.load(doc_ids_ptr + block.to(tl.int64) * stride_dt, block < T, other=some)
         low, high = tl.min(block_docs, 0), tl.max(block_docs, 0)
 
     # dk and dv of the keys in `block`
@@ -327,11 +336,11 @@ def _attention_backward(
     v = _tile(v_ptr, block, stride_t, stride_c, T, D, BD, True)
     dk = tl.zeros([OUTER, BD], tl.float32)
     dv = tl.zeros([OUTER, BD], tl.float32)
-    if DOCS:
-        first, after = _meeting(docs_ptr, stride_dt, low, high, start, T)
+    if DOC_MASK:
+        first, after = _meeting(doc_ids_ptr, stride_dt, low, high, start, T)
         for m0 in range(first // INNER * INNER, after, INNER):
             rows = m0 + lanes
-            row_docs = tl.load(docs_ptr + rows.to(tl.int64) * stride_dt, rows < T, other=low)
+            row_docs = tl.load(doc_ids_ptr + rows.to(tl.int64) * stride_dt, rows < T, other=low)
             dk, dv = _dkv_step(
                 dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, rows, row_docs, block, block_docs, T, stride_t,
                 stride_c, stride_ot, stride_oc, seed, scale, p, keep_scale, D, BD, True, True, DROPOUT, PRECISION,
@@ -359,11 +368,11 @@ def _attention_backward(
     delta = tl.load(delta_ptr + block, block < T, other=0.0)
     dq = tl.zeros([OUTER, BD], tl.float32)
     end = tl.minimum(start + OUTER, T)
-    if DOCS:
-        first, after = _meeting(docs_ptr, stride_dt, low, high, 0, end)
+    if DOC_MASK:
+        first, after = _meeting(doc_ids_ptr, stride_dt, low, high, 0, end)
         for n0 in range(first // INNER * INNER, after, INNER):
             cols = n0 + lanes
-            col_docs = tl.load(docs_ptr + cols.to(tl.int64) * stride_dt, cols < T, other=low)
+            col_docs = tl.load(doc_ids_ptr + cols.to(tl.int64) * stride_dt, cols < T, other=low)
             dq = _dq_step(
                 dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, block, block_docs, cols, col_docs, T, stride_t, stride_c,
                 seed, scale, p, keep_scale, D, BD, True, True, DROPOUT, PRECISION,
@@ -388,48 +397,40 @@ def _attention_mask(seed_ptr, out_ptr, T, H, p, BLOCK: tl.constexpr):
     bh = tl.program_id(1)
     for start in range(0, T, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        kept = _keep(tl.load(seed_ptr), bh // H, bh % H, row, cols, p)
+        kept = _dropout_keep_mask(tl.load(seed_ptr), bh // H, bh % H, row, cols, p)
         tl.store(out_ptr + (bh.to(tl.int64) * T + row) * T + cols, kept, cols < T)
 
 
 # ---- launchers ----
 
 
-def flash_attention_fwd(
-    qkv: Tensor, n_head: int, p: float, seed: Tensor | None, doc_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(out [B, T, C] in qkv's dtype, lse [B, H, T] fp32, in powers of two) of qkv [B, T, 3 C]."""
-    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+@kernel_op("out", "lse")
+def attention_forward(
+    qkv: Tensor, n_head: int, p: float, seed: Tensor | None, doc_ids: Tensor | None, row: str, out: Tensor, lse: Tensor
+) -> None:
+    """Write out [B, T, C] in qkv's dtype, and lse [B, H, T] fp32, in powers of two, of qkv [B, T, 3 C]."""
+    B, T, C = out.shape
     D = C // n_head
-    config = configs.attention(qkv.device, qkv.dtype, D)
-    out = torch.empty((B, T, C), dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((B, n_head, T), dtype=torch.float32, device=qkv.device)
+    config = configs.attention(qkv.device, qkv.dtype, D, row)
     if out.numel():
         _attention_forward[(triton.cdiv(T, config.block_m) * B * n_head,)](
             qkv, doc_ids, seed, out, lse, T, n_head, *qkv.stride(), *_strides(doc_ids), LOG2E / math.sqrt(D), p, kept_scale(p),
-            D=D, BD=_padded(D), BM=config.block_m, BN=config.block_n, DOCS=doc_ids is not None, DROPOUT=p > 0,
+            D=D, BD=_padded(D), BM=config.block_m, BN=config.block_n, DOC_MASK=doc_ids is not None, DROPOUT=p > 0,
             PRECISION=precision(qkv.dtype), num_warps=config.warps, num_stages=configs.pipeline(qkv.device, config.stages),
         )  # fmt: skip
-    return out, lse
 
 
-def flash_attention_bwd(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    n_head: int,
-    p: float,
-    seed: Tensor | None,
-    doc_ids: Tensor | None,
-) -> Tensor:
-    """dqkv [B, T, 3 C] of dout [B, T, C]."""
+@kernel_op("dqkv")
+def attention_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, p: float, seed: Tensor | None, doc_ids: Tensor | None, row: str,
+    dqkv: Tensor,
+) -> None:  # fmt: skip
+    """Write dqkv [B, T, 3 C] of dout [B, T, C]."""
     B, T, C = out.shape
     D = C // n_head
-    config = configs.attention(qkv.device, qkv.dtype, D)
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=qkv.device)
+    config = configs.attention(qkv.device, qkv.dtype, D, row)
     if out.numel():
+        delta = torch.empty(lse.shape, dtype=torch.float32, device=qkv.device)
         dout = dout.to(qkv.dtype)
         gated = p > 0 or doc_ids is not None
         inner = (gated and config.gated_inner) or config.inner
@@ -440,11 +441,10 @@ def flash_attention_bwd(
         _attention_backward[(triton.cdiv(T, config.outer) * B * n_head,)](
             qkv, dout, doc_ids, seed, lse, delta, dqkv, T, n_head, *qkv.stride(), *dout.stride(), *_strides(doc_ids),
             LOG2E / math.sqrt(D), 1 / math.sqrt(D), p, kept_scale(p),
-            D=D, BD=_padded(D), OUTER=config.outer, INNER=inner, DOCS=doc_ids is not None, DROPOUT=p > 0,
+            D=D, BD=_padded(D), OUTER=config.outer, INNER=inner, DOC_MASK=doc_ids is not None, DROPOUT=p > 0,
             PRECISION=precision(qkv.dtype), num_warps=config.backward_warps,
             num_stages=configs.pipeline(qkv.device, config.backward_stages),
         )  # fmt: skip
-    return dqkv
 
 
 def dropout_mask(B, n_head, T, dropout_p, seed):
@@ -466,36 +466,24 @@ def _strides(doc_ids):
 # ---- what torch needs to know ----
 
 
-def _setup(ctx, inputs, output):
-    qkv, n_head, p, seed, doc_ids = inputs
-    out, lse = output
-    ctx.save_for_backward(qkv, out, lse, seed, doc_ids)
-    ctx.n_head, ctx.p = n_head, p
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)  # else zeros are filled for these, as large as they are
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, n_head, p, seed, doc_ids, row):
+        B, T, C3 = qkv.shape
+        out = qkv.new_empty((B, T, C3 // 3))
+        lse = torch.empty((B, n_head, T), dtype=torch.float32, device=qkv.device)
+        attention_forward(qkv, n_head, p, seed, doc_ids, row, out, lse)
+        ctx.save_for_backward(qkv, out, lse, seed, doc_ids)
+        ctx.n_head, ctx.p, ctx.row = n_head, p, row
+        return out
 
-
-def _gradients(launch, ctx, dout, *_):
-    if dout is None:
-        return (None,) * 5
-    qkv, out, lse, seed, doc_ids = ctx.saved_tensors
-    return launch(dout, qkv, out, lse, ctx.n_head, ctx.p, seed, doc_ids), None, None, None, None
-
-
-def _fake(qkv, n_head, p, seed, doc_ids):
-    B, T, C3 = qkv.shape
-    return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
-
-
-_flash_attention = Op(
-    "flash_attention",
-    flash_attention_fwd,
-    _fake,
-    flash_attention_bwd,
-    lambda dout, qkv, out, lse, n_head, p, seed, doc_ids: like(qkv, qkv.dtype),
-    _setup,
-    _gradients,
-)
+    @staticmethod
+    @forbid_double_backward("attention")
+    def backward(ctx, dout):
+        qkv, out, lse, seed, doc_ids = ctx.saved_tensors
+        dqkv = like(qkv, qkv.dtype)
+        attention_backward(dout, qkv, out, lse, ctx.n_head, ctx.p, seed, doc_ids, ctx.row, dqkv)
+        return dqkv, *(None,) * 5
 
 
 def takes(qkv, n_head):
@@ -503,15 +491,16 @@ def takes(qkv, n_head):
     return can_run(qkv) and qkv.size(-1) // 3 // n_head <= MAX_HEAD_SIZE
 
 
-def flash_attention(qkv, n_head, dropout_p=0.0, seed=None, doc_ids=None):
+def attention(qkv, n_head, dropout_p=0.0, seed=None, doc_ids=None, row=""):
     """Causal self-attention of qkv [B, T, 3 C] (q, then k, then v): [B, T, C], in autocast's dtype where that is on, else in qkv's.
 
     Scale 1/sqrt(C / n_head), heads of 128 at most. Dropout falls on the probabilities; seed is an int64 tensor of one element.
-    doc_ids [B, T], integers, keep a token to those of its own id. Raises ValueError for a shape it does not take.
+    doc_ids [B, T], integers, keep a token to those of its own id. row: a launch configuration (configs.AttentionConfig.text), "" the
+    table's. Raises ValueError for a shape it does not take.
     """
     if n_head < 1 or qkv.dim() != 3 or qkv.size(2) % (3 * n_head) or qkv.size(2) > 3 * n_head * MAX_HEAD_SIZE:
-        raise ValueError(f"flash_attention: qkv {tuple(qkv.shape)} for {n_head} heads of at most {MAX_HEAD_SIZE}")
+        raise ValueError(f"attention: qkv {tuple(qkv.shape)} for {n_head} heads of at most {MAX_HEAD_SIZE}")
     if doc_ids is not None and doc_ids.shape != qkv.shape[:2]:
-        raise ValueError(f"flash_attention: doc_ids {tuple(doc_ids.shape)} for qkv {tuple(qkv.shape)}")
+        raise ValueError(f"attention: doc_ids {tuple(doc_ids.shape)} for qkv {tuple(qkv.shape)}")
     check_seed(dropout_p, seed)
-    return _flash_attention(qkv.to(compute_dtype(qkv)), n_head, dropout_p, seed, doc_ids)[0]
+    return _Attention.apply(qkv.to(compute_dtype(qkv)), n_head, dropout_p, seed, doc_ids, row)

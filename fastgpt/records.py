@@ -1,0 +1,524 @@
+"""One record an op: all that the rest of the house knows of it.
+
+A record says how the op is tried: inputs, PyTorch's and Triton's function, and the shapes at which `fastgpt verify` holds them. It says
+by which launch configuration the op runs, what its Triton kernels read and write, how much it must move and multiply at least, and how
+often it comes in a step. verify, choose, tune, `bench count`, `bench roofline` and the benchmarks read all that here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional as F
+
+from fastgpt import ops, reference
+
+STREAM = 4  # bytes of an element of the residual stream, of weights, their gradients and moments: fp32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a problem: B sequences of T tokens, a model's width, heads and vocabulary."""
+
+    B: int
+    T: int
+    n_embd: int
+    n_head: int
+    vocab_size: int
+    bias: bool = True
+    dropout: float = 0.0
+    doc_mask: bool = False
+    narrow_residual: bool = False  # the residual stream in the compute dtype, not in fp32
+
+    @classmethod
+    def of(cls, B, config, **others):
+        """That of B sequences through a GPTConfig's model; others as above, in place of the config's."""
+        c = config
+        shape = dict(
+            T=c.block_size, n_embd=c.n_embd, n_head=c.n_head, vocab_size=c.vocab_size, bias=c.bias, dropout=c.dropout
+        )
+        return cls(B, **shape | others)
+
+
+@dataclass
+class Problem:
+    """An op at a shape: inputs by name, outputs' names and gradients, and functions of the inputs that give a tuple of outputs.
+
+    `reference` is PyTorch's, with the dropout mask that the kernel draws. `kernel` is Triton's op; it takes `row`, the text of a launch
+    configuration, too. `by_ops` is what `ops` runs by a Kernels value, its argument `kernels`. `timed` is like that, where by_ops works
+    on copies of what the op changes in place.
+    """
+
+    inputs: dict[str, torch.Tensor | None]
+    outputs: tuple[str, ...]
+    grads: tuple[torch.Tensor | None, ...]
+    reference: Callable
+    kernel: Callable
+    by_ops: Callable
+    timed: Callable | None = None
+    targets: torch.Tensor | None = None  # of the loss
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of work: FLOPs of the matrix units, bytes of memory, and how often it comes."""
+
+    op: str
+    direction: str
+    flops: float
+    bytes: float
+    times: int = 1
+
+    def seconds(self, flops_per_s, bytes_per_s):
+        """The least time of all its times."""
+        return self.times * max(self.flops / flops_per_s, self.bytes / bytes_per_s)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of an op. `problem(Draw)` gives its Problem.
+
+    kernels: {Triton kernel: "what it reads -> what it writes"}, by parameter, `_ptr` left out; a:b is as many rows of a as b has
+    elements. Arguments that are None take no part. Of a kernel that begins with "mlp_gemm" the first three are the GEMM itself.
+    parts(shape, itemsize): [Part] of one call. step(shape, n_layer, itemsize): [Part] of a step; None: `times(n_layer)` calls.
+    row(shape, dtype, device): the configuration that the shipped tables have, or None for an op without a table.
+    """
+
+    name: str
+    problem: Callable
+    kernels: dict[str, str]
+    parts: Callable
+    times: Callable
+    step: Callable | None = None
+    row: Callable | None = None
+    dropout: bool = False  # what may be asked of it, and is held as well
+    doc_mask: bool = False
+    narrow_residual: bool = False
+    halves: bool = True  # whether it answers in 16 bits under autocast
+    by_row: bool = False  # a program a row, of which Triton's interpreter takes milliseconds each
+
+    def cases(self, dtype, gpu):
+        """The shapes that `fastgpt verify` holds the op at in a dtype: those at which each of its options takes part, none twice."""
+        shapes = GPU_SHAPES if gpu else INTERPRETER_SHAPES
+        low = dtype != torch.float32
+        if self.by_row and not gpu:
+            shapes = [replace(shape, T=shape.T // 2) for shape in shapes]
+        for shape in shapes:
+            if (self.halves or not low) and (not shape.dropout or self.dropout):
+                yield shape
+        if self.doc_mask:
+            yield replace(shapes[0], doc_mask=True)
+            yield replace(shapes[-1], doc_mask=True)
+            yield from GPU_HEADS if gpu else ()
+        if self.narrow_residual and low:
+            yield replace(shapes[0], narrow_residual=True)
+            yield replace(shapes[-1], narrow_residual=True)
+
+    def parts_of_step(self, shape, n_layer, itemsize):
+        """[Part] of all of its calls in a step of n_layer blocks."""
+        if self.step:
+            return self.step(shape, n_layer, itemsize)
+        times = self.times(n_layer)
+        return [replace(p, times=p.times * times) for p in self.parts(shape, itemsize)]
+
+
+GPU_SHAPES = [
+    Shape(2, 1024, 768, 12, 50304),
+    Shape(1, 1023, 1600, 25, 50257, bias=False),
+    Shape(2, 256, 384, 6, 65, dropout=0.2),
+]
+GPU_HEADS = [Shape(1, 300, 512, 4, 1000), Shape(1, 300, 480, 10, 1000)]  # heads of 128; of 48, which are padded
+INTERPRETER_SHAPES = [
+    Shape(2, 67, 48, 3, 101),
+    Shape(1, 33, 130, 2, 517, bias=False),
+    Shape(1, 40, 32, 2, 65, dropout=0.2),
+]
+RECORDS = {}  # by op, in the order of ops.OPS
+
+
+def record(**facts):
+    """Register a function of a Draw as the problem of the op that it is named after; facts are the Record's."""
+
+    def register(problem):
+        RECORDS[problem.__name__] = Record(problem.__name__, problem, **facts)
+        return problem
+
+    return register
+
+
+def problem(op, shape, dtype, device):
+    """The Problem of an op at a Shape, as training under autocast to dtype would have it (float32: without autocast)."""
+    return RECORDS[op].problem(Draw(shape, dtype, device))
+
+
+def widened(x, dtype):
+    """x in dtype, or in fp64 where it is: the exact path is rounded nowhere."""
+    return x if x.dtype == torch.float64 else x.to(dtype)
+
+
+class Draw:
+    """What problems are made of at a Shape, in a compute dtype, on a device: random tensors, the same each time."""
+
+    def __init__(self, shape, dtype, device):
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.stream = dtype if shape.narrow_residual else torch.float32
+        self.seed = torch.tensor([0x1234567_89ABCDE], device=device) if shape.dropout else None
+        self.generator = torch.Generator(device).manual_seed(1)
+
+    def randn(self, *size, dtype=torch.float32, scale=1.0, shift=0.0):
+        """A normal tensor, of the residual stream's width in most."""
+        return (torch.randn(size, device=self.device, generator=self.generator) * scale + shift).to(dtype)
+
+    def randint(self, high, *size):
+        """Integers below high."""
+        return torch.randint(high, size, device=self.device, generator=self.generator)
+
+    def bias(self, n):
+        """A bias [n], or None where the shape has none."""
+        return self.randn(n) if self.shape.bias else None
+
+    def dropped(self, x, mask):
+        """x behind dropout that keeps mask; a mask of None keeps all."""
+        return x if mask is None else x * mask / (1 - self.shape.dropout)
+
+    def problem(self, inputs, outputs, grads, reference, kernel, by_ops, **others):
+        """The Problem, its functions under autocast."""
+        return Problem(inputs, outputs, grads, *map(self.autocast, (reference, kernel, by_ops)), **others)
+
+    def autocast(self, f):
+        """f under autocast to the compute dtype, where that is of 16 bits."""
+
+        def call(*inputs, **how):
+            with torch.autocast(torch.device(self.device).type, self.dtype, enabled=self.dtype != torch.float32):
+                return f(*inputs, **how)
+
+        return call
+
+
+# ---- what parts are made of ----
+
+
+def gemm(op, direction, m, n, k, itemsize, out_itemsize=None, extra=0, times=1):
+    """[m, k] times [k, n]; `extra`: bytes that an epilogue moves beside the product."""
+    moved = (m * k + k * n) * itemsize + m * n * (out_itemsize or itemsize) + extra
+    return Part(op, direction, 2 * m * n * k, moved, times)
+
+
+def linear_parts(op, m, n, k, itemsize, times=1):
+    """A Linear [n, k] on m rows: the product, the input's gradient and the weight's, which is fp32."""
+    return [
+        gemm(op, "forward", m, n, k, itemsize, times=times),
+        gemm(op + " dX", "backward", m, k, n, itemsize, times=times),
+        gemm(op + " dW", "backward", n, k, m, itemsize, STREAM, times=times),
+    ]
+
+
+# ---- the ops ----
+
+
+def embedding_parts(s, itemsize):
+    """A row written a token, and each row of the table that may be wanted gathered; backward the stream's gradient read once, and
+    added to those rows."""
+    M, C = s.B * s.T, s.n_embd
+    rows = min(M, s.vocab_size)
+    return [
+        Part("embedding", "forward", 0, (M + rows) * C * STREAM),
+        Part("embedding", "backward", 0, (M + 2 * rows + s.T) * C * STREAM),
+    ]
+
+
+@record(
+    kernels={
+        "embed_forward": "idx wte:idx wpe:idx seed -> x",
+        "embed_backward_wpe": "dx seed -> dwpe",
+        "embed_keys": "idx -> keys",
+        "embed_backward_wte": "dx ids places seed dwte:ids -> dwte:ids",
+    },
+    row=lambda s, dtype, device: ops.triton.configs.embedding(),
+    parts=embedding_parts,
+    times=lambda n_layer: 1,
+    dropout=True, narrow_residual=True, halves=False, by_row=True,
+)  # fmt: skip
+def embedding(draw):
+    s, p, seed, stream = draw.shape, draw.shape.dropout, draw.seed, draw.stream
+    idx = draw.randint(s.vocab_size, s.B, s.T)
+    idx[:, ::3] = 0  # as in a text, one token comes often
+    mask = None
+    if p:
+        one, nothing = (torch.ones(1, s.n_embd, device=draw.device), torch.zeros(s.T, s.n_embd, device=draw.device))
+        mask = ops.triton.embedding.embedding(idx * 0, one, nothing, p, seed)[0] != 0
+
+    def by_reference(wte, wpe):
+        x, head = reference.embedding(idx, wte, wpe)
+        return draw.dropped(widened(x, stream), mask), head
+
+    return draw.problem(
+        dict(wte=draw.randn(s.vocab_size, s.n_embd), wpe=draw.randn(s.T + 1, s.n_embd)), ("x", "head"),
+        (draw.randn(s.B, s.T, s.n_embd, dtype=stream), draw.randn(s.vocab_size, s.n_embd)),
+        by_reference,
+        lambda wte, wpe, row="": ops.triton.embedding.embedding(idx, wte, wpe, p, seed, stream, row),
+        lambda wte, wpe, kernels: ops.embedding(idx, wte, wpe, p, stream, kernels),
+    )  # fmt: skip
+
+
+def layer_norm_parts(s, itemsize):
+    """Of the first block: there is no branch yet."""
+    n = s.B * s.T * s.n_embd
+    return [
+        Part("layer_norm", "forward", 0, n * (STREAM + itemsize)),
+        Part("layer_norm", "backward", 0, n * (2 * STREAM + itemsize)),
+    ]
+
+
+def add_layer_norm_parts(s, itemsize, times=1):
+    """Stream and branch in, new stream and its norm out; and their gradients, the branch's in the compute dtype."""
+    n = s.B * s.T * s.n_embd
+    return [
+        Part("add_layer_norm", "forward", 0, n * 2 * (STREAM + itemsize), times),
+        Part("add_layer_norm", "backward", 0, n * (3 * STREAM + 2 * itemsize), times),
+    ]
+
+
+@record(
+    kernels={
+        "norm_forward": "x branch weight bias seed -> stream h stats",
+        "norm_backward": "dh dstream stream stats weight seed -> dx dbranch partial",
+    },
+    row=lambda s, dtype, device: ops.triton.configs.layer_norm(s.n_embd),
+    parts=add_layer_norm_parts,
+    step=lambda s, n_layer, itemsize: layer_norm_parts(s, itemsize) + add_layer_norm_parts(s, itemsize, 2 * n_layer),
+    times=lambda n_layer: 2 * n_layer + 1,
+    dropout=True, narrow_residual=True, by_row=True,
+)  # fmt: skip
+def layer_norm(draw):
+    """Of add_layer_norm, which layer_norm is without a branch."""
+    s, p, seed, size = draw.shape, draw.shape.dropout, draw.seed, (draw.shape.B, draw.shape.T, draw.shape.n_embd)
+    mask = None
+    if p:
+        zeros, ones = torch.zeros(size, device=draw.device), torch.ones(size, device=draw.device)
+        mask = ops.triton.layer_norm.add_layer_norm(zeros, ones, ones[0, 0], dropout_p=p, seed=seed)[0] != 0
+
+    def by_reference(x, branch, weight, bias):
+        x = x + draw.dropped(branch, mask).to(x.dtype)
+        return x, widened(reference.layer_norm(x, weight, bias), draw.dtype)
+
+    return draw.problem(
+        dict(
+            x=draw.randn(*size, dtype=draw.stream), branch=draw.randn(*size, dtype=draw.dtype),
+            weight=draw.randn(s.n_embd, shift=1.0), bias=draw.bias(s.n_embd),
+        ),
+        ("stream", "h"), (draw.randn(*size, dtype=draw.stream), draw.randn(*size, dtype=draw.dtype)),
+        by_reference,
+        lambda *inputs, row="": ops.triton.layer_norm.add_layer_norm(*inputs, dropout_p=p, seed=seed, row=row),
+        lambda *inputs, kernels: ops.add_layer_norm(*inputs, dropout_p=p, kernels=kernels),
+    )  # fmt: skip
+
+
+@record(
+    kernels={},
+    parts=lambda s, itemsize: linear_parts("linear", s.B * s.T, 3 * s.n_embd, s.n_embd, itemsize),
+    step=lambda s, n_layer, itemsize: [
+        *linear_parts("qkv", s.B * s.T, 3 * s.n_embd, s.n_embd, itemsize, n_layer),
+        *linear_parts("proj", s.B * s.T, s.n_embd, s.n_embd, itemsize, n_layer),
+    ],
+    times=lambda n_layer: 2 * n_layer,
+)
+def linear(draw):
+    s, C = draw.shape, draw.shape.n_embd
+    return draw.problem(
+        dict(h=draw.randn(s.B, s.T, C, dtype=draw.dtype), weight=draw.randn(3 * C, C, scale=C**-0.5), bias=draw.bias(3 * C)),
+        ("y",), (draw.randn(s.B, s.T, 3 * C, dtype=draw.dtype),),
+        lambda *inputs: (reference.linear(*inputs),),
+        lambda *inputs, row="": (ops.triton.linear.linear(*inputs),),
+        lambda *inputs, kernels: (ops.linear(*inputs, kernels=kernels),),
+    )  # fmt: skip
+
+
+def attention_parts(s, itemsize):
+    """Causal: half of the scores. Five products in the backward, two in the forward; 4 bytes of lse a row and head."""
+    M, C = s.B * s.T, s.n_embd
+    return [
+        Part("attention", "forward", 2 * M * s.T * C, 4 * M * C * itemsize + 4 * M * s.n_head),
+        Part("attention", "backward", 5 * M * s.T * C, 8 * M * C * itemsize + 4 * M * s.n_head),
+    ]
+
+
+@record(
+    kernels={
+        "attention_forward": "qkv doc_ids seed -> out lse",
+        "attention_delta": "out dout -> delta",
+        "attention_backward": "qkv dout doc_ids seed lse delta -> dqkv",
+    },
+    row=lambda s, dtype, device: ops.triton.configs.attention(torch.device(device), dtype, s.n_embd // s.n_head),
+    parts=attention_parts,
+    times=lambda n_layer: n_layer,
+    dropout=True, doc_mask=True,
+)  # fmt: skip
+def attention(draw):
+    s, p, seed, H = draw.shape, draw.shape.dropout, draw.seed, draw.shape.n_head
+    B, T, C = s.B, s.T, s.n_embd
+    docs = None
+    if s.doc_mask:
+        # Short ones and a long one: what short ones spare a kernel is not to decide which implementation is the fastest.
+        starts = 11 * torch.arange(B, device=draw.device, dtype=torch.int32)[:, None]  # no two sequences alike
+        docs = ((torch.arange(T, device=draw.device, dtype=torch.int32) + starts) // 37).clamp(max=4)
+    mask = ops.triton.attention.dropout_mask(B, H, T, p, seed) if p else None
+
+    def by_reference(qkv):
+        if mask is None:
+            return (reference.attention(qkv, H, doc_ids=docs),)
+        q, k, v = (t.view(B, T, H, -1).transpose(1, 2) for t in qkv.split(C, dim=2))
+        scores = q @ k.transpose(-1, -2) / (C // H) ** 0.5
+        allowed = torch.ones(T, T, dtype=torch.bool, device=draw.device).tril()
+        if docs is not None:
+            allowed = allowed & (docs[:, None, :, None] == docs[:, None, None, :])
+        probabilities = widened(scores, torch.float32).masked_fill(~allowed, -float("inf")).softmax(-1)
+        y = draw.dropped(probabilities, mask).to(v.dtype) @ v
+        return (y.transpose(1, 2).reshape(B, T, C),)
+
+    return draw.problem(
+        dict(qkv=draw.randn(B, T, 3 * C, dtype=draw.dtype)), ("out",), (draw.randn(B, T, C, dtype=draw.dtype),),
+        by_reference,
+        lambda qkv, row="": (ops.triton.attention.attention(qkv, H, p, seed, docs, row),),
+        lambda qkv, kernels: (ops.attention(qkv, H, p, doc_ids=docs, kernels=kernels),),
+    )  # fmt: skip
+
+
+def gelu_mlp_parts(s, itemsize):
+    """Two Linears with the GELU in the epilogues: the pre-activation is written beside the activation, and read by the backward."""
+    M, C, F = s.B * s.T, s.n_embd, 4 * s.n_embd
+    up, up_dx, up_dw = linear_parts("mlp up", M, F, C, itemsize)
+    down, down_dx, down_dw = linear_parts("mlp down", M, C, F, itemsize)
+    gelu = M * F * itemsize
+    return [
+        Part("mlp up + GELU", "forward", up.flops, up.bytes + gelu), down,
+        Part("mlp down dX + GELU'", "backward", down_dx.flops, down_dx.bytes + gelu), down_dw, up_dx, up_dw,
+    ]  # fmt: skip
+
+
+@record(
+    kernels={"mlp_gemm forward": "a b bias -> post pre", "mlp_gemm backward": "a b pre -> dpre post partial"},
+    row=lambda s, dtype, device: ops.triton.configs.gelu_mlp(
+        torch.device(device), dtype, s.n_embd * dtype.itemsize % 16 == 0
+    ),
+    parts=gelu_mlp_parts,
+    times=lambda n_layer: n_layer,
+)
+def gelu_mlp(draw):
+    s, C = draw.shape, draw.shape.n_embd
+    return draw.problem(
+        dict(
+            h=draw.randn(s.B, s.T, C, dtype=draw.dtype), w_fc=draw.randn(4 * C, C, scale=C**-0.5), b_fc=draw.bias(4 * C),
+            w_proj=draw.randn(C, 4 * C, scale=C**-0.5 / 2), b_proj=draw.bias(C),
+        ),
+        ("y",), (draw.randn(s.B, s.T, C, dtype=draw.dtype),),
+        lambda *inputs: (reference.gelu_mlp(*inputs),),
+        lambda *inputs, row="": (ops.triton.gelu_mlp.gelu_mlp(*inputs, row=row),),
+        lambda *inputs, kernels: (ops.gelu_mlp(*inputs, kernels=kernels),),
+    )  # fmt: skip
+
+
+def linear_cross_entropy_parts(s, itemsize):
+    """The head's three GEMMs, and one pass over the logits: read for the loss, their gradient written in their place."""
+    M, V = s.B * s.T, s.vocab_size
+    head = linear_parts("head", M, V, s.n_embd, itemsize)
+    return [
+        head[0],
+        Part("cross_entropy", "forward", 0, M * V * itemsize),
+        Part("cross_entropy", "backward", 0, M * V * itemsize),
+        *head[1:],
+    ]
+
+
+@record(
+    kernels={
+        "loss_rows": "logits targets -> loss logits",
+        "loss_mean": "losses targets -> loss share",
+        "loss_scale": "x dloss share -> out",
+    },
+    row=lambda s, dtype, device: ops.triton.configs.linear_cross_entropy(),
+    parts=linear_cross_entropy_parts,
+    times=lambda n_layer: 1,
+)
+def linear_cross_entropy(draw):
+    s, C = draw.shape, draw.shape.n_embd
+    targets = draw.randint(s.vocab_size, s.B, s.T)
+    targets[:, ::7] = -1
+
+    def by_reference(h, weight):
+        return (reference.cross_entropy(widened(F.linear(h, weight), torch.float32), targets),)
+
+    return draw.problem(
+        dict(h=draw.randn(s.B, s.T, C, dtype=draw.dtype), weight=draw.randn(s.vocab_size, C, scale=2 * C**-0.5)),
+        ("loss",), (torch.tensor(3.0, device=draw.device),),
+        by_reference,
+        lambda h, weight, row="": (ops.triton.linear_cross_entropy.linear_cross_entropy(h, weight, targets, row=row),),
+        lambda h, weight, kernels: (ops.linear_cross_entropy(h, weight, targets, kernels=kernels),),
+        targets=targets,
+    )  # fmt: skip
+
+
+def update_parts(n_params, shadow=2):
+    """The norm of the gradients, and AdamW: weight, gradient and two moments read, all but the gradient written, and so many bytes
+    of a shadow."""
+    return [
+        Part("gradient norm", "update", 0, n_params * STREAM),
+        Part("AdamW", "update", 0, n_params * (7 * STREAM + shadow)),
+    ]
+
+
+def n_params(s, n_layer):
+    """Parameters of a GPT of a Shape, position embeddings counted."""
+    C, F = s.n_embd, 4 * s.n_embd
+    weights = 4 * C * C + 2 * C * F + 2 * C
+    biases = (3 * C + C + F + C + 2 * C) * s.bias
+    return (s.vocab_size + s.T + 1 + s.bias) * C + n_layer * (weights + biases)
+
+
+@record(
+    kernels={},  # an update is no part of a micro-step
+    row=lambda s, dtype, device: ops.triton.configs.adamw(),
+    parts=lambda s, itemsize: update_parts(s.vocab_size * s.n_embd + s.n_embd + 1),
+    step=lambda s, n_layer, itemsize: update_parts(n_params(s, n_layer)),
+    times=lambda n_layer: 1,
+)
+def adamw(draw):
+    """An update of the embedding's weight, with a shadow in the compute dtype, and of a bias."""
+    V, C, device, low = draw.shape.vocab_size, draw.shape.n_embd, draw.device, draw.dtype != torch.float32
+    inputs = {}
+    for name, size in (("weight", (V, C)), ("bias", (C + 1,))):
+        # Gradients from far below eps to far above, as those of tokens that a text rarely has; moments that fit them.
+        g = draw.randn(*size) * 10 ** (3 * draw.randn(*size).clamp(-2, 2) - 4)
+        inputs |= {
+            name: draw.randn(*size),
+            "gradient of " + name: g,
+            "exp_avg of " + name: g * draw.randn(*size),
+            "exp_avg_sq of " + name: g * g,
+        }
+    clip = inputs["gradient of weight"].norm().item() / 2
+
+    def in_place(update):
+        @torch.no_grad()
+        def call(*tensors, **how):
+            weight, bias = tensors[:4], tensors[4:]
+            shadow = torch.empty_like(weight[0], dtype=widened(weight[0], draw.dtype).dtype) if low else None
+            groups = [
+                dict(
+                    params=[p], grads=[g], exp_avgs=[m], exp_avg_sqs=[v], steps=[torch.full((), t, device=device)], lr=0.1,
+                    betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, fused=torch.device(device).type == "cuda", shadows=[kept],
+                )
+                for (p, g, m, v), t, decay, kept in ((weight, 1.0, 0.5, shadow), (bias, 900.0, 0.0, None))
+            ]  # fmt: skip
+            norm = update(groups, [weight[1], bias[1]], clip, **how)
+            return *(t for i, t in enumerate(tensors) if i % 4 != 1), norm, *([shadow] if low else [])
+
+        return call
+
+    def copying(update):
+        return lambda *tensors, **how: in_place(update)(*(t.clone() for t in tensors), **how)
+
+    outputs = *(name for name in inputs if "gradient" not in name), "norm", *(["shadow"] if low else [])
+    return Problem(
+        inputs, outputs, (None,) * len(outputs), copying(reference.adamw),
+        copying(lambda *args, **how: ops.triton.adamw.adamw(*args, **how)), copying(ops.adamw), timed=in_place(ops.adamw),
+    )  # fmt: skip
