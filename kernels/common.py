@@ -138,22 +138,21 @@ def like(x, dtype):
 
 
 def mm(a, b, out, accumulate=False):
-    """Write a @ b into out by cuBLAS, accumulated in fp32 and rounded once to out's dtype; or add it to an fp32 out in that GEMM."""
-    if not a.is_cuda or a.dtype == torch.float32:  # torch has out_dtype on CUDA alone
-        if accumulate:
-            out.addmm_(a.float(), b.float())
-        elif out.dtype == a.dtype:
-            torch.mm(a, b, out=out)
-        else:
-            out.copy_(torch.mm(a.float(), b.float()))
-    elif accumulate:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-    elif out.dtype == a.dtype:
+    """Write a @ b into out by cuBLAS, accumulated in fp32 and rounded once to out's dtype; or add it to an fp32 out in that GEMM.
+
+    Products are written by `out=`, which autocast leaves alone: it would round an fp32 product to 16 bits.
+    """
+    half = a.is_cuda and a.dtype != torch.float32  # torch has out_dtype on CUDA alone
+    if out.dtype == a.dtype and not accumulate:
         torch.mm(a, b, out=out)
-    elif out.dtype == torch.float32:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif out.dtype != torch.float32:
+        product = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        mm(a, b, product)
+        out.copy_(product)
+    elif accumulate:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out) if half else out.addmm_(a.float(), b.float())
     else:
-        out.copy_(torch.mm(a, b, out_dtype=torch.float32))
+        torch.mm(a, b, out_dtype=torch.float32, out=out) if half else torch.mm(a.float(), b.float(), out=out)
 
 
 def project(x, weight, bias, out):
