@@ -24,8 +24,7 @@ from ptx.machine import Machine
 from ptx.matrix import TensorMap
 from ptx.parse import parse
 
-# ptxas, which the emulator does not need, takes a third of compiling: it is left out, and what is compiled so is kept apart.
-triton.knobs.cache.dir += "-ptx"
+WHOLE = CUDABackend.hash  # of what is compiled to the end
 
 
 def storage_of(t, name):
@@ -75,7 +74,10 @@ class Gpu:
             patch.object(configs, "architecture", lambda device: gpu.architecture),
             patch.object(configs, "multiprocessors", lambda device: gpu.multiprocessors),
             patch.object(adamw, "table_of", known_table),
+            # ptxas, which the emulator does not need, takes a third of compiling: it is left out. What is compiled so has another
+            # name in Triton's cache, where others would find no machine code.
             patch.object(CUDABackend, "make_cubin", lambda *args: b""),
+            patch.object(CUDABackend, "hash", lambda backend: WHOLE(backend) + "-ptx"),
         ):
             self.stack.enter_context(what)
         return self
