@@ -139,20 +139,22 @@ class MLP(nn.Module):
         return dropped(self.dropout, y)
 
 
-def branch_of(module, kind, h, *context):
-    """(the branch of h [B,T,C] that a block's attention or MLP gives, the probability of the dropout still due on it).
+def called(module, kind, x, **context):
+    """A module's answer to x [B,T,C]. context is what one of our kind takes beside x, by name; another takes x alone, as nanoGPT's does.
 
-    context is what a module of our kind takes beside h; another takes h alone. Raises ValueError where that would lose documents.
+    Raises ValueError where another would lose documents.
     """
-    if plain(module, kind):
-        return module.branch(h, *context)
-    if all(c is None for c in context):
-        return module(h), 0.0
-    if not isinstance(module, kind):
+    context = {name: value for name, value in context.items() if value is not None}
+    if context and not isinstance(module, kind):
         raise ValueError(
             f"{type(module).__name__} in place of {kind.__name__} knows nothing of documents: set_doc_mask(None)"
         )
-    return module(h, *context), 0.0
+    return module(x, **context)
+
+
+def branch_of(module, kind, h, **context):
+    """(the branch of h [B,T,C] that a block's attention or MLP gives, the probability of the dropout still due on it)."""
+    return module.branch(h, **context) if plain(module, kind) else (called(module, kind, h, **context), 0.0)
 
 
 class Block(nn.Module):
@@ -172,7 +174,7 @@ class Block(nn.Module):
     def step(self, x, branch, p, cache=None, doc_ids=None):
         """(stream, branch, p) behind the block, of the same before it: a branch that is still to be added, and its dropout's p."""
         x, h = add_norm(self.ln_1, x, branch, p)
-        branch, p = branch_of(self.attn, CausalSelfAttention, h, cache, doc_ids)
+        branch, p = branch_of(self.attn, CausalSelfAttention, h, cache=cache, doc_ids=doc_ids)
         x, h = add_norm(self.ln_2, x, branch, p)
         return x, *branch_of(self.mlp, MLP, h)
 
@@ -311,8 +313,8 @@ class GPT(nn.Module):
         branch, p = None, 0.0
         for i, block in enumerate(t.h):
             if not plain(block, Block):
-                x, _ = branch_of(block, Block, add(x, branch, p), caches[i] if caches else None, doc_ids)
-                branch = None
+                cache = caches[i] if caches else None
+                x, branch = called(block, Block, add(x, branch, p), cache=cache, doc_ids=doc_ids), None
             elif self.recompute_blocks and self.training and torch.is_grad_enabled():
                 # A CUDA graph cannot hold the reading of a random state: without dropout there is none to keep.
                 drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules()) or block.attn.dropout > 0
