@@ -1,4 +1,4 @@
-"""A GPT-2 of nanoGPT's modules, every one of which is called, as nanoGPT calls them: what a GPT is held against whose modules were replaced."""
+"""A GPT-2 of nanoGPT's modules, each of which is called as nanoGPT calls it: the oracle for a GPT with replaced modules."""
 
 import torch
 from torch import nn
