@@ -13,7 +13,7 @@ __all__ = ["GPT", "GPTConfig"]
 
 def __getattr__(name):
     if name == "GPT":
-        # Not before it is asked for: with the model the kernels are imported, and TRITON_INTERPRET is read, which `fastgpt verify` sets.
+        # Imported on first use: the model imports the kernels, which read TRITON_INTERPRET. `fastgpt verify` sets that first.
         from fastgpt.model import GPT
 
         return GPT

@@ -1,8 +1,8 @@
-"""Checkpoints in nanoGPT's layout: out_dir/ckpt.pt, which nanoGPT and fastgpt read from each other.
+"""Checkpoints in nanoGPT's layout: out_dir/ckpt.pt. nanoGPT and fastgpt can read each other's.
 
-Keys: model, optimizer, model_args, iter_num, best_val_loss, config, as nanoGPT's train.py writes them, and
-`fastgpt`, which nanoGPT passes over: the tokenizer's meta, the loss scaler, and per process the random state and
-the batch under way, so that a resumed run goes on as if it had not stopped.
+Keys as nanoGPT's train.py writes them: model, optimizer, model_args, iter_num, best_val_loss, config. The key `fastgpt`,
+which nanoGPT ignores, holds the tokenizer's meta, the loss scaler, and for each process its random state and the offsets of
+its next batch. With these a resumed run continues as if it had not stopped.
 """
 
 import difflib
@@ -21,7 +21,7 @@ def checkpoint_path(out_dir):
 
 
 def save(checkpoint, out_dir):
-    """Write out_dir/ckpt.pt whole or not at all: to a temporary file, flushed to disk, then renamed."""
+    """Write out_dir/ckpt.pt completely or not at all: write a temporary file, flush it to disk, rename it. Raises UserError."""
     path = checkpoint_path(out_dir)
     part = path.with_suffix(".pt.part")
     try:
@@ -30,7 +30,7 @@ def save(checkpoint, out_dir):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # on a full disk torch's writer raises a RuntimeError
+    except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError when the disk is full
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}); the last checkpoint is as it was") from None
     finally:
@@ -38,16 +38,16 @@ def save(checkpoint, out_dir):
 
 
 def load(out_dir, device="cpu"):
-    """The dict in out_dir/ckpt.pt, nanoGPT's or fastgpt's; weights only, nothing in it is run. Raises UserError."""
+    """The dict in out_dir/ckpt.pt, written by nanoGPT or fastgpt. Loaded with weights_only: no code in it runs. Raises UserError."""
     path = checkpoint_path(out_dir)
     if not path.exists():
-        raise UserError(f"{path}: there is no checkpoint to go on from; train first, or give another --out_dir")
+        raise UserError(f"{path}: there is no checkpoint; train first, or give another --out_dir")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         missing = {"model", "model_args"} - checkpoint.keys()
     except Exception as e:  # a damaged file can fail in any way
         raise UserError(
-            f"{path}: not a readable checkpoint ({type(e).__name__}); it is truncated or of another program"
+            f"{path}: not a readable checkpoint ({type(e).__name__}); it is truncated, or another program wrote it"
         ) from None
     if missing:
         raise UserError(f"{path}: not a checkpoint of nanoGPT or fastgpt: it has no {sorted(missing)[0]!r}")
@@ -55,21 +55,21 @@ def load(out_dir, device="cpu"):
 
 
 def shape(checkpoint, out_dir):
-    """The GPTConfig of a checkpoint. Raises UserError where its model_args are no such thing."""
+    """The GPTConfig of a checkpoint. Raises UserError if its model_args are not valid."""
     path = checkpoint_path(out_dir)
     try:
         config = GPTConfig(**checkpoint["model_args"])
     except TypeError as e:
-        raise UserError(f"{path}: its model_args are not a GPT's: {e}") from None
+        raise UserError(f"{path}: its model_args are not valid: {e}") from None
     for name in ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout"):
         check_value(TrainConfig, name, getattr(config, name), f"{path}: {name}")
     if type(config.vocab_size) is not int or not 0 < config.vocab_size < 2**31:
-        raise UserError(f"{path}: its vocab_size={config.vocab_size!r} is no number of tokens")
+        raise UserError(f"{path}: its vocab_size={config.vocab_size!r} is not a valid number of tokens")
     return config
 
 
 def build_model(checkpoint, out_dir, dropout=None):
-    """The GPT that a checkpoint holds, on the CPU. Raises UserError where weights and model_args do not fit each other."""
+    """The GPT that a checkpoint holds, on the CPU. dropout None: the checkpoint's. Raises UserError if weights and model_args differ."""
     config = shape(checkpoint, out_dir)
     config.dropout = config.dropout if dropout is None else dropout
     try:
@@ -78,13 +78,13 @@ def build_model(checkpoint, out_dir, dropout=None):
     except (ValueError, RuntimeError, AttributeError, TypeError) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(
-            f"{checkpoint_path(out_dir)}: its weights are of another shape than its model_args: {reason}"
+            f"{checkpoint_path(out_dir)}: its weights do not have the shapes of its model_args: {reason}"
         ) from None
     return model
 
 
 def check_dataset(checkpoint, cfg, meta):
-    """Raise UserError where a run is resumed on another tokenizer's data: its weights would be read as other text."""
+    """Raise UserError if a run is resumed on data of another tokenizer: its token ids would mean other text."""
     if "fastgpt" in checkpoint and checkpoint["fastgpt"].get("meta") != meta:
         was = checkpoint.get("config", {}).get("dataset")
         raise UserError(
@@ -94,9 +94,9 @@ def check_dataset(checkpoint, cfg, meta):
 
 
 def keep_shape(checkpoint, cfg, given):
-    """The TrainConfig with the checkpoint's shape in place of what was not asked for by name; says what changed.
+    """The TrainConfig with the checkpoint's shape for each setting that is not in `given`; prints what changed.
 
-    Raises UserError where another shape was asked for. A smaller block_size may be: the model is cropped to it.
+    A smaller block_size may be given: the model is cropped to it. Raises UserError for any other given shape that differs.
     """
     args, changed = asdict(shape(checkpoint, cfg.out_dir)), {}
     for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
@@ -115,7 +115,7 @@ def keep_shape(checkpoint, cfg, given):
 
 
 def pretrained(name, dropout):
-    """GPT.from_pretrained of a GPT-2 size or a local folder, with what can go wrong as a UserError."""
+    """GPT.from_pretrained of a GPT-2 size or a local folder. Raises UserError for whatever goes wrong."""
     if name not in MODEL_SIZES and not Path(name).is_dir():
         near = difflib.get_close_matches(name, ["resume", *MODEL_SIZES], n=1, cutoff=0)[0]
         raise UserError(f"--init_from={name}: neither a known name nor a folder; the nearest name is {near!r}")

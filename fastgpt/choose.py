@@ -1,7 +1,7 @@
-"""`--kernels=auto`: for each op the fastest implementation that is shown equal, on the shapes of the run.
+"""`--kernels=auto`: measure each op's implementations on the run's shapes, and choose the fastest that is correct.
 
-Every candidate is held to the three-way rule of `verify`, then timed forward and backward, once; what was found is kept in a
-file, by GPU, versions, source, op and shape. Never slower: PyTorch's own implementation is a candidate everywhere.
+A candidate must pass the three-way rule of `verify`. Then its forward and backward are timed. The result is saved in a file,
+which holds for one GPU, versions, source, op and shape. PyTorch's implementation is always a candidate.
 """
 
 import functools
@@ -19,15 +19,15 @@ from fastgpt.ops import Kernels
 from fastgpt.records import problem
 from fastgpt.verify import compare, run
 
-PARITY_TOKENS = 4096  # the fp64 side of the comparison takes the memory of many times as much
+PARITY_TOKENS = 4096  # the comparison's fp64 side needs many times the memory of the op
 ROUNDS, CALLS = 7, 5
 
 
 def choose(spec, shape, dtype, device, compiled):
     """The Kernels of a --kernels spec for a run's Shape, dtype and device; prints what was measured.
 
-    They run by the launch configurations that `fastgpt tune` found for such a run, where it did. Without a CUDA GPU, "auto" is "torch":
-    nothing there is to be won. compiled: whether the run is under torch.compile. Raises UserError for a wrong spec.
+    They use the launch configurations that `fastgpt tune` found for such a run, if any. Without a CUDA GPU "auto" means "torch".
+    compiled: whether the run uses torch.compile. Raises UserError for a wrong spec.
     """
     picks = ops.parse(spec)
     auto = [op for op, pick in picks.items() if pick == "auto"]
@@ -38,7 +38,7 @@ def choose(spec, shape, dtype, device, compiled):
         print(f"choosing kernels for {shape.B} x {shape.T} tokens in {str(dtype)[6:]} (once; --kernels=torch skips it)")
         print(f"  {'op':22}" + "".join(f"{i + ' ms':>11}" for i in ("torch", "cudnn", "triton")) + "  chosen")
     for op in auto:
-        with torch.random.fork_rng(devices=[device]):  # the run draws what it would have drawn
+        with torch.random.fork_rng(devices=[device]):  # the run's random numbers stay the same
             found = remembered(op, shape, dtype, device, compiled, rows)
         picks[op] = found["chosen"]
         times = (found["ms"].get(i) for i in ("torch", "cudnn", "triton"))
@@ -55,7 +55,7 @@ def is_cuda(device):
 
 
 def remembered(op, shape, dtype, device, compiled, rows=(), measure=None):
-    """What `decide` finds, from the file of an earlier run where everything that matters is the same."""
+    """What `decide` finds, read from the file of an earlier run if there is one with the same key."""
     key = {
         "op": op, "shape": asdict(shape), "dtype": str(dtype), "compiled": compiled, **tuned.environment(device),
         "blas": str(torch.backends.cuda.preferred_blas_library()), "row": dict(rows).get(op, ""),
@@ -67,21 +67,21 @@ def remembered(op, shape, dtype, device, compiled, rows=(), measure=None):
         if saved["key"] == key and saved["chosen"] in ops.IMPLEMENTATIONS[op]:
             return saved
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or a damaged one: it is measured anew and overwritten
+        pass  # no file yet, or a damaged one: measure, and overwrite it
     found = {"key": key, **decide(op, shape, dtype, device, compiled, rows, measure or time_together)}
     try:
         tuned.save(file, found)
     except OSError as e:
-        print(f"  (not kept for the next run: {file.parent}: {e.strerror})")
+        print(f"  (not saved for the next run: {file.parent}: {e.strerror})")
     return found
 
 
 def decide(op, shape, dtype, device, compiled, rows, measure):
-    """{"chosen": implementation, "ms": {implementation: time}, "rejected": {implementation: why}} of an op."""
+    """Check and time an op's implementations: {"chosen": name, "ms": {name: milliseconds}, "rejected": {name: reason}}."""
     rejected, functions = {}, {}
     tokens = replace(shape, B=max(1, min(shape.B, PARITY_TOKENS // shape.T)), T=min(shape.T, PARITY_TOKENS))
     it = problem(op, shape, dtype, device)
-    torch._dynamo.reset()  # all ops compile the same few functions: past eight versions of one, torch would run it eagerly
+    torch._dynamo.reset()  # all ops compile the same few functions, and torch compiles at most eight versions of one
     for implementation in ops.IMPLEMENTATIONS[op]:
         kernels = Kernels(**{op: implementation}, rows=rows)
         f = prepared(it, kernels, compiled)
@@ -91,15 +91,15 @@ def decide(op, shape, dtype, device, compiled, rows, measure):
             ops.warn_once.cache_clear()
             try:
                 with warnings.catch_warnings():
-                    # What falls back to PyTorch warns of it: it is no candidate, and not to be timed under another's name.
+                    # An op that falls back to PyTorch warns. Such a candidate is rejected, not timed under the wrong name.
                     warnings.filterwarnings("error", message=ops.FALLS_BACK)
                     plain = problem(op, replace(tokens, dropout=0.0), dtype, device)
                     check(plain, functools.partial(plain.by_ops, kernels=kernels))
-                    if implementation == "triton" and shape.dropout:  # with the mask, which only the kernel can tell
+                    if implementation == "triton" and shape.dropout:  # only the kernel's own mask can be compared
                         dropping = problem(op, tokens, dtype, device)
                         check(dropping, functools.partial(dropping.kernel, row=kernels.row(op)))
                     f()
-            except Exception as e:  # whatever stops a candidate is said, and the run goes on without it
+            except Exception as e:  # any failure rejects the candidate, and is printed
                 rejected[implementation] = (str(e).splitlines() or [type(e).__name__])[0]
                 continue
         functions[implementation] = f
@@ -109,18 +109,18 @@ def decide(op, shape, dtype, device, compiled, rows, measure):
 
 
 def check(it, f):
-    """Hold a function of a Problem to the three-way rule. Raises ArithmeticError that says by how much it fails."""
+    """Check a function of a Problem against the three-way rule. Raises ArithmeticError that says by how much it fails."""
     for c in compare(f, it.reference, it.inputs, it.outputs, it.grads):
         if not c.holds:
             raise ArithmeticError(f"is not equal: {c.what} has {c.ratio:.1f} times PyTorch's error")
 
 
 def prepared(it, kernels, compiled):
-    """A function of no arguments that runs a Problem's op forward and backward as a run by these Kernels would."""
-    call = it.timed or it.by_ops  # the update, which is timed in place, is never compiled
+    """A function without arguments that runs a Problem's op, forward and backward, as training with these Kernels does."""
+    call = it.timed or it.by_ops  # only the update has `timed`, and it is never compiled
     call = functools.partial(call, kernels=kernels)
     call = torch.compile(call, dynamic=False) if compiled and not it.timed else call
-    if ops.triton and "head" in it.outputs:  # the head's gradient comes marked as the loss's backward marks it
+    if ops.triton and "head" in it.outputs:  # the loss's backward marks the head's gradient so
         ops.triton.accumulate.mark_owned(it.grads[it.outputs.index("head")])
     return lambda: run(call, it.inputs.values(), it.grads)
 
@@ -131,7 +131,7 @@ def time_together(functions):
 
 
 def time_rounds(functions):
-    """Milliseconds of each function on the GPU, one for each round: all in turn in a round, so that clocks and heat are shared."""
+    """{name: [milliseconds on the GPU, one for each round]}. Every round runs all functions, so they share clock rates and heat."""
     times = {name: [] for name in functions}
     for _ in range(ROUNDS):
         for name, f in functions.items():

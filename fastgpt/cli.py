@@ -1,4 +1,4 @@
-"""The command `fastgpt`: train, sample, prepare, verify, tune, bench. What a user can mend is one line on stderr and exit status 2."""
+"""The command `fastgpt`: train, sample, prepare, verify, tune, bench. A user's error is one line on stderr and exit status 2."""
 
 import os
 import sys
@@ -9,33 +9,33 @@ from fastgpt.config import PrepareConfig, SampleConfig, TuneConfig, UserError, V
 
 USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
 
-  train     train a model; without anything else, a small one on the embedded text
+  train     train a model; without arguments, a small one on the embedded text
   sample    continue a prompt with a trained model
   prepare   turn a text file or folder into a dataset
-  verify    hold every kernel to PyTorch on this machine; exit status 1 if one fails
-  tune      search this GPU's fastest launch configurations of the kernels, for later runs
-  bench     measure this machine: steps and kernels against their peers; also compare, count, roofline, report
+  verify    check every kernel against PyTorch on this machine; exit status 1 if one fails
+  tune      find the kernels' fastest launch configurations on this GPU, for later runs
+  bench     measure training steps and kernels against other libraries; also compare, count, roofline, report
 
 fastgpt COMMAND --help lists every flag with its default.
 """
 
 
 def main(argv=None):
-    """Run a command line; the exit status."""
+    """Run a command line, and return the exit status."""
     command, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if os.environ.get("RANK", "0") != "0":  # under torchrun, one process speaks for all
+    if os.environ.get("RANK", "0") != "0":  # under torchrun only rank 0 prints
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # text that the terminal cannot show is no reason to stop
-    hint = "; --init_from=resume goes on from the last checkpoint saved" if command == "train" else ""
+        sys.stdout.reconfigure(errors="replace")  # the terminal may lack characters: do not fail
+    hint = "; --init_from=resume continues from the last checkpoint" if command == "train" else ""
     return reported(lambda: run(command, argv), hint)
 
 
 def reported(run, hint=""):
-    """run()'s exit status, or 0; what a user can mend, and an interruption with its hint, as a line on stderr."""
+    """Call run(), and return its exit status or 0. A UserError or an interruption (with the hint) becomes one line on stderr."""
     try:
         status = run() or 0
-        sys.stdout.flush()  # here, where a closed pipe is answered
+        sys.stdout.flush()  # inside the try: it raises if the pipe is closed
         return status
     except UserError as e:
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
@@ -44,14 +44,14 @@ def reported(run, hint=""):
     except KeyboardInterrupt:
         print(f"\nfastgpt: interrupted{hint}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor is there anything to flush at the exit
-        print("fastgpt: nobody reads the output any more", file=sys.stderr)
+    except BrokenPipeError:  # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the flush at exit would fail again
+        print("fastgpt: the output was closed", file=sys.stderr)
         return 1
 
 
 def run(command, argv):
-    """Run one command; its exit status, or None for 0. Raises UserError."""
+    """Run one command, and return its exit status; None means 0. Raises UserError."""
     if command == "train":
         from fastgpt.trainer import train
 
@@ -71,7 +71,7 @@ def run(command, argv):
     elif command == "verify":
         cfg, _ = parse(VerifyConfig, argv, "fastgpt verify")
         if not torch.cuda.is_available():
-            os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, with this:
+            os.environ["TRITON_INTERPRET"] = "1"  # the import below reads it
         from fastgpt.verify import verify
 
         return verify(cfg.json)

@@ -1,7 +1,8 @@
 """Token streams on disk, and the batches drawn from them.
 
-A dataset is a folder: nanoGPT's train.bin and val.bin (headerless little-endian uint16; uint32 where the vocabulary
-is above 65,536) with an optional meta.pkl, or llm.c's shards (*train*.bin and *val*.bin, a 1,024-byte header each).
+A dataset is a folder with an optional meta.pkl and token files in one of two formats. nanoGPT's: train.bin and val.bin,
+little-endian uint16 without a header (uint32 if the vocabulary is above 65,536). llm.c's: shards *train*.bin and *val*.bin,
+each with a header of 1,024 bytes.
 """
 
 import bisect
@@ -17,7 +18,7 @@ import torch
 from fastgpt.config import UserError
 from fastgpt.prepare import EMBEDDED, embedded_folder, prepare_embedded
 
-# llm.c's shards: the first two of 256 int32s, and the tokens that follow (dev/data/data_common.py there).
+# llm.c's shards: {(magic, version), the header's first two int32s: dtype of the tokens}; see its dev/data/data_common.py.
 SHARD_KINDS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 MAGICS = {magic for magic, _ in SHARD_KINDS}
 HEADER_BYTES = 1024
@@ -26,7 +27,7 @@ HEADER_BYTES = 1024
 class Tokens:
     """One stream of tokens over one or more files: `len(tokens)`, `tokens.read(starts, length)`.
 
-    Raises UserError, naming the file, for one that is missing, empty, truncated, or of an odd size.
+    Raises UserError with the file's name if a file is missing, empty, truncated, or not a whole number of tokens.
     """
 
     def __init__(self, paths, vocab_size):
@@ -47,18 +48,18 @@ class Tokens:
             raise UserError(
                 f"{path}: cannot be read ({e.strerror}); prepare the data, or give another --dataset"
             ) from None
-        except ValueError:  # shorter than 12 bytes and no multiple of 4: no header
+        except ValueError:  # shorter than 12 bytes and not a multiple of 4: no header
             head = ()
-        # Tokens 55432 and 308 could open a headerless file too, but 55432 is no GPT-2 token.
+        # A headerless file could begin with the same bytes: tokens 55432 and 308. But 55432 is not a GPT-2 token.
         if len(head) and head[0] in MAGICS:
             dtype = SHARD_KINDS.get(tuple(head[:2]))
             count = int(head[2]) if len(head) > 2 else 0
             if dtype is None or count <= 0:
-                raise UserError(f"{path}: a shard of an unknown version, or a truncated one; fetch it again")
+                raise UserError(f"{path}: the shard is truncated, or its version is unknown; fetch it again")
             expected = HEADER_BYTES + count * dtype.itemsize
             if size != expected:
                 raise UserError(
-                    f"{path}: the shard's header promises {count:,} tokens, {expected:,} bytes, "
+                    f"{path}: the shard's header promises {count:,} tokens, {expected:,} bytes in all, "
                     f"but the file has {size:,}; fetch it again"
                 )
             return dtype, HEADER_BYTES, count
@@ -67,17 +68,17 @@ class Tokens:
             raise UserError(f"{path}: the file is empty; prepare the data again")
         if size % dtype.itemsize:
             raise UserError(
-                f"{path}: {size:,} bytes are no whole number of {dtype.name} tokens; the file is truncated or no token file"
+                f"{path}: {size:,} bytes are not a whole number of {dtype.name} tokens; the file is truncated, or not a token file"
             )
         return dtype, 0, size // dtype.itemsize
 
     def _map(self, shard):
-        # Mapped anew each time, so that pages read long ago are not held in the process's size.
+        # A new map each time: an old one would keep every page that was ever read in the process's memory.
         dtype, offset, count = self.layout[shard]
         return np.memmap(self.paths[shard], dtype=dtype, mode="r", offset=offset, shape=(count,))
 
     def read(self, starts, length):
-        """int64 [len(starts), length]: the tokens from each start on. Raises UserError for an id at or above vocab_size."""
+        """`length` tokens from each start on, int64 [len(starts), length]. Raises UserError for an id at or above vocab_size."""
         out = np.empty((len(starts), length), dtype=np.int64)
         maps = {}
         for row, start in zip(out, starts, strict=True):
@@ -97,7 +98,7 @@ class Tokens:
         return out
 
     def holds(self, token):
-        """Whether a token is anywhere in the stream; read from its beginning on until one is found."""
+        """Whether the stream contains a token. Reads from the beginning until it finds one."""
         return any(
             bool((self._map(shard)[start : start + 2**24] == token).any())
             for shard, (*_, count) in enumerate(self.layout)
@@ -105,7 +106,7 @@ class Tokens:
         )
 
     def check_ids(self, most=2**29):
-        """Raise UserError for an id at or above vocab_size among the first `most` tokens; `read` checks each batch besides."""
+        """Raise UserError for an id at or above vocab_size among the first `most` tokens. `read` also checks each batch."""
         for shard, (dtype, _, count) in enumerate(self.layout):
             if self.vocab_size > np.iinfo(dtype).max or most <= 0:
                 continue
@@ -124,14 +125,14 @@ class Tokens:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Admits plain containers, str and int: a pickle that names any class or function is refused, not run."""
+    """Loads plain containers, str and int. Refuses a pickle that names a class or a function, and runs no code of it."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def load_meta(folder):
-    """The dict in a folder's meta.pkl, or None where there is none. Raises UserError for anything but plain data."""
+    """The dict in a folder's meta.pkl, or None without one. Raises UserError for anything but plain data."""
     path = Path(folder) / "meta.pkl"
     if not path.exists():
         return None
@@ -148,7 +149,7 @@ def load_meta(folder):
 
 
 def dataset_folder(name):
-    """Where a dataset lies: data/NAME as in nanoGPT, else the folder NAME itself, else the embedded corpus's cache."""
+    """A dataset's folder: data/NAME as in nanoGPT, else the folder NAME itself, else the embedded corpus's cache."""
     folder = Path("data") / name
     if not folder.is_dir() and Path(name).is_dir():
         folder = Path(name)
@@ -156,13 +157,13 @@ def dataset_folder(name):
 
 
 def find_files(folder, split):
-    """The token files of a split, "train" or "val": nanoGPT's one, else shards by name."""
+    """The token files of a split, "train" or "val": nanoGPT's single file, else the shards."""
     one = folder / f"{split}.bin"
     return [one] if one.exists() else sorted(folder.glob(f"*{split}*.bin")) or [one]
 
 
 def load_dataset(cfg):
-    """(train Tokens, val Tokens, meta or None, vocab_size) of a TrainConfig; everything about them is checked here."""
+    """(train Tokens, val Tokens, meta or None, vocab_size) of a TrainConfig. Raises UserError for what is missing or damaged."""
     folder = dataset_folder(cfg.dataset)
     if cfg.dataset == EMBEDDED and folder == embedded_folder():
         prepare_embedded(folder)
@@ -176,7 +177,7 @@ def load_dataset(cfg):
     if not (cfg.train_data and cfg.val_data) and not folder.is_dir():
         if cfg.train_data or cfg.val_data:
             missing = "val_data" if cfg.train_data else "train_data"
-            raise UserError(f"--{missing} is missing, and there is no folder {folder} to take it from; give both")
+            raise UserError(f"--{missing} is missing, and there is no folder {folder} to read it from; give both")
         raise UserError(
             f"--dataset={cfg.dataset}: there is no folder {folder}; make it with `fastgpt prepare --input PATH --out {folder}`, "
             f"or train on the embedded text with --dataset={EMBEDDED}"
@@ -189,12 +190,11 @@ def load_dataset(cfg):
 
 
 class Batches:
-    """Random batches of a stream, as nanoGPT draws them, each read and moved in the background.
+    """Random batches of a token stream, drawn as nanoGPT draws them. A thread reads each and copies it to the device.
 
-    `prefetch()` draws the next batch's offsets and starts to read it; `get()` gives (x, y), int64 [batch_size,
-    block_size] on the device, y shifted by one token. The draws happen in the caller's order, on the CPU generator
-    (or on `generator`): only the reading is done elsewhere. `offsets` are those of the batch under way. Where several of
-    nanoGPT's batches are `merged` into one, each is drawn by itself.
+    `prefetch()` draws the next batch's offsets and starts to read it. `get()` returns that batch (x, y), int64 [merged * batch_size,
+    block_size] on the device; y is x shifted by one token. The draws use torch's CPU generator or `generator`, in the caller's
+    order. `offsets` are those of the batch that is being read. `merged` batches of nanoGPT form one; each is drawn separately.
     """
 
     def __init__(self, tokens, batch_size, block_size, device, generator=None, merged=1):
@@ -209,7 +209,7 @@ class Batches:
         self.stream = self.offsets = None
 
     def prefetch(self, offsets=None):
-        """Begin the next batch: of drawn offsets, or of the ones given (a resumed run's)."""
+        """Start to read the next batch: at drawn offsets, or at those given (by a resumed run)."""
         if offsets is None:
             end = len(self.tokens) - self.block_size
             draws = [torch.randint(end, (self.batch_size,), generator=self.generator) for _ in range(self.merged)]
@@ -218,7 +218,7 @@ class Batches:
         self.pending = self.thread.submit(self._read, offsets.tolist())
 
     def fits(self, offsets):
-        """Whether offsets make a batch of this size within this stream."""
+        """Whether offsets are those of a batch of this size in this stream."""
         return len(offsets) == self.merged * self.batch_size and int(offsets.max()) < len(self.tokens) - self.block_size
 
     def _read(self, starts):
@@ -226,24 +226,24 @@ class Batches:
         xy = torch.stack((batch[:, :-1], batch[:, 1:]))  # one transfer for both
         if self.device.type != "cuda":
             return xy.to(self.device), None
-        with torch.cuda.device(self.device):  # a thread begins on GPU 0, where pinning would make a context
+        with torch.cuda.device(self.device):  # a new thread is on GPU 0: pinning there would create a context
             if self.stream is None:
                 self.stream = torch.cuda.Stream()
-            # So that the copy waits for no kernel, and none for it before it is needed.
+            # On a stream of its own the copy waits for no kernel, and kernels wait for it only in `get`.
             with torch.cuda.stream(self.stream):
                 return xy.pin_memory().to(self.device, non_blocking=True), self.stream.record_event()
 
     def get(self):
-        """(x, y) of the batch under way."""
+        """(x, y) of the batch that `prefetch` started."""
         xy, copied = self.pending.result()
         if copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)
-            xy.record_stream(current)  # its memory is not given to the next batch before this stream has read it
+            xy.record_stream(current)  # the allocator then reuses its memory only after this stream has read it
         return xy.unbind()
 
     def take(self, n):
-        """n batches; each is read while the one before is in use."""
+        """Yield n batches. Each is read while the one before it is in use."""
         self.prefetch()
         for left in range(n - 1, -1, -1):
             batch = self.get()

@@ -1,4 +1,4 @@
-"""torch.distributed as torchrun starts it: one process a GPU, data parallel."""
+"""torch.distributed under torchrun: data parallel, one process for each GPU."""
 
 import gc
 import os
@@ -27,7 +27,7 @@ class World:
 
 
 def init(device, backend):
-    """Join the process group that torchrun's environment names, if it does: a World. Raises UserError for an unusable device."""
+    """Join torchrun's process group if there is one, and return the World. Raises UserError for an unusable device or backend."""
     parallel = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
     rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if parallel else (0, 1)
     if parallel and device.startswith("cuda"):
@@ -46,7 +46,7 @@ def init(device, backend):
 
 
 def check_device(device):
-    """Raise UserError for a device that is not to be had."""
+    """Raise UserError for a device that this machine does not have."""
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -55,7 +55,7 @@ def check_device(device):
         raise UserError(f"--device={device}: there is no such device; write cuda, cuda:1, cpu or mps")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"--device={device}: PyTorch finds no CUDA GPU here; train with --device=cpu --compile=False, or mend the driver"
+            f"--device={device}: PyTorch finds no CUDA GPU here; train with --device=cpu --compile=False, or repair the driver"
         )
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UserError(
@@ -66,7 +66,7 @@ def check_device(device):
 
 
 def share(steps, world):
-    """Each process's share of an iteration's micro-steps. Raises UserError where they cannot be shared evenly."""
+    """The micro-steps of an iteration that each process runs. Raises UserError if they cannot be shared evenly."""
     if steps % world.size:
         near = max(1, round(steps / world.size)) * world.size
         raise UserError(
@@ -77,7 +77,7 @@ def share(steps, world):
 
 
 def wrap(model, world):
-    """The model in DDP where there are several processes."""
+    """The model, in DDP if there are several processes."""
     if world.size == 1:
         return model
     return DistributedDataParallel(model, device_ids=[world.device] if world.device.startswith("cuda") else None)
@@ -85,18 +85,18 @@ def wrap(model, world):
 
 @contextmanager
 def main_first(world):
-    """Let the main process through the block before the others: what it makes on disk is there for them."""
+    """Run the block in the main process first, then in the others: they find the files that it made."""
     if world.size > 1 and not world.is_main:
         dist.barrier()
     try:
         yield
-    finally:  # after an error too: the others then meet it themselves, and say nothing
+    finally:  # also after an error: the others wait here, and then meet the same error
         if world.size > 1 and world.is_main:
             dist.barrier()
 
 
 def mean(tensor, world):
-    """The tensor's mean over all processes; every one of them must ask for it."""
+    """The tensor's mean over all processes. Every process must call it."""
     if world.size > 1:
         dist.all_reduce(tensor)
         tensor /= world.size
@@ -104,7 +104,7 @@ def mean(tensor, world):
 
 
 def least(number, world):
-    """The least of all processes' numbers; every one of them must ask for it."""
+    """The smallest of all processes' numbers, an int. Every process must call it."""
     if world.size == 1:
         return number
     tensor = torch.tensor(number, device=world.device)
@@ -113,7 +113,7 @@ def least(number, world):
 
 
 def gather(thing, world):
-    """A picklable thing of every process, as a list by rank, on the main one; None elsewhere."""
+    """On the main process the list of all processes' things (picklable), by rank; None on the others. Every process must call it."""
     if world.size == 1:
         return [thing]
     things = [None] * world.size if world.is_main else None
@@ -124,5 +124,5 @@ def gather(thing, world):
 def finish(world):
     """Leave the process group."""
     if dist.is_initialized():
-        gc.collect()  # what still holds the group, DDP first of all: its threads must end before the process does
+        gc.collect()  # frees DDP, which holds the group: the group's threads must end before the process
         dist.destroy_process_group()

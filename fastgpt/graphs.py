@@ -1,12 +1,12 @@
-"""CUDA graphs of a micro-step: hundreds of launches become one, and the host's time for them nothing.
+"""CUDA graphs of a micro-step: one replay in place of hundreds of launches, whose host time is saved.
 
-A graph replays the same kernels on the same memory. So inputs are copied to where the graph reads them; the gradients stay
-where they are from one iteration to the next, and are begun anew by one graph and added to by another; dropout draws anew each
-time, since PyTorch moves the generator's offset, which is in device memory, with each replay. The update stays outside: it is a
-handful of launches an iteration, and its learning rate may then be a number.
+A graph replays the same kernels on the same memory. So inputs are copied to where the graph reads them. The gradients keep their
+memory from iteration to iteration: one graph overwrites them, another adds to them. Dropout draws a new mask at each replay:
+PyTorch advances the generator's offset, which is in device memory. The update is outside the graphs: it takes only a few launches,
+and outside them its learning rate may be a Python number.
 
-Nothing is captured before two iterations ran without: the first compiles, and the second is watched for whatever waits for the GPU,
-which no graph can hold.
+The first two iterations run without graphs. The first compiles. In the second we look for code that waits for the GPU, which
+cannot be captured.
 """
 
 import warnings
@@ -20,19 +20,19 @@ WARM_UP = 2  # iterations
 
 
 def stream(world):
-    """The stream to train on, as a context. Raises UserError where there is nothing to capture.
+    """A context with the CUDA stream to train on. Raises UserError without a CUDA device.
 
-    DDP keeps the stream on which it was made for its part of the backward, and the default one cannot be captured.
+    DDP runs its part of the backward on the stream on which it was made, and the default stream cannot be captured.
     """
     if not world.device.startswith("cuda"):
-        raise UserError(f"--cuda_graphs=True: there are none on --device={world.device}; leave it out")
+        raise UserError(f"--cuda_graphs=True: there are no CUDA graphs on --device={world.device}; leave it out")
     return torch.cuda.stream(torch.cuda.Stream()) if world.size > 1 else nullcontext()
 
 
 class Graphs:
-    """run(x, y), which launches a micro-step, adds to the gradients of `parameters` and gives its loss [], as graphs of it.
+    """CUDA graphs of run(x, y), which launches a micro-step, adds to the gradients of `parameters`, and returns the loss [].
 
-    The loss is overwritten by the next call. What cannot be captured goes on without graphs, after one line by `say`.
+    The next call overwrites the loss. If a micro-step cannot be captured, `say` gets one line, and run is called without graphs.
     """
 
     def __init__(self, run, parameters, say=print):
@@ -41,7 +41,7 @@ class Graphs:
         self.inputs = self.gradients = None
 
     def __call__(self, x, y, fresh):
-        """A micro-step: its loss. Where `fresh`, an iteration's first, the gradients, which are None, begin anew."""
+        """Run a micro-step, and return its loss. fresh: it is the first of an iteration, and all gradients are None."""
         self.iterations += fresh
         if self.iterations == WARM_UP and not self.failed:
             with waits() as seen:
@@ -63,14 +63,14 @@ class Graphs:
         return loss
 
     def capture(self, x, y, fresh):
-        """Capture a micro-step, which computes nothing yet."""
+        """Capture a micro-step. This computes nothing yet."""
         if self.inputs is None:
             self.inputs = x.clone(), y.clone()
         try:
             replay, loss, self.pool = capture(lambda: self.run(*self.inputs), self.pool)
         except UserError:
             raise
-        except Exception as e:  # whatever else stops it: the run goes on without
+        except Exception as e:  # any other failure: continue without graphs
             if fresh:
                 for p in self.parameters:
                     p.grad = None
@@ -82,7 +82,7 @@ class Graphs:
             self.say("CUDA graphs: from here on a micro-step is one replay")
 
     def give_up(self, reason):
-        """Go on without graphs."""
+        """Continue without graphs."""
         self.failed = True
         self.captured.clear()
         self.inputs = self.gradients = self.pool = None
@@ -90,14 +90,14 @@ class Graphs:
 
 
 def capture(run, pool):
-    """(a function that replays what run() launches, run's answer, the pool of its memory); pool is that of an earlier one, or None.
+    """Capture run(): (a function that replays its launches, its return value, its memory pool). pool: an earlier capture's, or None.
 
-    Raises what run raises, and UserError where CUDA gave the capture up: PyTorch's generator and allocator are then left in its midst,
-    and nothing more can be computed.
+    Raises what run raises. Raises UserError if CUDA ended the capture: PyTorch's generator and allocator then remain in capture
+    state, and nothing more can be computed.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    # The default stream cannot be captured: PyTorch then takes one of its own. Another thread reads the next batch meanwhile, and
-    # what it does is not this capture's to forbid.
+    # The default stream cannot be captured: with None PyTorch uses one of its own. The capture must not forbid CUDA calls of other
+    # threads: one reads the next batch meanwhile.
     own = None if stream == torch.cuda.default_stream() else stream
     failure = None
     try:
@@ -117,13 +117,13 @@ def capture(run, pool):
 
 
 def first_line(reason):
-    """An error's message without what follows it."""
+    """The first line of an error's message."""
     return next(iter(reason.strip().splitlines()), "no reason given")
 
 
 @contextmanager
 def waits():
-    """A list that will name each place that waited for the GPU."""
+    """A context whose list names, after the block, each line of code that waited for the GPU."""
     seen, before = [], torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -135,5 +135,5 @@ def waits():
     for w in caught:
         if "called a synchronizing" in str(w.message):
             seen.append(f"{w.filename}:{w.lineno} waits for the GPU")
-        elif "Synchronization debug mode" not in str(w.message):  # PyTorch's notice that this mode is young
+        elif "Synchronization debug mode" not in str(w.message):  # PyTorch's notice that this mode is a prototype
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
