@@ -1,13 +1,13 @@
-"""GPT: nanoGPT's model, by its names, its init and its interface, with each hot path one call into `ops`.
+"""GPT: nanoGPT's model with its names, initial weights and interface. Each hot path is one call into `ops`.
 
-Two things differ from nanoGPT's file, neither in what is computed:
+Two things differ from nanoGPT's file; neither changes what is computed:
 
-- The residual add is left to the LayerNorm that follows it. Between blocks go the stream, the last branch, which is still to be added,
-  and the probability of the dropout that falls on it before.
-- `model(idx, targets, return_logits=False)` answers the loss alone, so that training never keeps the logits.
+- The LayerNorm does the residual add before it. So a block passes on the residual stream, the last branch, which is not added yet,
+  and p, the probability of the dropout that is not applied to that branch yet.
+- `model(idx, targets, return_logits=False)` returns the loss alone, so training never keeps the logits.
 
-A fused path stands for the calls of several modules. It is taken where all of them are `plain`: what a user has put in a module's place,
-or hooked, or parametrised, is called as nanoGPT calls it.
+A fused path replaces the calls of several modules. It runs only if all of them are `plain`. A module that a user has replaced, hooked
+or parametrised is called as nanoGPT calls it.
 """
 
 import math
@@ -24,7 +24,7 @@ from fastgpt.records import Shape
 
 
 def plain(module, kind):
-    """Whether a module is what nanoGPT has there: of this very class, and nothing hangs on its call."""
+    """Whether a module is what nanoGPT has: exactly of this class, without hooks or a forward of its own."""
     return type(module) is kind and not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -41,30 +41,30 @@ def plain_embedding(module):
     )
 
 
-def project(linear, x, kernels):
+def apply_linear(linear, x, kernels):
     """A Linear's output for x [...,K]."""
     if plain(linear, nn.Linear):
         return ops.linear(x, linear.weight, linear.bias, kernels=kernels)
     return linear(x)
 
 
-def dropped(module, x):
-    """(x, the probability of the dropout still due on it): of a plain nn.Dropout it is left to whoever adds x to the stream."""
+def defer_dropout(module, x):
+    """(x, p of the dropout still to be applied) of an nn.Dropout. A plain one is left to the code that adds x to the stream."""
     if plain(module, nn.Dropout):
         return x, module.p if module.training else 0.0
     return module(x), 0.0
 
 
-def add(x, branch, p):
-    """The stream x [B,T,C] plus a branch [B,T,C] on which dropout of probability p is due; a branch of None is nothing."""
+def add_branch(x, branch, p):
+    """The stream x plus dropout(branch), each [B,T,C]; x itself if branch is None."""
     return x if branch is None else x + F.dropout(branch, p, training=p > 0)
 
 
 def add_norm(norm, x, branch, p):
-    """(the stream plus the branch that is due, its norm), each [B,T,C]."""
+    """(the stream x plus dropout(branch), its norm), each [B,T,C]."""
     if plain(norm, LayerNorm):
         return ops.add_layer_norm(x, branch, norm.weight, norm.bias, dropout_p=p, kernels=norm.kernels)
-    x = add(x, branch, p)
+    x = add_branch(x, branch, p)
     return x, norm(x)
 
 
@@ -99,16 +99,16 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, cache=None, doc_ids=None):
-        """Attend within x [B,T,C], and within documents where doc_ids [B,T] are given."""
+        """Attend within x [B,T,C]; within documents if doc_ids [B,T] are given."""
         y, p = self.branch(x, cache, doc_ids)
         return F.dropout(y, p, training=p > 0)
 
     def branch(self, x, cache=None, doc_ids=None):
-        """(as forward, but for the last dropout, and the probability of that)."""
-        qkv = project(self.c_attn, x, self.kernels)
+        """(the output before the last dropout, p of that dropout)."""
+        qkv = apply_linear(self.c_attn, x, self.kernels)
         p = self.dropout if self.training else 0.0
         y = ops.attention(qkv, self.n_head, p, cache, doc_ids, kernels=self.kernels)
-        return dropped(self.resid_dropout, project(self.c_proj, y, self.kernels))
+        return defer_dropout(self.resid_dropout, apply_linear(self.c_proj, y, self.kernels))
 
 
 class MLP(nn.Module):
@@ -130,19 +130,19 @@ class MLP(nn.Module):
         return F.dropout(y, p, training=p > 0)
 
     def branch(self, x):
-        """(as forward, but for the last dropout, and the probability of that)."""
+        """(the output before the last dropout, p of that dropout)."""
         fc, gelu, proj = self.c_fc, self.gelu, self.c_proj
         if plain(fc, nn.Linear) and plain(proj, nn.Linear) and plain(gelu, nn.GELU) and gelu.approximate == "none":
             y = ops.gelu_mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.recompute, kernels=self.kernels)
         else:
-            y = project(proj, gelu(project(fc, x, self.kernels)), self.kernels)
-        return dropped(self.dropout, y)
+            y = apply_linear(proj, gelu(apply_linear(fc, x, self.kernels)), self.kernels)
+        return defer_dropout(self.dropout, y)
 
 
-def called(module, kind, x, **context):
-    """A module's answer to x [B,T,C]. context is what one of our kind takes beside x, by name; another takes x alone, as nanoGPT's does.
+def call_module(module, kind, x, **context):
+    """A module's output for x [B,T,C]. A module of `kind` also gets the context; any other gets x alone, as in nanoGPT.
 
-    Raises ValueError where another would lose documents.
+    Raises ValueError if another kind of module would have to attend within documents.
     """
     context = {name: value for name, value in context.items() if value is not None}
     if context and not isinstance(module, kind):
@@ -152,9 +152,9 @@ def called(module, kind, x, **context):
     return module(x, **context)
 
 
-def branch_of(module, kind, h, **context):
-    """(the branch of h [B,T,C] that a block's attention or MLP gives, the probability of the dropout still due on it)."""
-    return module.branch(h, **context) if plain(module, kind) else (called(module, kind, h, **context), 0.0)
+def run_branch(module, kind, h, **context):
+    """(the branch [B,T,C] that a block's attention or MLP computes from h [B,T,C], p of the dropout still to be applied)."""
+    return module.branch(h, **context) if plain(module, kind) else (call_module(module, kind, h, **context), 0.0)
 
 
 class Block(nn.Module):
@@ -168,23 +168,23 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, doc_ids=None):
-        """The stream [B,T,C] behind the block, of the stream before it."""
-        return add(*self.step(x, None, 0.0, cache, doc_ids))
+        """The stream [B,T,C] after the block, from x, the stream before it."""
+        return add_branch(*self.step(x, None, 0.0, cache, doc_ids))
 
     def step(self, x, branch, p, cache=None, doc_ids=None):
-        """(stream, branch, p) behind the block, of the same before it: a branch that is still to be added, and its dropout's p."""
+        """(stream, branch, p) after the block, from the same before it: a branch not added yet, and p of its dropout."""
         x, h = add_norm(self.ln_1, x, branch, p)
-        branch, p = branch_of(self.attn, CausalSelfAttention, h, cache=cache, doc_ids=doc_ids)
+        branch, p = run_branch(self.attn, CausalSelfAttention, h, cache=cache, doc_ids=doc_ids)
         x, h = add_norm(self.ln_2, x, branch, p)
-        return x, *branch_of(self.mlp, MLP, h)
+        return x, *run_branch(self.mlp, MLP, h)
 
 
 class GPT(nn.Module):
     """nanoGPT's `GPT`: names, shapes, tie, initial weights and methods.
 
-    Constructing it prints one line with the number of parameters, and draws from torch's CPU generator exactly
-    what nanoGPT draws: its data loader reads the same generator, so a draw left out would change every batch. It runs on PyTorch's
-    own operators until `set_kernels`.
+    The constructor prints one line with the number of parameters. It draws from torch's CPU generator exactly what nanoGPT draws:
+    the data loader uses the same generator, so a missing draw would change every batch. The model runs on PyTorch's operators until
+    `set_kernels` is called.
     """
 
     kernels = ops.TORCH
@@ -196,8 +196,8 @@ class GPT(nn.Module):
         if config.n_embd % config.n_head != 0:
             raise ValueError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
         self.config = config
-        # The modules draw PyTorch's default weights as they are made. None of these values stays, but the order
-        # of the draws is nanoGPT's order of construction.
+        # Each module draws PyTorch's default weights when it is made. `_init_weights` overwrites them all, but the draws
+        # advance the generator: keep nanoGPT's order of construction.
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -215,46 +215,46 @@ class GPT(nn.Module):
         print(f"number of parameters: {self.get_num_params() / 1e6:.2f}M")
 
     def _init_weights(self):
-        """GPT-2's init as nanoGPT draws it: std 0.02, and 0.02/sqrt(2 n_layer) where a layer writes to the stream."""
+        """GPT-2's init, drawn as nanoGPT does: std 0.02, but 0.02/sqrt(2 n_layer) for the layers that write to the stream."""
         t = self.transformer
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
-        nn.init.normal_(t.wte.weight, std=0.02)  # thrown away: the tied head below draws it again
+        nn.init.normal_(t.wte.weight, std=0.02)  # overwritten: the tied head below draws it again
         nn.init.normal_(t.wpe.weight, std=0.02)
         for block in t.h:
-            # Both c_proj are drawn here too, and thrown away.
+            # Both c_proj are drawn here too, and overwritten below.
             for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
                 nn.init.normal_(linear.weight, std=0.02)
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
-        nn.init.normal_(self.lm_head.weight, std=0.02)  # the draw of the shared tensor that stays
+        nn.init.normal_(self.lm_head.weight, std=0.02)  # the final values of the shared tensor
         for block in t.h:
-            # Each block adds two branches to the stream: the smaller std keeps its final variance free of depth.
-            # Drawn anew, not scaled.
+            # Each block adds two branches to the stream. With the smaller std its final variance does not depend on depth.
+            # These are new draws, not the old ones scaled.
             nn.init.normal_(block.attn.c_proj.weight, std=residual_std)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def set_recompute(self, mode):
-        """What training computes again in the backward instead of keeping it: "none", "gelu" or "block"; the same values each way."""
+        """What the backward computes again, so that training need not keep it: "none", "gelu" or "block". The values are the same."""
         self.recompute_blocks = mode == "block"
         for block in self.transformer.h:
             block.mlp.recompute = mode == "gelu"
 
     def set_doc_mask(self, separator):
-        """Keep attention within documents, each of which begins at its separator, a token id; None: across them, as nanoGPT's."""
+        """Keep attention within documents. Each begins at a separator, a token id. None: attend across documents, as nanoGPT."""
         self.separator = separator
 
     def set_residual(self, dtype):
-        """The dtype of the residual stream between blocks; None: the weights'. One of 16 bits wants autocast to the same."""
+        """Set the dtype of the residual stream between blocks. None: that of the weights. A 16-bit dtype needs autocast to the same."""
         self.residual_dtype = dtype
 
     def set_kernels(self, kernels="auto", batch_size=8, dtype=None, compiled=False):
-        """Decide which kernels run from now on; answers the `ops.Kernels`.
+        """Decide which kernels run from now on, and return the `ops.Kernels`.
 
         kernels: an `ops.Kernels`; or, as for the flag --kernels, "triton", "torch", "auto", or a list such as
-        "attention=torch,gelu_mlp=triton". "auto" holds every implementation equal, times it on the device of the weights for
-        batch_size sequences of block_size tokens in `dtype` (None: autocast's where that is on, else the weights'), and takes the
-        fastest; without a CUDA GPU that is PyTorch's. compiled: whether the model will run under torch.compile. Call it before
-        `configure_optimizers`, whose AdamW is one of these ops. Raises UserError for what there is not.
+        "attention=torch,gelu_mlp=triton". "auto" checks and times every implementation on the device of the weights, and chooses the
+        fastest; without a CUDA GPU it means "torch". It measures batch_size sequences of block_size tokens in `dtype` (None:
+        autocast's if that is on, else the weights'). compiled: whether the model will run under torch.compile. Call it before
+        `configure_optimizers`, since the optimizer's update is one of these ops. Raises UserError for an unknown or missing kernel.
         """
         if isinstance(kernels, str):
             weight = self.lm_head.weight
@@ -268,7 +268,7 @@ class GPT(nn.Module):
         return kernels
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; less the position embeddings by default. The token embeddings count: they are the head."""
+        """Number of parameters, by default without the position embeddings. The token embeddings count: they are the head."""
         n_params = sum(p.numel() for p in self.parameters())
         if non_embedding:
             n_params -= self.transformer.wpe.weight.numel()
@@ -277,9 +277,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, return_logits=True):
         """(logits, loss) of token ids idx [B,T], T from 1 to block_size.
 
-        targets [B,T]: the next token of each, -1 where none counts. With them the logits are [B,T,V] and the loss is
-        their mean cross entropy; without, the logits are the last position's [B,1,V] and the loss is None.
-        `return_logits=False` (targets needed) gives (None, loss).
+        targets [B,T]: the next token at each position, or -1 to ignore it. With targets the logits are [B,T,V] and the loss is
+        their mean cross entropy. Without targets the logits are the last position's [B,1,V] and the loss is None.
+        `return_logits=False`, with targets, gives (None, loss).
         Raises AssertionError for a sequence that is empty or longer than block_size.
         """
         h, head = self._hidden(idx)
@@ -287,7 +287,7 @@ class GPT(nn.Module):
             return self.lm_head(h[:, [-1], :]), None
         if not return_logits and plain(self.lm_head, nn.Linear) and self.lm_head.bias is None:
             weight = self.lm_head.weight
-            shadow = getattr(weight, "shadow", None)  # of the parameter: the head is an alias of it where they are tied
+            shadow = getattr(weight, "shadow", None)  # `head`, an alias of the tied parameter, has no shadow
             weight = head if weight is self.transformer.wte.weight else weight
             return None, ops.linear_cross_entropy(h, weight, targets, shadow=shadow, kernels=self.kernels)
         logits = self.lm_head(h)
@@ -296,7 +296,7 @@ class GPT(nn.Module):
     def _hidden(self, idx, caches=None):
         """(the final LayerNorm's output [B,T,C], the tied head's weight) of idx [B,T].
 
-        `caches` holds one KVCache per block, or None: what they hold of idx is not computed again, and left out of the output.
+        caches: one KVCache for each block, or None. Tokens of idx that they hold are not computed again, and not in the output.
         """
         start = caches[0].length if caches else 0
         end = idx.size(1)
@@ -306,7 +306,7 @@ class GPT(nn.Module):
         )
         doc_ids = None
         if self.separator is not None:
-            # The separator is of the document behind it, which is thereby told that nothing came before.
+            # The separator belongs to the document that it begins, and tells the model that nothing came before.
             doc_ids = (idx == self.separator).cumsum(1, dtype=torch.int32)
         t = self.transformer
         x, head = self._embed(idx[:, start:], start)
@@ -314,9 +314,9 @@ class GPT(nn.Module):
         for i, block in enumerate(t.h):
             if not plain(block, Block):
                 cache = caches[i] if caches else None
-                x, branch = called(block, Block, add(x, branch, p), cache=cache, doc_ids=doc_ids), None
+                x, branch = call_module(block, Block, add_branch(x, branch, p), cache=cache, doc_ids=doc_ids), None
             elif self.recompute_blocks and self.training and torch.is_grad_enabled():
-                # A CUDA graph cannot hold the reading of a random state: without dropout there is none to keep.
+                # Without dropout, preserve no random state: a CUDA graph cannot read it.
                 drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules()) or block.attn.dropout > 0
                 x, branch, p = checkpoint(
                     block.step, x, branch, p, None, doc_ids, use_reentrant=False, preserve_rng_state=drops
@@ -326,7 +326,7 @@ class GPT(nn.Module):
         return add_norm(t.ln_f, x, branch, p)[1], head
 
     def _embed(self, idx, start):
-        """(the stream [B,T,C], the tied head's weight) of idx [B,T], whose first column stands at position `start`."""
+        """(the stream [B,T,C], the tied head's weight) of idx [B,T], whose first column has position `start`."""
         t = self.transformer
         if plain_embedding(t.wte) and plain_embedding(t.wpe) and plain(t.drop, nn.Dropout):
             wpe = t.wpe.weight[start:] if start else t.wpe.weight
@@ -336,19 +336,19 @@ class GPT(nn.Module):
         return t.drop(x if self.residual_dtype is None else x.to(self.residual_dtype)), self.lm_head.weight
 
     def crop_block_size(self, block_size):
-        """Shorten the context to block_size, in place. Do it before an optimizer is made: wpe becomes a new parameter."""
+        """Shorten the context to block_size, in place. Call it before an optimizer is made: wpe becomes a new parameter."""
         assert block_size <= self.config.block_size
         self.config.block_size = block_size
         wpe = self.transformer.wpe
-        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())  # clone: a checkpoint stores whole storages
+        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())  # clone: a checkpoint saves whole storages
         wpe.num_embeddings = block_size
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         """GPT-2's weights from Hugging Face, by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or from a local folder.
 
-        Only dropout may be overridden. Needs the extra `hf` (transformers). nanoGPT runs these weights with the erf
-        GELU, where OpenAI trained them with the tanh form; so does this (at most 4.8e-4 apart per activation).
+        Only dropout may be overridden. Needs the extra `hf` (transformers). OpenAI trained these weights with the tanh GELU.
+        nanoGPT runs them with the erf GELU, and so does this; activations differ by at most 4.8e-4.
         """
         override_args = override_args or {}
         assert all(k == "dropout" for k in override_args), (
@@ -372,7 +372,7 @@ class GPT(nn.Module):
         conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
         with torch.no_grad():
             for name, value in theirs.items():
-                # OpenAI's Conv1D holds its matrix as (in, out), a Linear as (out, in).
+                # OpenAI's Conv1D stores its matrix as (in, out), a Linear as (out, in).
                 value = value.t() if name.endswith(conv1d) else value
                 assert value.shape == ours[name].shape, f"{name}: {tuple(value.shape)} is not {tuple(ours[name].shape)}"
                 ours[name].copy_(value)
@@ -385,12 +385,12 @@ class GPT(nn.Module):
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Model FLOPs utilisation of fwdbwd_per_iter sequences in dt seconds: FLOP/s over peak_flops (default: A100 bf16).
 
-        FLOPs as PaLM's appendix B counts them (arXiv 2204.02311), attention as if it were not causal.
+        FLOPs are counted as in PaLM's appendix B (arXiv 2204.02311): attention counts as if it were not causal.
         """
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
     def flops_per_token(self):
-        """FLOPs of one token, forward and backward: 6 N + 12 L H Q T, as nanoGPT counts."""
+        """FLOPs of one token, forward and backward: 6 N + 12 L H Q T, as nanoGPT counts (H heads of size Q: H Q = n_embd)."""
         c = self.config
         return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
@@ -398,17 +398,17 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, allowed=None):
         """Continue idx [B,T] (T >= 1) by max_new_tokens sampled tokens: [B, T + max_new_tokens].
 
-        temperature 0 takes the likeliest token; top_k keeps the k likeliest (and ties), None or 0 keeps all; allowed,
-        bool [V], rules ids out, for a vocabulary that is padded beyond its tokenizer. Call eval() first, as with
-        nanoGPT. While the text fits into block_size, the keys and values of earlier tokens are kept; beyond it the
-        window slides, every position changes, and each token is computed from the whole window.
+        temperature 0 chooses the likeliest token. top_k samples from the k likeliest (and ties); None or 0: from all. allowed,
+        bool [V], is False for ids that must not be sampled, such as the padding of a vocabulary. Call eval() first, as with
+        nanoGPT. While the text fits into block_size, the keys and values of earlier tokens are cached. Beyond it the window
+        slides and every position changes, so each token is computed from the whole window.
         """
         block_size = self.config.block_size
         caches = None
-        # Another's block or attention keeps nothing. Dropout in train mode draws anew for every token, old ones too: nothing to keep.
-        ours = all(isinstance(b, Block) and isinstance(b.attn, CausalSelfAttention) for b in self.transformer.h)
+        # Only our blocks and attention use caches. In train mode dropout draws new masks for old tokens too: nothing can be cached.
+        cacheable = all(isinstance(b, Block) and isinstance(b.attn, CausalSelfAttention) for b in self.transformer.h)
         for _ in range(max_new_tokens):
-            if self.training or not ours or idx.size(1) > block_size:
+            if self.training or not cacheable or idx.size(1) > block_size:
                 logits, _ = self(idx[:, -block_size:])
             else:
                 caches = caches or [KVCache(block_size) for _ in self.transformer.h]
@@ -421,7 +421,7 @@ def sample_token(logits, temperature=1.0, top_k=None, allowed=None):
     """One token id per row of logits [B,V]: [B,1]. See `GPT.generate`."""
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -float("inf"))
-    if temperature < 1e-6:  # 0, and what would overflow the division
+    if temperature < 1e-6:  # 0, or so small that the division would overflow
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
     if top_k:
@@ -431,9 +431,9 @@ def sample_token(logits, temperature=1.0, top_k=None, allowed=None):
 
 
 class KVCache:
-    """The keys and values of one attention layer, kept while text is generated.
+    """The keys and values of one attention layer, cached while text is generated.
 
-    Room for block_size tokens is taken once, so that a step appends without copying what is there.
+    Memory for block_size tokens is allocated once, so appending copies no old tokens.
     """
 
     def __init__(self, block_size):
@@ -441,7 +441,7 @@ class KVCache:
         self.length = 0
 
     def append(self, k, v):
-        """Store k and v [B,H,T,C/H] behind those held already, and return all of them."""
+        """Store k and v [B,H,T,C/H] after the cached ones, and return all of them."""
         if self.length == 0:
             B, H, _, D = k.shape
             self.k, self.v = k.new_empty(2, B, H, self.block_size, D)

@@ -1,8 +1,8 @@
-"""One function per hot path, and the one place that decides which implementation runs.
+"""One function for each hot path. It decides which implementation of the op runs.
 
-Each op has its plain-PyTorch twin, "torch", and its Triton kernels, "triton"; attention has PyTorch's cuDNN backend, "cudnn", too. A
-`Kernels` value says which of them run; it is handed to every op, and nothing else decides. A kernel that cannot take its input (another
-device or GPU, a wider row) leaves it to the twin, with one warning.
+Each op has a plain PyTorch implementation, "torch" (`reference`), and Triton kernels, "triton". Attention also has PyTorch's cuDNN
+backend, "cudnn". Every op gets a `Kernels` value, which alone says what runs. If a kernel cannot take its input (wrong device or GPU,
+too wide a row), PyTorch's implementation runs instead, and one warning says so.
 """
 
 import difflib
@@ -24,7 +24,7 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name.partition(".")[0] != "triton":
         raise
-    triton = None  # as on a laptop: everything runs on PyTorch
+    triton = None  # not installed: everything runs on PyTorch
 
 __all__ = [
     "OPS",
@@ -44,10 +44,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which implementation runs each op: "torch" or "triton", and for attention also "cudnn".
+    """Which implementation runs each op: "torch" or "triton", for attention also "cudnn".
 
-    rows: launch configurations that `fastgpt tune` found, pairs of an op and a row's text (kernels/configs.py); an op that is not among
-    them runs by the shipped tables. Raises UserError for an unknown implementation, and for "triton" where Triton is not installed.
+    rows: launch configurations that `fastgpt tune` found, pairs of an op and a row's text (kernels/configs.py). The other ops use the
+    shipped tables. Raises UserError for an unknown implementation, and for "triton" if Triton is not installed.
     """
 
     embedding: str = "torch"
@@ -67,25 +67,25 @@ class Kernels:
                 raise UserError("--kernels: Triton is not installed; pip install triton, or --kernels=torch")
 
     def row(self, op):
-        """The text of an op's launch configuration; "" stands for the table's."""
+        """The text of an op's launch configuration; "" means the table's row."""
         return dict(self.rows).get(op, "")
 
 
 OPS = tuple(f.name for f in fields(Kernels) if f.name != "rows")
 IMPLEMENTATIONS = {op: ("torch", "triton", "cudnn") if op == "attention" else ("torch", "triton") for op in OPS}
 TORCH = Kernels()
-FALLS_BACK = ".*PyTorch's runs instead"  # how the warning ends that an implementation cannot take its input
+FALLS_BACK = ".*PyTorch's runs instead"  # matches `warn_once`'s warning
 
 
 def all_triton():
-    """The Kernels that run Triton's everywhere. Raises UserError without Triton."""
+    """The Kernels with "triton" for every op. Raises UserError if Triton is not installed."""
     return Kernels(**dict.fromkeys(OPS, "triton"))
 
 
 def parse(spec):
     """{op: implementation} of --kernels: one word for all, or a list such as "attention=torch,layer_norm=triton".
 
-    "auto" stands for what a list leaves open. Raises UserError.
+    An op that a list does not name is "auto". Raises UserError for an unknown op or implementation.
     """
     if "=" not in spec:
         picks = dict.fromkeys(OPS, spec)
@@ -109,8 +109,8 @@ def warn_once(op, implementation, device, dtype, size):
     )
 
 
-def taken(op, implementation, takes, x, note=""):
-    """`takes`; where that is false, one warning says that an op's implementation does not take x."""
+def fits(op, implementation, takes, x, note=""):
+    """Return `takes`. If it is false, warn once that the op's implementation does not take x."""
     if not takes:
         size = f"{x.size(-1) if x.dim() else 1}{note}"
         warn_once(op, implementation, x.device.type, str(x.dtype)[6:], size)
@@ -118,18 +118,18 @@ def taken(op, implementation, takes, x, note=""):
 
 
 def accumulate_in_place():
-    """A context in which backwards may add weights' gradients to `.grad` themselves; see kernels/accumulate.py."""
+    """A context in which a backward may add a weight's gradient to `.grad` itself; see kernels/accumulate.py."""
     return triton.accumulate.in_place() if triton else nullcontext()
 
 
 def draw_seed(x, dropout_p):
-    """A seed for a kernel's dropout, drawn on x's device: no host waits for it, and torch.manual_seed decides it."""
+    """A seed for a kernel's dropout, or None without dropout. It is drawn on x's device, so the host does not wait."""
     return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0 else None
 
 
 def embedding(idx, wte, wpe, dropout_p=0.0, dtype=None, kernels=TORCH):
     """See `reference.embedding`."""
-    if kernels.embedding == "triton" and taken("embedding", "triton", triton.embedding.takes(wte, wpe), wte):
+    if kernels.embedding == "triton" and fits("embedding", "triton", triton.embedding.takes(wte, wpe), wte):
         seed = draw_seed(wte, dropout_p)
         return triton.embedding.embedding(idx, wte, wpe, dropout_p, seed, dtype, kernels.row("embedding"))
     return reference.embedding(idx, wte, wpe, dropout_p, dtype)
@@ -137,27 +137,27 @@ def embedding(idx, wte, wpe, dropout_p=0.0, dtype=None, kernels=TORCH):
 
 def layer_norm(x, weight, bias=None, eps=EPS, kernels=TORCH):
     """See `reference.layer_norm`."""
-    if kernels.layer_norm == "triton" and taken("layer_norm", "triton", triton.layer_norm.takes(x), x):
+    if kernels.layer_norm == "triton" and fits("layer_norm", "triton", triton.layer_norm.takes(x), x):
         return triton.layer_norm.layer_norm(x, weight, bias, eps, kernels.row("layer_norm"))
     return reference.layer_norm(x, weight, bias, eps)
 
 
 def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0, kernels=TORCH):
     """See `reference.add_layer_norm`."""
-    if kernels.layer_norm == "triton" and taken("layer_norm", "triton", triton.layer_norm.takes(x, branch), x):
+    if kernels.layer_norm == "triton" and fits("layer_norm", "triton", triton.layer_norm.takes(x, branch), x):
         seed, row = None if branch is None else draw_seed(x, dropout_p), kernels.row("layer_norm")
         return triton.layer_norm.add_layer_norm(x, branch, weight, bias, eps, dropout_p, seed, row)
     return reference.add_layer_norm(x, branch, weight, bias, eps, dropout_p)
 
 
 def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None, kernels=TORCH):
-    """See `reference.attention`. With a cache, in generation, PyTorch's runs."""
+    """See `reference.attention`. With a cache, in generation, PyTorch's implementation runs."""
     chosen = "torch" if cache is not None else kernels.attention
-    if chosen == "triton" and taken("attention", "triton", triton.attention.takes(qkv, n_head), qkv):
+    if chosen == "triton" and fits("attention", "triton", triton.attention.takes(qkv, n_head), qkv):
         seed = draw_seed(qkv, dropout_p)
         return triton.attention.attention(qkv, n_head, dropout_p, seed, doc_ids, kernels.row("attention"))
     note = " within documents" * (doc_ids is not None)
-    if chosen == "cudnn" and taken("attention", "cudnn", qkv.is_cuda and doc_ids is None, qkv, note):
+    if chosen == "cudnn" and fits("attention", "cudnn", qkv.is_cuda and doc_ids is None, qkv, note):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return reference.attention(qkv, n_head, dropout_p)
     return reference.attention(qkv, n_head, dropout_p, cache, doc_ids)
@@ -165,15 +165,15 @@ def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None, kernels=TORC
 
 def linear(x, weight, bias=None, kernels=TORCH):
     """See `reference.linear`."""
-    if kernels.linear == "triton" and taken("linear", "triton", triton.linear.takes(x), x):
+    if kernels.linear == "triton" and fits("linear", "triton", triton.linear.takes(x), x):
         return triton.linear.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
 
 
 def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, kernels=TORCH):
-    """See `reference.gelu_mlp`. recompute keeps the activation for the backward no longer than it is used; PyTorch's twin then does
-    not keep the pre-activation either."""
-    if kernels.gelu_mlp == "triton" and taken("gelu_mlp", "triton", triton.gelu_mlp.takes(h), h):
+    """See `reference.gelu_mlp`. recompute: the backward computes the activation again; PyTorch's implementation also the
+    pre-activation."""
+    if kernels.gelu_mlp == "triton" and fits("gelu_mlp", "triton", triton.gelu_mlp.takes(h), h):
         return triton.gelu_mlp.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute, kernels.row("gelu_mlp"))
     if recompute and torch.is_grad_enabled():
         return checkpoint(
@@ -183,8 +183,8 @@ def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, kernels=TORCH):
 
 
 def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None, kernels=TORCH):
-    """See `reference.linear_cross_entropy`. shadow: that of the parameter which the weight is an alias of, or None."""
-    if kernels.linear_cross_entropy == "triton" and taken(
+    """See `reference.linear_cross_entropy`. shadow: the shadow of the parameter, if weight is only an alias of it; else None."""
+    if kernels.linear_cross_entropy == "triton" and fits(
         "linear_cross_entropy", "triton", triton.linear_cross_entropy.takes(h), h
     ):
         row = kernels.row("linear_cross_entropy")
@@ -195,6 +195,6 @@ def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None, kerne
 def adamw(groups, grads, max_norm=None, found_inf=None, kernels=TORCH):
     """See `reference.adamw`."""
     p = next(p for group in groups for p in group["params"])
-    if kernels.adamw == "triton" and taken("adamw", "triton", triton.adamw.takes(p, groups), p):
+    if kernels.adamw == "triton" and fits("adamw", "triton", triton.adamw.takes(p, groups), p):
         return triton.adamw.adamw(groups, grads, max_norm, found_inf, kernels.row("adamw"))
     return reference.adamw(groups, grads, max_norm, found_inf)

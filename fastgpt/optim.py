@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW with its clipping, and the schedule: nanoGPT's."""
+"""nanoGPT's parameter groups, AdamW with clipping, and learning rate schedule."""
 
 import math
 
@@ -8,12 +8,12 @@ from fastgpt import ops
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW whose step can clip, by `ops.adamw`, and writes the shadows of weights that have one; its state is torch's.
+    """torch.optim.AdamW whose step also clips the gradients and writes the weights' shadows, by `ops.adamw`. Its state is torch's.
 
-    `max_norm` is the global norm to clip to (None: `step` leaves the gradients alone, as torch's does; infinity: it is measured),
-    `grad_norm` what it was before, [] fp32, after such a step. `in_order` are the parameters as their norms are added up; others come
-    behind. `kernels` are the ops.Kernels that it runs by. Raises ValueError for what nanoGPT's has no use for: amsgrad, maximize,
-    capturable, differentiable.
+    `max_norm` is the global norm to clip to. None: `step` does not touch the gradients, like torch's. Infinity: it only measures.
+    `grad_norm`, [] fp32, is the norm before clipping; a step with a max_norm sets it. `in_order` is the order of the parameters in
+    which their norms are added up; other parameters come last. `kernels` is the ops.Kernels. Raises ValueError for amsgrad, maximize,
+    capturable and differentiable, which nanoGPT does not use.
     """
 
     max_norm = grad_norm = None
@@ -22,7 +22,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update, of the parameters that have a gradient; closure's answer, which is called first, or None."""
+        """Update the parameters that have a gradient. Calls closure first, if given, and returns its result, else None."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "an update cannot be captured in a CUDA graph: it reads addresses and its learning rate on the host"
@@ -36,7 +36,7 @@ class AdamW(torch.optim.AdamW):
             if unknown := [k for k in ("amsgrad", "maximize", "capturable", "differentiable") if group[k]]:
                 raise ValueError(f"this AdamW has no {unknown[0]}: take torch.optim.AdamW")
             params, grads, exp_avgs, exp_avg_sqs, steps = tensors = [[] for _ in range(5)]
-            # Gathers them, and makes moments where there are none.
+            # Fills these lists, and makes the moments that do not exist yet.
             self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps)
             names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
             shadows = [getattr(p, "shadow", None) for p in params]
@@ -44,7 +44,7 @@ class AdamW(torch.optim.AdamW):
         order = {p: i for i, p in enumerate(self.in_order)}
         params = sorted((p for group in groups for p in group["params"]), key=lambda p: order.get(p, len(order)))
         grads = [p.grad for p in params]
-        # Where torch.amp.GradScaler finds a fused optimizer, it leaves these two to it.
+        # torch.amp.GradScaler sets these two on a fused optimizer, which must then unscale and skip.
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is not None:
             torch._foreach_div_(grads, scale)
@@ -56,7 +56,7 @@ class AdamW(torch.optim.AdamW):
 def adamw(model, weight_decay, learning_rate, betas, device_type, kernels=ops.TORCH):
     """AdamW (eps 1e-8) over nanoGPT's two groups; fused on CUDA. Prints the three lines that nanoGPT prints.
 
-    Tensors of two and more dimensions (matmul weights and both embeddings) decay; biases and LayerNorms do not.
+    Tensors of two or more dimensions (matmul weights and both embeddings) decay. Biases and LayerNorms do not.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     decay = [p for p in params if p.dim() >= 2]

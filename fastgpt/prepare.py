@@ -1,4 +1,4 @@
-"""Turning a text into a dataset: `fastgpt prepare`, and the corpus that every machine has."""
+"""`fastgpt prepare`: turn a text into a dataset. Also the embedded corpus, which every machine has."""
 
 import os
 import pickle
@@ -21,9 +21,9 @@ EMBEDDED = "python-stdlib"
 def prepare(source, tokenizer_name, out, files=None):
     """Write out/train.bin and out/val.bin (the last 10% of the characters), and meta.pkl where nanoGPT has one.
 
-    source is a UTF-8 text file or a folder of them, less hidden files and `out` itself; `files` overrides which are
-    taken. Reads in blocks and tokenizes them in parallel, so memory stays constant. With a tiktoken encoding every file
-    of a folder ends in the end-of-text token. No partial file is left behind on failure. Raises UserError.
+    source is a UTF-8 text file or a folder of them; hidden files and `out` itself do not count. `files` overrides this choice.
+    Reads the text in blocks and tokenizes them in parallel: memory stays constant. With a tiktoken encoding every file of a folder
+    ends in the end-of-text token. A failure leaves no partial file. Raises UserError.
     """
     source, out = Path(source), Path(out)
     if source.is_file():
@@ -32,12 +32,12 @@ def prepare(source, tokenizer_name, out, files=None):
         files = sorted(p for p in source.rglob("*") if p.is_file() and out.resolve() not in p.resolve().parents)
         files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(source).parts)]
     if not files:
-        raise UserError(f"--input={source}: no such file, or a folder without any")
+        raise UserError(f"--input={source}: no such file, or a folder without files")
     if tokenizer_name != "chars":
-        tokenizer = tokenizers.get_tokenizer(tokenizer_name)  # fails before any work
+        tokenizer = tokenizers.get_tokenizer(tokenizer_name)  # raises before any work
     files, n_chars, alphabet = survey(files, strict=source.is_file(), alphabet=tokenizer_name == "chars")
     if n_chars < 2:  # one character each for train and val
-        raise UserError(f"--input={source}: there is no text in it (files that are not UTF-8 are passed over)")
+        raise UserError(f"--input={source}: there is no text in it (files that are not UTF-8 are skipped)")
     if tokenizer_name == "chars":
         tokenizer = tokenizers.Chars.of(alphabet)
 
@@ -47,7 +47,7 @@ def prepare(source, tokenizer_name, out, files=None):
             counts = write_tokens(files, n_chars, tokenizer, Path(part))
             meta = tokenizer.meta()
             if meta is None:
-                (out / "meta.pkl").unlink(missing_ok=True)  # of an earlier tokenizer
+                (out / "meta.pkl").unlink(missing_ok=True)  # left by an earlier tokenizer
             else:
                 (Path(part) / "meta.pkl").write_bytes(pickle.dumps(meta))
             for name in ["meta.pkl"] * (meta is not None) + ["train.bin", "val.bin"]:
@@ -60,7 +60,7 @@ def prepare(source, tokenizer_name, out, files=None):
 
 
 def write_tokens(files, n_chars, tokenizer, out):
-    """Tokenize files of n_chars characters in all into out/train.bin and out/val.bin: the number of tokens of each."""
+    """Tokenize files, n_chars characters in all, into out/train.bin and out/val.bin. Returns {split: number of tokens}."""
     end_mark = tokenizer.end_of_text if len(files) > 1 else None
     dtype = np.dtype("<u4" if tokenizer.n_vocab > 65536 else "<u2")
     counts = {"train": 0, "val": 0}
@@ -73,7 +73,7 @@ def write_tokens(files, n_chars, tokenizer, out):
     ):
         file = {"train": train, "val": val}
         stream = blocks(files, int(n_chars * 0.9))
-        while batch := list(islice(stream, 2 * workers)):  # a bounded number in flight: constant memory
+        while batch := list(islice(stream, 2 * workers)):  # a bounded number of blocks: constant memory
             encoded = pool.map(tokenizer.encode_array, [text for _, text, _ in batch])
             for (split, text, ends), ids in zip(batch, encoded, strict=True):
                 ids = np.append(ids, end_mark) if ends and end_mark is not None else ids
@@ -84,9 +84,9 @@ def write_tokens(files, n_chars, tokenizer, out):
 
 
 def survey(files, strict, alphabet):
-    """(files that are UTF-8 text, characters in them, set of the characters if asked for). One pass.
+    """(files that are UTF-8 text, number of characters in them, set of the characters if `alphabet`), in one pass.
 
-    With `strict` a file that is no text is a UserError; else it is passed over, and the number of such said.
+    Another file raises UserError if `strict`; else it is skipped, and the number of skipped files is printed.
     """
     good, n_chars, seen = [], 0, set()
     for path in tqdm(files, desc="reading", disable=None if len(files) > 1 else True):
@@ -111,19 +111,19 @@ def survey(files, strict, alphabet):
     return good, n_chars, seen
 
 
-# Where a text may be cut without changing its GPT-2 style tokens: before a single space or after a single newline
-# between words. Runs of white space are left whole, since their tokens depend on what follows.
+# A text can be cut here without changing its GPT-2 style tokens: before a single space or after a single newline, between
+# words. Runs of white space are not cut: their tokens depend on what follows.
 SAFE_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
 def blocks(files, n_train, size=2**19):
-    """The text of the files as (split, text, whether a file ends here), cut where tokens allow it and at n_train characters."""
-    left = n_train  # characters still to go to train; below 0 once val has begun
+    """Yield the files' text as (split, text, whether a file ends here), cut at SAFE_CUT, and after n_train characters."""
+    left = n_train  # characters still missing in train; -1 once val has begun
     for path in files:
         with open(path, encoding="utf-8") as f:
             text = ""
             while True:
-                if left == 0:  # nanoGPT splits by characters, wherever that falls; the file goes on in the other split
+                if left == 0:  # nanoGPT splits at this character; the rest of the file goes to val
                     yield "train", text, False
                     text, left = "", -1
                 new = f.read(size if left < 0 else min(size, left))
@@ -137,7 +137,7 @@ def blocks(files, n_train, size=2**19):
                     yield split, text, True
                     break
                 cut = max((m.start() for m in SAFE_CUT.finditer(text, max(0, len(text) - 2**12))), default=0)
-                if not cut and len(text) > 32 * size:  # no word ends for 16 million characters: not what BPE is for
+                if not cut and len(text) > 32 * size:  # no word ends within 16 million characters: cut anyway
                     cut = len(text)
                 if cut:
                     yield split, text[:cut], False
@@ -145,7 +145,7 @@ def blocks(files, n_train, size=2**19):
 
 
 def embedded_folder():
-    """The cache folder of the embedded corpus of this interpreter."""
+    """The cache folder of the embedded corpus; one for each Python version."""
     return cache_folder() / f"{EMBEDDED}-{sysconfig.get_python_version()}"
 
 
@@ -157,6 +157,6 @@ def prepare_embedded(folder):
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = sorted(p for p in stdlib.rglob("*.py") if not skip & set(p.relative_to(stdlib).parts))
     if not files:
-        raise UserError(f"{stdlib}: this Python comes without the source of its standard library; give --dataset")
+        raise UserError(f"{stdlib}: this Python has no source of its standard library; give --dataset")
     print(f"preparing the embedded corpus, once: the source of Python's standard library ({stdlib}), as bytes")
     prepare(stdlib, "bytes", folder, files)
