@@ -1,8 +1,8 @@
-"""One record an op: all that the rest of the house knows of it.
+"""One record for each op: everything that the tools know about it.
 
-A record says how the op is tried: inputs, PyTorch's and Triton's function, and the shapes at which `fastgpt verify` holds them. It says
-by which launch configuration the op runs, what its Triton kernels read and write, how much it must move and multiply at least, and how
-often it comes in a step. verify, choose, tune, `bench count`, `bench roofline` and the benchmarks read all that here.
+A record holds the op's test problem: inputs, PyTorch's function, Triton's function, and the shapes that `fastgpt verify` checks. It also
+holds the op's launch configuration, what its Triton kernels read and write, the least bytes and FLOPs that it needs, and how often a
+step runs it. verify, choose, tune, `bench count`, `bench roofline` and the benchmarks read the records.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastgpt import ops, reference
 
-STREAM = 4  # bytes of an element of the residual stream, of weights, their gradients and moments: fp32
+FP32 = 4  # bytes of an element; the dtype of the residual stream, the weights, their gradients and moments
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Shape:
     bias: bool = True
     dropout: float = 0.0
     doc_mask: bool = False
-    narrow_residual: bool = False  # the residual stream in the compute dtype, not in fp32
+    narrow_residual: bool = False  # the residual stream is in the compute dtype, not in fp32
 
     @classmethod
     def of(cls, B, config, **others):
-        """That of B sequences through a GPTConfig's model; others as above, in place of the config's."""
+        """The Shape of B sequences through a GPTConfig's model; `others` override fields."""
         c = config
         shape = dict(
             T=c.block_size, n_embd=c.n_embd, n_head=c.n_head, vocab_size=c.vocab_size, bias=c.bias, dropout=c.dropout
@@ -42,11 +42,11 @@ class Shape:
 
 @dataclass
 class Problem:
-    """An op at a shape: inputs by name, outputs' names and gradients, and functions of the inputs that give a tuple of outputs.
+    """An op at a shape: inputs by name, outputs' names and gradients, and functions from the inputs to a tuple of outputs.
 
-    `reference` is PyTorch's, with the dropout mask that the kernel draws. `kernel` is Triton's op; it takes `row`, the text of a launch
-    configuration, too. `by_ops` is what `ops` runs by a Kernels value, its argument `kernels`. `timed` is like that, where by_ops works
-    on copies of what the op changes in place.
+    `reference` is PyTorch's function, with the kernel's dropout mask. `kernel` is Triton's; its argument `row` is the text of a launch
+    configuration. `by_ops` is the function of `ops`; its argument `kernels` is a Kernels value. If the op changes inputs in place,
+    these three work on copies, and `timed` is `by_ops` without copies.
     """
 
     inputs: dict[str, torch.Tensor | None]
@@ -61,7 +61,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Part:
-    """One piece of work: FLOPs of the matrix units, bytes of memory, and how often it comes."""
+    """One piece of work: FLOPs of the matrix units, bytes of memory, and how often a step does it."""
 
     op: str
     direction: str
@@ -70,18 +70,21 @@ class Part:
     times: int = 1
 
     def seconds(self, flops_per_s, bytes_per_s):
-        """The least time of all its times."""
+        """The least time that all of its repetitions take."""
         return self.times * max(self.flops / flops_per_s, self.bytes / bytes_per_s)
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of an op. `problem(Draw)` gives its Problem.
+    """What the tools know about an op.
 
-    kernels: {Triton kernel: "what it reads -> what it writes"}, by parameter, `_ptr` left out; a:b is as many rows of a as b has
-    elements. Arguments that are None take no part. Of a kernel that begins with "mlp_gemm" the first three are the GEMM itself.
-    parts(shape, itemsize): [Part] of one call. step(shape, n_layer, itemsize): [Part] of a step; None: `times(n_layer)` calls.
-    row(shape, dtype, device): the configuration that the shipped tables have, or None for an op without a table.
+    problem(Draw): its Problem.
+    kernels: {Triton kernel: "what it reads -> what it writes"}: names of parameters without `_ptr`. a:b means as many rows of a as b
+    has elements. A parameter that is None does not count. In kernels named "mlp_gemm..." the first three are the GEMM itself.
+    parts(shape, itemsize): [Part] of one call.
+    times(n_layer): calls in a step.
+    step(shape, n_layer, itemsize): [Part] of a step; None: `parts` for each call.
+    row(shape, dtype, device): the launch configuration from the shipped tables; None for an op without a table.
     """
 
     name: str
@@ -91,14 +94,14 @@ class Record:
     times: Callable
     step: Callable | None = None
     row: Callable | None = None
-    dropout: bool = False  # what may be asked of it, and is held as well
+    dropout: bool = False  # this and the next two: options that the op has, and that verify checks
     doc_mask: bool = False
     narrow_residual: bool = False
-    halves: bool = True  # whether it answers in 16 bits under autocast
-    by_row: bool = False  # a program a row, of which Triton's interpreter takes milliseconds each
+    halves: bool = True  # whether its outputs are of 16 bits under autocast
+    by_row: bool = False  # runs one program for each row, which takes Triton's interpreter milliseconds
 
     def cases(self, dtype, gpu):
-        """The shapes that `fastgpt verify` holds the op at in a dtype: those at which each of its options takes part, none twice."""
+        """Yield the shapes at which `fastgpt verify` checks the op in a dtype. They use each of its options, and no shape comes twice."""
         shapes = GPU_SHAPES if gpu else INTERPRETER_SHAPES
         low = dtype != torch.float32
         if self.by_row and not gpu:
@@ -115,7 +118,7 @@ class Record:
             yield replace(shapes[-1], narrow_residual=True)
 
     def parts_of_step(self, shape, n_layer, itemsize):
-        """[Part] of all of its calls in a step of n_layer blocks."""
+        """[Part] of all its calls in a step of n_layer blocks."""
         if self.step:
             return self.step(shape, n_layer, itemsize)
         times = self.times(n_layer)
@@ -127,7 +130,7 @@ GPU_SHAPES = [
     Shape(1, 1023, 1600, 25, 50257, bias=False),
     Shape(2, 256, 384, 6, 65, dropout=0.2),
 ]
-GPU_HEADS = [Shape(1, 300, 512, 4, 1000), Shape(1, 300, 480, 10, 1000)]  # heads of 128; of 48, which are padded
+GPU_HEADS = [Shape(1, 300, 512, 4, 1000), Shape(1, 300, 480, 10, 1000)]  # heads of 128, and of 48, which are padded
 INTERPRETER_SHAPES = [
     Shape(2, 67, 48, 3, 101),
     Shape(1, 33, 130, 2, 517, bias=False),
@@ -137,7 +140,7 @@ RECORDS = {}  # by op, in the order of ops.OPS
 
 
 def record(**facts):
-    """Register a function of a Draw as the problem of the op that it is named after; facts are the Record's."""
+    """A decorator that registers a function of a Draw as the problem of the op of its name. facts: the Record's other fields."""
 
     def register(problem):
         RECORDS[problem.__name__] = Record(problem.__name__, problem, **facts)
@@ -147,26 +150,26 @@ def record(**facts):
 
 
 def problem(op, shape, dtype, device):
-    """The Problem of an op at a Shape, as training under autocast to dtype would have it (float32: without autocast)."""
+    """The Problem of an op at a Shape, as in training under autocast to dtype (float32: without autocast)."""
     return RECORDS[op].problem(Draw(shape, dtype, device))
 
 
 def widened(x, dtype):
-    """x in dtype, or in fp64 where it is: the exact path is rounded nowhere."""
+    """x in dtype; but fp64 stays fp64, so that the exact path rounds nowhere."""
     return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 class Draw:
-    """What problems are made of at a Shape, in a compute dtype, on a device: random tensors, the same each time."""
+    """Draws the random tensors of a Problem for a Shape, a compute dtype and a device. They are the same each time."""
 
     def __init__(self, shape, dtype, device):
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.stream = dtype if shape.narrow_residual else torch.float32
+        self.residual_dtype = dtype if shape.narrow_residual else torch.float32
         self.seed = torch.tensor([0x1234567_89ABCDE], device=device) if shape.dropout else None
         self.generator = torch.Generator(device).manual_seed(1)
 
     def randn(self, *size, dtype=torch.float32, scale=1.0, shift=0.0):
-        """A normal tensor, of the residual stream's width in most."""
+        """A tensor of normal values."""
         return (torch.randn(size, device=self.device, generator=self.generator) * scale + shift).to(dtype)
 
     def randint(self, high, *size):
@@ -178,15 +181,15 @@ class Draw:
         return self.randn(n) if self.shape.bias else None
 
     def dropped(self, x, mask):
-        """x behind dropout that keeps mask; a mask of None keeps all."""
+        """x after dropout that keeps the elements of mask; None keeps all."""
         return x if mask is None else x * mask / (1 - self.shape.dropout)
 
     def problem(self, inputs, outputs, grads, reference, kernel, by_ops, **others):
-        """The Problem, its functions under autocast."""
+        """A Problem whose functions run under autocast."""
         return Problem(inputs, outputs, grads, *map(self.autocast, (reference, kernel, by_ops)), **others)
 
     def autocast(self, f):
-        """f under autocast to the compute dtype, where that is of 16 bits."""
+        """f under autocast to the compute dtype, if that has 16 bits."""
 
         def call(*inputs, **how):
             with torch.autocast(torch.device(self.device).type, self.dtype, enabled=self.dtype != torch.float32):
@@ -195,21 +198,21 @@ class Draw:
         return call
 
 
-# ---- what parts are made of ----
+# ---- parts that several ops share ----
 
 
 def gemm(op, direction, m, n, k, itemsize, out_itemsize=None, extra=0, times=1):
-    """[m, k] times [k, n]; `extra`: bytes that an epilogue moves beside the product."""
+    """The Part of [m, k] times [k, n]. extra: bytes that an epilogue moves in addition."""
     moved = (m * k + k * n) * itemsize + m * n * (out_itemsize or itemsize) + extra
     return Part(op, direction, 2 * m * n * k, moved, times)
 
 
 def linear_parts(op, m, n, k, itemsize, times=1):
-    """A Linear [n, k] on m rows: the product, the input's gradient and the weight's, which is fp32."""
+    """The Parts of a Linear [n, k] on m rows: the product, the input's gradient, and the weight's gradient in fp32."""
     return [
         gemm(op, "forward", m, n, k, itemsize, times=times),
         gemm(op + " dX", "backward", m, k, n, itemsize, times=times),
-        gemm(op + " dW", "backward", n, k, m, itemsize, STREAM, times=times),
+        gemm(op + " dW", "backward", n, k, m, itemsize, FP32, times=times),
     ]
 
 
@@ -217,13 +220,13 @@ def linear_parts(op, m, n, k, itemsize, times=1):
 
 
 def embedding_parts(s, itemsize):
-    """A row written a token, and each row of the table that may be wanted gathered; backward the stream's gradient read once, and
-    added to those rows."""
+    """Forward: reads each row of the table that can occur, and writes a row for each token. Backward: reads the stream's gradient
+    once, and adds it to those rows."""
     M, C = s.B * s.T, s.n_embd
     rows = min(M, s.vocab_size)
     return [
-        Part("embedding", "forward", 0, (M + rows) * C * STREAM),
-        Part("embedding", "backward", 0, (M + 2 * rows + s.T) * C * STREAM),
+        Part("embedding", "forward", 0, (M + rows) * C * FP32),
+        Part("embedding", "backward", 0, (M + 2 * rows + s.T) * C * FP32),
     ]
 
 
@@ -240,9 +243,9 @@ def embedding_parts(s, itemsize):
     dropout=True, narrow_residual=True, halves=False, by_row=True,
 )  # fmt: skip
 def embedding(draw):
-    s, p, seed, stream = draw.shape, draw.shape.dropout, draw.seed, draw.stream
+    s, p, seed, dtype = draw.shape, draw.shape.dropout, draw.seed, draw.residual_dtype
     idx = draw.randint(s.vocab_size, s.B, s.T)
-    idx[:, ::3] = 0  # as in a text, one token comes often
+    idx[:, ::3] = 0  # one token is frequent, as in a text
     mask = None
     if p:
         one, nothing = (torch.ones(1, s.n_embd, device=draw.device), torch.zeros(s.T, s.n_embd, device=draw.device))
@@ -250,32 +253,32 @@ def embedding(draw):
 
     def by_reference(wte, wpe):
         x, head = reference.embedding(idx, wte, wpe)
-        return draw.dropped(widened(x, stream), mask), head
+        return draw.dropped(widened(x, dtype), mask), head
 
     return draw.problem(
         dict(wte=draw.randn(s.vocab_size, s.n_embd), wpe=draw.randn(s.T + 1, s.n_embd)), ("x", "head"),
-        (draw.randn(s.B, s.T, s.n_embd, dtype=stream), draw.randn(s.vocab_size, s.n_embd)),
+        (draw.randn(s.B, s.T, s.n_embd, dtype=dtype), draw.randn(s.vocab_size, s.n_embd)),
         by_reference,
-        lambda wte, wpe, row="": ops.triton.embedding.embedding(idx, wte, wpe, p, seed, stream, row),
-        lambda wte, wpe, kernels: ops.embedding(idx, wte, wpe, p, stream, kernels),
+        lambda wte, wpe, row="": ops.triton.embedding.embedding(idx, wte, wpe, p, seed, dtype, row),
+        lambda wte, wpe, kernels: ops.embedding(idx, wte, wpe, p, dtype, kernels),
     )  # fmt: skip
 
 
 def layer_norm_parts(s, itemsize):
-    """Of the first block: there is no branch yet."""
+    """The first LayerNorm of a model: it has no branch to add."""
     n = s.B * s.T * s.n_embd
     return [
-        Part("layer_norm", "forward", 0, n * (STREAM + itemsize)),
-        Part("layer_norm", "backward", 0, n * (2 * STREAM + itemsize)),
+        Part("layer_norm", "forward", 0, n * (FP32 + itemsize)),
+        Part("layer_norm", "backward", 0, n * (2 * FP32 + itemsize)),
     ]
 
 
 def add_layer_norm_parts(s, itemsize, times=1):
-    """Stream and branch in, new stream and its norm out; and their gradients, the branch's in the compute dtype."""
+    """Reads the stream and a branch, writes the new stream and its norm; backward the same for gradients. Branch: compute dtype."""
     n = s.B * s.T * s.n_embd
     return [
-        Part("add_layer_norm", "forward", 0, n * 2 * (STREAM + itemsize), times),
-        Part("add_layer_norm", "backward", 0, n * (3 * STREAM + 2 * itemsize), times),
+        Part("add_layer_norm", "forward", 0, n * 2 * (FP32 + itemsize), times),
+        Part("add_layer_norm", "backward", 0, n * (3 * FP32 + 2 * itemsize), times),
     ]
 
 
@@ -291,7 +294,7 @@ def add_layer_norm_parts(s, itemsize, times=1):
     dropout=True, narrow_residual=True, by_row=True,
 )  # fmt: skip
 def layer_norm(draw):
-    """Of add_layer_norm, which layer_norm is without a branch."""
+    """The problem of add_layer_norm; layer_norm is the same without a branch."""
     s, p, seed, size = draw.shape, draw.shape.dropout, draw.seed, (draw.shape.B, draw.shape.T, draw.shape.n_embd)
     mask = None
     if p:
@@ -304,10 +307,10 @@ def layer_norm(draw):
 
     return draw.problem(
         dict(
-            x=draw.randn(*size, dtype=draw.stream), branch=draw.randn(*size, dtype=draw.dtype),
+            x=draw.randn(*size, dtype=draw.residual_dtype), branch=draw.randn(*size, dtype=draw.dtype),
             weight=draw.randn(s.n_embd, shift=1.0), bias=draw.bias(s.n_embd),
         ),
-        ("stream", "h"), (draw.randn(*size, dtype=draw.stream), draw.randn(*size, dtype=draw.dtype)),
+        ("stream", "h"), (draw.randn(*size, dtype=draw.residual_dtype), draw.randn(*size, dtype=draw.dtype)),
         by_reference,
         lambda *inputs, row="": ops.triton.layer_norm.add_layer_norm(*inputs, dropout_p=p, seed=seed, row=row),
         lambda *inputs, kernels: ops.add_layer_norm(*inputs, dropout_p=p, kernels=kernels),
@@ -335,7 +338,7 @@ def linear(draw):
 
 
 def attention_parts(s, itemsize):
-    """Causal: half of the scores. Five products in the backward, two in the forward; 4 bytes of lse a row and head."""
+    """Causal: half of the scores count. Two products forward, five backward; 4 bytes of lse for each row and head."""
     M, C = s.B * s.T, s.n_embd
     return [
         Part("attention", "forward", 2 * M * s.T * C, 4 * M * C * itemsize + 4 * M * s.n_head),
@@ -357,21 +360,21 @@ def attention_parts(s, itemsize):
 def attention(draw):
     s, p, seed, H = draw.shape, draw.shape.dropout, draw.seed, draw.shape.n_head
     B, T, C = s.B, s.T, s.n_embd
-    docs = None
+    doc_ids = None
     if s.doc_mask:
-        # Short ones and a long one: what short ones spare a kernel is not to decide which implementation is the fastest.
-        starts = 11 * torch.arange(B, device=draw.device, dtype=torch.int32)[:, None]  # no two sequences alike
-        docs = ((torch.arange(T, device=draw.device, dtype=torch.int32) + starts) // 37).clamp(max=4)
+        # Short documents and a long one: a kernel that skips much for short documents must not be chosen for that alone.
+        starts = 11 * torch.arange(B, device=draw.device, dtype=torch.int32)[:, None]  # sequences differ
+        doc_ids = ((torch.arange(T, device=draw.device, dtype=torch.int32) + starts) // 37).clamp(max=4)
     mask = ops.triton.attention.dropout_mask(B, H, T, p, seed) if p else None
 
     def by_reference(qkv):
         if mask is None:
-            return (reference.attention(qkv, H, doc_ids=docs),)
+            return (reference.attention(qkv, H, doc_ids=doc_ids),)
         q, k, v = (t.view(B, T, H, -1).transpose(1, 2) for t in qkv.split(C, dim=2))
         scores = q @ k.transpose(-1, -2) / (C // H) ** 0.5
         allowed = torch.ones(T, T, dtype=torch.bool, device=draw.device).tril()
-        if docs is not None:
-            allowed = allowed & (docs[:, None, :, None] == docs[:, None, None, :])
+        if doc_ids is not None:
+            allowed = allowed & (doc_ids[:, None, :, None] == doc_ids[:, None, None, :])
         probabilities = widened(scores, torch.float32).masked_fill(~allowed, -float("inf")).softmax(-1)
         y = draw.dropped(probabilities, mask).to(v.dtype) @ v
         return (y.transpose(1, 2).reshape(B, T, C),)
@@ -379,13 +382,13 @@ def attention(draw):
     return draw.problem(
         dict(qkv=draw.randn(B, T, 3 * C, dtype=draw.dtype)), ("out",), (draw.randn(B, T, C, dtype=draw.dtype),),
         by_reference,
-        lambda qkv, row="": (ops.triton.attention.attention(qkv, H, p, seed, docs, row),),
-        lambda qkv, kernels: (ops.attention(qkv, H, p, doc_ids=docs, kernels=kernels),),
+        lambda qkv, row="": (ops.triton.attention.attention(qkv, H, p, seed, doc_ids, row),),
+        lambda qkv, kernels: (ops.attention(qkv, H, p, doc_ids=doc_ids, kernels=kernels),),
     )  # fmt: skip
 
 
 def gelu_mlp_parts(s, itemsize):
-    """Two Linears with the GELU in the epilogues: the pre-activation is written beside the activation, and read by the backward."""
+    """Two Linears with the GELU in their epilogues. Forward also writes the pre-activation, and backward reads it."""
     M, C, F = s.B * s.T, s.n_embd, 4 * s.n_embd
     up, up_dx, up_dw = linear_parts("mlp up", M, F, C, itemsize)
     down, down_dx, down_dw = linear_parts("mlp down", M, C, F, itemsize)
@@ -419,7 +422,7 @@ def gelu_mlp(draw):
 
 
 def linear_cross_entropy_parts(s, itemsize):
-    """The head's three GEMMs, and one pass over the logits: read for the loss, their gradient written in their place."""
+    """The head's three GEMMs, and one pass over the logits: it reads them for the loss, and overwrites them with their gradient."""
     M, V = s.B * s.T, s.vocab_size
     head = linear_parts("head", M, V, s.n_embd, itemsize)
     return [
@@ -459,16 +462,16 @@ def linear_cross_entropy(draw):
 
 
 def update_parts(n_params, shadow=2):
-    """The norm of the gradients, and AdamW: weight, gradient and two moments read, all but the gradient written, and so many bytes
-    of a shadow."""
+    """The gradients' norm, and AdamW. AdamW reads weight, gradient and two moments, and writes all but the gradient.
+    shadow: bytes of a shadow's element, which it also writes."""
     return [
-        Part("gradient norm", "update", 0, n_params * STREAM),
-        Part("AdamW", "update", 0, n_params * (7 * STREAM + shadow)),
+        Part("gradient norm", "update", 0, n_params * FP32),
+        Part("AdamW", "update", 0, n_params * (7 * FP32 + shadow)),
     ]
 
 
 def n_params(s, n_layer):
-    """Parameters of a GPT of a Shape, position embeddings counted."""
+    """Number of parameters of a GPT of a Shape, with the position embeddings."""
     C, F = s.n_embd, 4 * s.n_embd
     weights = 4 * C * C + 2 * C * F + 2 * C
     biases = (3 * C + C + F + C + 2 * C) * s.bias
@@ -476,7 +479,7 @@ def n_params(s, n_layer):
 
 
 @record(
-    kernels={},  # an update is no part of a micro-step
+    kernels={},  # `bench count` counts a micro-step, and the update is outside it
     row=lambda s, dtype, device: ops.triton.configs.adamw(),
     parts=lambda s, itemsize: update_parts(s.vocab_size * s.n_embd + s.n_embd + 1),
     step=lambda s, n_layer, itemsize: update_parts(n_params(s, n_layer)),
@@ -487,7 +490,7 @@ def adamw(draw):
     V, C, device, low = draw.shape.vocab_size, draw.shape.n_embd, draw.device, draw.dtype != torch.float32
     inputs = {}
     for name, size in (("weight", (V, C)), ("bias", (C + 1,))):
-        # Gradients from far below eps to far above, as those of tokens that a text rarely has; moments that fit them.
+        # Gradients from far below eps (rare tokens have such) to far above it, and moments that match them.
         g = draw.randn(*size) * 10 ** (3 * draw.randn(*size).clamp(-2, 2) - 4)
         inputs |= {
             name: draw.randn(*size),
@@ -505,9 +508,9 @@ def adamw(draw):
             groups = [
                 dict(
                     params=[p], grads=[g], exp_avgs=[m], exp_avg_sqs=[v], steps=[torch.full((), t, device=device)], lr=0.1,
-                    betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, fused=torch.device(device).type == "cuda", shadows=[kept],
+                    betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, fused=torch.device(device).type == "cuda", shadows=[s],
                 )
-                for (p, g, m, v), t, decay, kept in ((weight, 1.0, 0.5, shadow), (bias, 900.0, 0.0, None))
+                for (p, g, m, v), t, decay, s in ((weight, 1.0, 0.5, shadow), (bias, 900.0, 0.0, None))
             ]  # fmt: skip
             norm = update(groups, [weight[1], bias[1]], clip, **how)
             return *(t for i, t in enumerate(tensors) if i % 4 != 1), norm, *([shadow] if low else [])

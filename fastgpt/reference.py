@@ -1,8 +1,7 @@
-"""The hot paths in plain PyTorch: what each op computes, in lines that can be checked by eye.
+"""The hot paths in plain PyTorch: what each op computes, short enough to check by eye.
 
-This is the oracle that kernels are held against, and the path that runs without a GPU. The order of
-operations is nanoGPT's, so on the CPU in fp32 a model built on it equals nanoGPT bit for bit; under
-autocast each line takes the dtypes that nanoGPT's own modules take.
+The kernels are checked against these functions, and without a GPU these functions run. The order of operations is nanoGPT's: on the
+CPU in fp32 a model equals nanoGPT bit for bit. Under autocast each line uses the dtypes of nanoGPT's own modules.
 
 Shapes: B sequences, T tokens each, C = n_embd, V = vocab_size. Source: the GPT-2 architecture as nanoGPT
 (github.com/karpathy/nanoGPT, model.py) writes it.
@@ -18,10 +17,10 @@ EPS = 1e-5  # nanoGPT's and GPT-2's LayerNorm epsilon
 
 
 def embedding(idx, wte, wpe, dropout_p=0.0, dtype=None):
-    """(token plus position embeddings [B,T,C] in dtype, None: the weights'; wte again).
+    """(token plus position embeddings [B,T,C], wte).
 
-    idx [B,T] int64; wte [V,C]; wpe [>=T,C], whose row t belongs to column t of idx. The tied head takes its weight from
-    here: an implementation may then have the head's gradient come by, and add to it.
+    idx [B,T] int64; wte [V,C]; wpe [>=T,C], whose row t belongs to column t of idx. dtype: that of the sum; None: the weights'.
+    The tied head must use the returned wte. Its gradient then passes through this op, which can add its own gradient to it.
     """
     x = F.embedding(idx, wte) + wpe[: idx.size(1)]
     x = x if dtype is None else x.to(dtype)
@@ -34,9 +33,9 @@ def layer_norm(x, weight, bias=None, eps=EPS):
 
 
 def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0):
-    """Add a branch to the residual stream, and normalise the sum: (new stream, normalised), each [B,T,C].
+    """Add a branch to the residual stream x, and normalise the sum: (new stream, normalised), each [B,T,C].
 
-    Dropout falls on the branch before it is added. Where there is none, None, the stream stays as it is.
+    Dropout applies to the branch before it is added. If branch is None, the stream is unchanged.
     """
     if branch is not None:
         x = x + F.dropout(branch, dropout_p, training=dropout_p > 0)
@@ -51,16 +50,16 @@ def linear(x, weight, bias=None):
 def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None):
     """Causal self-attention of packed queries, keys and values: [B,T,3C] in (q, then k, then v), [B,T,C] out.
 
-    Scale 1/sqrt(C/n_head); dropout falls on the attention probabilities. `cache` is None in training; in
-    generation its `append` takes the keys and values of these tokens and gives those of all so far; T is then
-    the whole prompt on the first call, and 1 afterwards. doc_ids [B,T], integers, keep a token to those of its own id; with a
-    cache they are [B, all so far].
+    The scale is 1/sqrt(C/n_head). Dropout applies to the attention probabilities. `cache` is None in training. In generation its
+    `append` stores these tokens' keys and values, and returns those of all tokens so far; T is then the whole prompt in the first
+    call, and 1 afterwards. doc_ids [B,T], integers: a token attends only to tokens of the same id. With a cache they are
+    [B, all so far].
     """
     B, T, C3 = qkv.shape
     q, k, v = (t.view(B, T, n_head, -1).transpose(1, 2) for t in qkv.split(C3 // 3, dim=2))  # [B,H,T,C/H]
     if cache is not None:
         k, v = cache.append(k, v)
-    # A lone new token attends to all that the cache holds: nothing is masked.
+    # A single new token attends to everything in the cache: no mask.
     causal, mask = k.size(2) == T, None
     if doc_ids is not None:
         causal, mask = False, (doc_ids[:, None, -T:, None] == doc_ids[:, None, None, :]).tril(k.size(2) - T)
@@ -74,10 +73,9 @@ def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj):
 
 
 def linear_cross_entropy(h, weight, targets, ignore_index=-1):
-    """Mean cross entropy of logits h.weight^T against targets, without handing out the logits. A scalar, fp32 under autocast.
+    """Mean cross entropy of the logits h weight^T against targets: a scalar, fp32 under autocast. The logits are not returned.
 
-    h [B,T,C]; weight [V,C]; targets [B,T] int64, where `ignore_index` counts for nothing. All ignored gives nan,
-    as torch's mean over nothing does.
+    h [B,T,C]; weight [V,C]; targets [B,T] int64; targets equal to ignore_index do not count. If none counts, the loss is nan.
     """
     return cross_entropy(F.linear(h, weight), targets, ignore_index)
 
@@ -89,13 +87,13 @@ def cross_entropy(logits, targets, ignore_index=-1):
 
 @torch.no_grad()
 def adamw(groups, grads, max_norm=None, found_inf=None):
-    """Clip to a global norm of max_norm and update by AdamW, in place: the norm before clipping [] fp32, or None where max_norm is.
+    """Clip the gradients to a global norm of max_norm, and update by AdamW, in place. Returns the norm before clipping, [] fp32.
 
-    To infinity nothing is clipped, and the norm measured.
-    groups: dicts with lists of tensors, params, grads, exp_avgs, exp_avg_sqs, steps ([] fp32, updates done so far) and shadows (a
-    weight in 16 bits, which the update writes too, or None), and lr, betas, eps, weight_decay, fused. found_inf [] fp32 (fused alone),
-    or None: where it is not 0, no weight changes. grads are all groups', in the order in which their norms are added up; they
-    are scaled in place.
+    max_norm: infinity only measures the norm; None does not, and returns None.
+    groups: dicts with lists of tensors: params, grads, exp_avgs, exp_avg_sqs, steps ([] fp32, updates so far) and shadows (16-bit
+    copies of weights, which the update also writes, or None); and with lr, betas, eps, weight_decay, fused.
+    found_inf: [] fp32 or None, only if fused; if it is not 0, no weight changes.
+    grads: the gradients of all groups, in the order in which their norms are added up. They are scaled in place.
     """
     norm = None
     if max_norm is not None:
@@ -108,6 +106,6 @@ def adamw(groups, grads, max_norm=None, found_inf=None):
             amsgrad=False, beta1=g["betas"][0], beta2=g["betas"][1], lr=g["lr"], weight_decay=g["weight_decay"], eps=g["eps"],
             maximize=False,
         )  # fmt: skip
-        if kept := [(s, p) for s, p in zip(g["shadows"], g["params"], strict=True) if s is not None]:
-            torch._foreach_copy_(*zip(*kept, strict=True))
+        if pairs := [(s, p) for s, p in zip(g["shadows"], g["params"], strict=True) if s is not None]:
+            torch._foreach_copy_(*zip(*pairs, strict=True))
     return norm

@@ -1,4 +1,4 @@
-"""Sampling text from a trained model, with nanoGPT's flags: `fastgpt sample`, or `python -m fastgpt.sample`."""
+"""Sample text from a trained model, with nanoGPT's flags: `fastgpt sample`, or `python -m fastgpt.sample`."""
 
 import sys
 from contextlib import nullcontext
@@ -12,7 +12,7 @@ from fastgpt.config import UserError
 
 
 def sample(cfg):
-    """Print num_samples continuations of the prompt, as a SampleConfig says. Raises UserError."""
+    """Print num_samples continuations of the prompt of a SampleConfig. Raises UserError."""
     distributed.check_device(cfg.device)
     start = cfg.start
     if start.startswith("FILE:"):
@@ -32,11 +32,11 @@ def sample(cfg):
     else:
         saved, model, meta = {}, checkpoints.pretrained(cfg.init_from, 0.0), None
     tok = tokenizer.from_meta(meta)
-    if saved.get("config", {}).get("doc_mask"):  # a prompt of several documents is then read as training read them
+    if saved.get("config", {}).get("doc_mask"):  # mask the documents of a prompt as training did
         model.set_doc_mask(tok.end_of_text)
     if tok.n_vocab > model.config.vocab_size:
         raise UserError(
-            f"{cfg.out_dir}: the model knows {model.config.vocab_size} tokens and the tokenizer {tok.n_vocab}: "
+            f"{cfg.out_dir}: the model has {model.config.vocab_size} tokens, but the tokenizer {tok.n_vocab}: "
             "its dataset's meta.pkl is missing; run where data/NAME/meta.pkl is"
         )
     ids = tok.encode_prompt(start)
@@ -54,12 +54,12 @@ def sample(cfg):
             except RuntimeError as e:
                 if "probability tensor" not in str(e):
                     raise
-                raise UserError(f"{cfg.out_dir}: the model answers nan: its training diverged") from None
+                raise UserError(f"{cfg.out_dir}: the model's output is nan: its training diverged") from None
             print(f"{tok.decode(y[0].tolist())}\n---------------", flush=True)
 
 
 def find_meta(saved):
-    """A checkpoint's own meta, else that of the dataset that its config names; None stands for GPT-2's encoding."""
+    """The meta in a checkpoint, else that of the dataset in its config. None means GPT-2's encoding."""
     if "meta" in saved.get("fastgpt", {}):
         return saved["fastgpt"]["meta"]
     dataset = saved.get("config", {}).get("dataset")

@@ -1,7 +1,7 @@
-"""Shadow weights: the weights of a model's Linears in the compute dtype, kept beside the fp32 ones, so that no step casts them.
+"""Shadow weights: copies of the Linears' fp32 weights in the compute dtype, so that no step casts them.
 
-A shadow hangs on its weight, as `weight.shadow`. The kernels read it there (kernels/common.py, cast), and `optim.AdamW` writes it with the
-weight. So a copy of a model has no shadow, nor has a weight that was put in another's place, nor a checkpoint.
+A shadow is an attribute of its weight, `weight.shadow`. The kernels read it (kernels/common.py, cast), and `optim.AdamW` writes it
+together with the weight. A copied model, a replaced weight and a checkpoint have no shadow.
 """
 
 import torch
@@ -9,26 +9,26 @@ from torch import nn
 
 
 class Shadows:
-    """The shadows of a model's plain nn.Linear weights in a dtype of 16 bits, from now until `remove`.
+    """The shadows of a model's nn.Linear weights (not of subclasses) in a 16-bit dtype, from now until `remove`.
 
-    Whoever changes the weights by other means than `optim.AdamW` (load_state_dict, another optimizer) calls `refresh` before the next
-    forward. Under DDP make them behind it, when all processes have the same weights.
+    Code that changes the weights without `optim.AdamW` (load_state_dict, another optimizer) must call `refresh` before the next
+    forward. With DDP make the shadows after it: only then all processes have the same weights.
     """
 
     def __init__(self, model, dtype):
-        weights = {m.weight: None for m in model.modules() if type(m) is nn.Linear}  # a tied one once
+        weights = {m.weight: None for m in model.modules() if type(m) is nn.Linear}  # a dict: a tied weight counts once
         self.tensors = {w: torch.empty_like(w, dtype=dtype, requires_grad=False) for w in weights}
         self.refresh()
 
     @torch.no_grad()
     def refresh(self):
-        """Make every shadow equal to its weight, and hang it there."""
+        """Copy every weight to its shadow, and set `weight.shadow`."""
         if self.tensors:
             torch._foreach_copy_(list(self.tensors.values()), list(self.tensors))
         for weight, shadow in self.tensors.items():
             weight.shadow = shadow
 
     def remove(self):
-        """Take every shadow off its weight."""
+        """Set `weight.shadow` to None for every weight."""
         for weight in self.tensors:
             weight.shadow = None

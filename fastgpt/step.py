@@ -1,4 +1,4 @@
-"""One optimizer step, from micro-batches to updated weights; and an evaluation."""
+"""One training step, from micro-batches to updated weights; and an evaluation."""
 
 from contextlib import nullcontext
 
@@ -10,17 +10,17 @@ from fastgpt import ops
 def train_step(model, optimizer, scaler, batches, accumulation, autocast, grad_clip, graphs=None):
     """Run `accumulation` micro-steps and one update: (mean loss of the micro-steps, global gradient norm before clipping).
 
-    Both are fp32 scalars on the device: nothing here waits for the GPU. `batches` has its next batch under way, and
-    is left so. model(x, y, return_logits=False) gives (None, loss); `scaler` is a torch.amp.GradScaler, enabled for
-    float16 only; `optimizer` is an optim.AdamW; grad_clip 0 clips nothing. `graphs`, a graphs.Graphs of `micro_step` on the model,
-    takes the micro-steps in which DDP averages nothing.
+    Both are fp32 scalars on the device: nothing here waits for the GPU. `batches.prefetch` must have started the next batch, before
+    and after. model(x, y, return_logits=False) gives (None, loss). `scaler` is a torch.amp.GradScaler, enabled for float16 only.
+    `optimizer` is an optim.AdamW. grad_clip 0 does not clip. `graphs`, a graphs.Graphs of `micro_step` on the model, runs the
+    micro-steps in which DDP does not average gradients.
     """
     total = 0.0
     for i in range(accumulation):
         x, y = batches.get()
         last = i == accumulation - 1
         parallel = hasattr(model, "require_backward_grad_sync")
-        if parallel:  # DDP: average in the last backward only; read when a forward begins
+        if parallel:  # DDP averages in the last backward only; it reads this at the start of a forward
             model.require_backward_grad_sync = last
         averages = parallel and last
         if graphs is None or averages:
@@ -38,10 +38,10 @@ def train_step(model, optimizer, scaler, batches, accumulation, autocast, grad_c
 
 
 def micro_step(model, x, y, scaler, accumulation, autocast, alone=True, then=lambda: None):
-    """Forward and backward: this micro-step's share of the mean loss; its gradients are added to the weights'.
+    """Forward and backward: returns this micro-step's share of the mean loss, and adds its gradients to the weights' `.grad`.
 
-    alone: whether nobody but the weights waits for the gradients. `then` is called between forward and backward, where nanoGPT
-    draws the next batch: after the forward, whose dropout shares the generator on the CPU.
+    alone: nothing but `.grad` receives the gradients; DDP does not average them. `then` is called between forward and backward, where
+    nanoGPT draws the next batch: on the CPU the forward's dropout uses the same generator.
     """
     with autocast:
         _, loss = model(x, y, return_logits=False)
