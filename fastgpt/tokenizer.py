@@ -1,9 +1,9 @@
 """Text to token ids and back: bytes, chars, or any of tiktoken's encodings by name.
 
-Each has `n_vocab`, `encode_array(text)` -> integer ids, `encode_prompt(text)` -> list, `decode(ids)` -> text, and
-`decodable(vocab_size)` -> bool [vocab_size], which ids below that decode to something. A
-data folder's `meta.pkl` says which one made it: {"vocab_size", "stoi", "itos"} for bytes and chars, as in nanoGPT,
-with fastgpt's "tokenizer" beside them; none at all for GPT-2's, again as in nanoGPT.
+Each tokenizer has `n_vocab`, `encode_array(text)` -> array of ids, `encode_prompt(text)` -> list of ids, `decode(ids)` -> text, and
+`decodable(vocab_size)` -> bool [vocab_size]: whether each id can be decoded. A data folder's `meta.pkl` names the tokenizer that made
+it. For bytes and chars it holds "vocab_size", "stoi" and "itos" as in nanoGPT, and fastgpt's "tokenizer". For another encoding it holds
+"vocab_size" and "tokenizer". For GPT-2's encoding there is no meta.pkl, as in nanoGPT.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ GPT2_END_OF_TEXT = 50256
 
 
 class Tiktoken:
-    """One of tiktoken's encodings; the end-of-text mark is allowed in a prompt, and is plain text elsewhere."""
+    """One of tiktoken's encodings. "<|endoftext|>" is the end-of-text token in a prompt, and plain text elsewhere."""
 
     def __init__(self, encoding):
         self.encoding = encoding
@@ -39,18 +39,18 @@ class Tiktoken:
         for i in range(min(vocab_size, self.n_vocab)):
             try:
                 self.encoding.decode_single_token_bytes(i)
-            except KeyError:  # some encodings have holes among their last ids
+            except KeyError:  # some encodings lack some of their last ids
                 continue
             mask[i] = True
         return mask
 
     def meta(self):
-        # None for gpt2: nanoGPT then pads the vocabulary to 50304, and looks for GPT-2's encoding when it samples.
+        # None for gpt2: nanoGPT then pads the vocabulary to 50304, and samples with GPT-2's encoding.
         return None if self.encoding.name == "gpt2" else {"vocab_size": self.n_vocab, "tokenizer": self.encoding.name}
 
 
 class Bytes(Tiktoken):
-    """A token a byte of UTF-8: 256 ranks and no merges. What is no UTF-8 decodes to U+FFFD."""
+    """One token for each byte of UTF-8: 256 ranks, no merges. Bytes that are not UTF-8 decode to U+FFFD."""
 
     def __init__(self):
         ranks = {bytes([i]): i for i in range(256)}
@@ -59,13 +59,13 @@ class Bytes(Tiktoken):
         )
 
     def meta(self):
-        # A character per byte (exact below 128), so that nanoGPT's sample.py can print these tokens too.
+        # One character for each byte (correct below 128), so that nanoGPT's sample.py can print these tokens too.
         itos = {i: chr(i) for i in range(256)}
         return {"vocab_size": 256, "tokenizer": "bytes", "itos": itos, "stoi": {c: i for i, c in itos.items()}}
 
 
 class Chars:
-    """A token a character, of those that a corpus has; `itos` maps ids from 0 to characters, nanoGPT's way."""
+    """One token for each character of a corpus. `itos` maps ids, from 0, to characters, as in nanoGPT."""
 
     end_of_text = None
 
@@ -79,7 +79,7 @@ class Chars:
         return cls(dict(enumerate(sorted(chars))))
 
     def encode_array(self, text):
-        """Ids of a text all of whose characters are known (prepare has collected them)."""
+        """The ids of a text, uint32. Every character must be known (prepare has collected them)."""
         codes = [ord(c) for c in self.stoi]
         table = np.zeros(max(codes) + 1, dtype=np.uint32)
         table[codes] = list(self.stoi.values())
@@ -90,7 +90,7 @@ class Chars:
         if unknown:
             known = "".join(sorted(self.stoi))
             raise UserError(
-                f"--start: the character {unknown[0]!r} is not among the {self.n_vocab} that the model knows: {known!r}"
+                f"--start: the character {unknown[0]!r} is not among the {self.n_vocab} that the model has: {known!r}"
             )
         return [self.stoi[c] for c in text]
 
@@ -105,29 +105,26 @@ class Chars:
 
 
 def get_tokenizer(name):
-    """The tokenizer called bytes, or one of tiktoken's encodings. Raises UserError for an unknown or unreachable one."""
+    """The tokenizer "bytes", or one of tiktoken's encodings. Raises UserError if it is unknown or cannot be downloaded."""
     if name == "bytes":
         return Bytes()
     if name not in tiktoken.list_encoding_names():
         raise UserError(
-            f"tokenizer {name}: there is none of that name; choose bytes, chars, or one of {', '.join(tiktoken.list_encoding_names())}"
+            f"tokenizer {name}: unknown; choose bytes, chars, or one of {', '.join(tiktoken.list_encoding_names())}"
         )
     try:
         return Tiktoken(tiktoken.get_encoding(name))
-    except (
-        OSError,
-        ValueError,
-    ) as e:  # requests' errors are OSErrors; a damaged cache file fails its hash with ValueError
+    except (OSError, ValueError) as e:  # requests raises OSErrors; a damaged cache file raises ValueError
         raise UserError(
-            f"tokenizer {name}: its table is fetched from the network on first use, and could not be ({type(e).__name__}); go online "
+            f"tokenizer {name}: its table is downloaded from the network on first use, and that failed ({type(e).__name__}); go online "
             "once, point TIKTOKEN_CACHE_DIR at a folder that has it, or prepare the data with --tokenizer=bytes or chars"
         ) from None
 
 
 def separator(meta):
-    """The token id that stands between the documents of a dataset with this meta.pkl. Raises UserError where its tokenizer has none."""
+    """The token id between the documents of a dataset with this meta. Raises UserError if its tokenizer has none."""
     if meta is None:
-        return GPT2_END_OF_TEXT  # known without GPT-2's table, which may have to be fetched
+        return GPT2_END_OF_TEXT  # needs no download of GPT-2's table
     name = meta.get("tokenizer", "chars")
     end_of_text = None if name == "chars" else get_tokenizer(name).end_of_text
     if end_of_text is None:
@@ -139,7 +136,7 @@ def separator(meta):
 
 
 def from_meta(meta):
-    """The tokenizer that a dataset's meta.pkl names; GPT-2's where there is none."""
+    """The tokenizer that a dataset's meta names; None means GPT-2's. Raises UserError."""
     if meta is None:
         return get_tokenizer("gpt2")
     name, itos = meta.get("tokenizer", "chars"), meta.get("itos")

@@ -1,4 +1,4 @@
-"""The training loop: nanoGPT's, with its data order, schedule, evaluations and checkpoints."""
+"""nanoGPT's training loop, with its data order, schedule, evaluations and checkpoints."""
 
 import math
 import sys
@@ -25,7 +25,7 @@ from fastgpt.step import evaluate, micro_step, train_step
 
 
 def train(cfg, given=frozenset()):
-    """Train as a TrainConfig says; `given` names the settings that the user gave. Raises UserError before any work."""
+    """Train as a TrainConfig says. `given`: names of the settings that the user gave. Raises UserError, if possible before any work."""
     world = distributed.init(cfg.device, cfg.backend)
     run = None
     try:
@@ -46,7 +46,7 @@ def train(cfg, given=frozenset()):
 
 
 class Run:
-    """One training run: all that is made and checked before the first iteration, and the loop."""
+    """One training run. The constructor makes and checks everything before the first iteration."""
 
     def __init__(self, cfg, given, world):
         self.began = time.perf_counter()
@@ -55,11 +55,11 @@ class Run:
         saved = checkpoints.load(cfg.out_dir) if cfg.init_from == "resume" else None
         self.cfg = cfg = checkpoints.keep_shape(saved, cfg, given) if saved else cfg
         self.accumulation = distributed.share(cfg.gradient_accumulation_steps, world)
-        self.sequences = cfg.gradient_accumulation_steps * cfg.batch_size  # of an iteration, over all processes
+        self.sequences = cfg.gradient_accumulation_steps * cfg.batch_size  # in an iteration, over all processes
         print(f"tokens per iteration will be: {self.sequences * cfg.block_size:,}")
         self.wandb = import_wandb() if cfg.wandb_log else None
 
-        ops.parse(cfg.kernels)  # a wrong word is said before any work
+        ops.parse(cfg.kernels)  # raises for a wrong word before any work
         check_residual(cfg, self.cuda)
         torch.manual_seed(cfg.seed + world.rank)
         self.dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32  # as in nanoGPT
@@ -74,7 +74,7 @@ class Run:
             train_tokens, val_tokens, self.meta, vocab_size = data.load_dataset(cfg)
         if saved:
             checkpoints.check_dataset(saved, cfg, self.meta)
-            for name in ("doc_mask", "residual"):  # what a run computes, and a model without its own memory of
+            for name in ("doc_mask", "residual"):  # these change what is computed, but model_args lack them
                 before, now = saved.get("config", {}).get(name), getattr(cfg, name)
                 if before not in (None, now):
                     print(f"--{name}={now}: the checkpoint was trained with {before}")
@@ -90,14 +90,14 @@ class Run:
             tokens.check_ids()
         shape = (cfg.batch_size, cfg.block_size, world.device)
         self.batches = data.Batches(train_tokens, *shape, merged=merged)
-        # Evaluations draw from the training's generator, as nanoGPT's do, unless they have a seed of their own.
+        # As in nanoGPT, evaluations draw from training's generator, unless --eval_seed gives them their own.
         self.eval_generator = None if cfg.eval_seed is None else torch.Generator()
         self.eval_batches = {
             "train": data.Batches(train_tokens, *shape, self.eval_generator),
             "val": data.Batches(val_tokens, *shape, self.eval_generator),
         }
 
-        # Loss scaling is float16's: the other dtypes have fp32's range.
+        # Only float16 needs loss scaling: the other dtypes have fp32's range.
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.cuda and cfg.dtype == "float16")
         self.optimizer = self.model.configure_optimizers(
             cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), "cuda" if self.cuda else "cpu"
@@ -108,11 +108,11 @@ class Run:
             offsets = self.restore_random_state(saved.get("fastgpt"))
         if cfg.compile:
             print("compiling the model... (takes a ~minute)")
-        # Evaluations are of smaller batches than merged ones: one graph for both would be of unknown sizes.
+        # Evaluations use smaller batches than merged micro-steps. Compile each size by itself, not one graph with dynamic sizes.
         dynamic = False if merged > 1 else None
         self.compiled = torch.compile(self.model, dynamic=dynamic) if cfg.compile else self.model
         self.parallel = distributed.wrap(self.compiled, world)
-        if dtype := shadow_dtype(self.model.kernels, self.dtype):  # after DDP has given all processes the same weights
+        if dtype := shadow_dtype(self.model.kernels, self.dtype):  # after DDP has copied rank 0's weights to all
             self.shadows = Shadows(self.model, dtype)
 
         self.graphs = self.make_graphs() if cfg.cuda_graphs else None
@@ -128,12 +128,12 @@ class Run:
         self.batches.prefetch(offsets)
 
     def merge_micro_batches(self):
-        """Decide how many of nanoGPT's micro-batches a micro-step computes, for all processes alike; that many fewer are taken."""
+        """Decide how many of nanoGPT's micro-batches one micro-step computes, the same on all processes. Divides accumulation by it."""
         cfg, world = self.cfg, self.world
         c = self.model.config
         takes = sequence_bytes(c, self.dtype.itemsize, cfg.recompute, RESIDUAL[cfg.residual].itemsize)
         if cfg.cuda_graphs and world.size > 1:
-            takes *= 2  # a graph keeps its memory, and the last micro-step takes its own
+            takes *= 2  # the graph keeps its memory, and the last micro-step needs its own
         merged = merge(cfg.micro_batch, cfg.batch_size, self.accumulation, c, world.device, takes)
         merged = distributed.least(merged, world)
         self.accumulation //= merged
@@ -146,7 +146,7 @@ class Run:
         return merged
 
     def make_graphs(self):
-        """Graphs of the micro-steps; None where DDP averages in each of them."""
+        """The Graphs of the micro-steps; None if DDP averages in each of them."""
         if self.world.size > 1 and self.accumulation == 1:
             print("CUDA graphs: none, since DDP takes part in the only micro-step of an iteration")
             return None
@@ -154,7 +154,7 @@ class Run:
         return graphs.Graphs(lambda x, y: micro_step(self.parallel, x, y, *settings), self.model.parameters())
 
     def choose_kernels(self, merged):
-        """Decide which implementation of each op runs, on this run's shapes. The main process measures, the others read."""
+        """Choose each op's implementation for this run's shapes. The main process measures, and the others read its result."""
         cfg = self.cfg
         modes = dict(doc_mask=cfg.doc_mask, narrow_residual=cfg.residual == "bf16")
         shape = Shape.of(merged * cfg.batch_size, self.model.config, **modes)
@@ -162,7 +162,7 @@ class Run:
             self.model.set_kernels(choose(cfg.kernels, shape, self.dtype, self.world.device, cfg.compile))
 
     def build_model(self, saved, vocab_size):
-        """The model of init_from: new, from a checkpoint, or GPT-2's, cropped to a smaller block_size."""
+        """The model of --init_from: new, from a checkpoint, or GPT-2's; cropped if block_size is smaller."""
         cfg = self.cfg
         if cfg.init_from == "scratch":
             print("Initializing a new model from scratch")
@@ -186,11 +186,11 @@ class Run:
         return model
 
     def restore_optimizer(self, saved, given):
-        """Put the optimizer and the counters back. The checkpoint's settings stand, but for those given by name."""
+        """Restore the optimizer and the counters. The checkpoint's betas and weight decay remain, unless the user gave them."""
         cfg = self.cfg
         try:
             for old, new in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
-                old["fused"] = new["fused"]  # the device at hand decides, not the one that saved
+                old["fused"] = new["fused"]  # depends on this device, not on the one that saved
             self.optimizer.load_state_dict(saved["optimizer"])
             self.iter_num, self.best_val_loss = int(saved["iter_num"]), float(saved["best_val_loss"])
             for p, moments in self.optimizer.state.items():
@@ -203,7 +203,7 @@ class Run:
                 f"{checkpoints.checkpoint_path(cfg.out_dir)}: its optimizer state does not fit this model "
                 f"({type(e).__name__}: {e}); train from scratch"
             ) from None
-        wpe = self.model.transformer.wpe.weight  # where block_size was cropped, its moments are as well
+        wpe = self.model.transformer.wpe.weight  # if block_size was cropped, crop its moments too
         moments = self.optimizer.state[wpe]
         moments.update({k: v[: wpe.size(0)].clone() for k, v in moments.items() if v.dim() == 2})
         decay, no_decay = self.optimizer.param_groups
@@ -213,7 +213,7 @@ class Run:
             decay["weight_decay"] = cfg.weight_decay
 
     def random_state(self):
-        """What a resumed run needs to draw what this one would: per process, gathered on the main one."""
+        """What a resumed run needs to draw the same random numbers: a list by process, on the main process."""
         return distributed.gather(
             {
                 "rng": torch.get_rng_state(),
@@ -224,9 +224,9 @@ class Run:
         )
 
     def restore_random_state(self, extra):
-        """Go on drawing where the checkpoint stopped; the offsets of the batch that was under way, or None.
+        """Restore the random state of a checkpoint. Returns the offsets of its next batch, or None.
 
-        nanoGPT's checkpoint has none of this (`extra` is None): the seed's batches then come again, as in nanoGPT.
+        nanoGPT's checkpoints have no such state (`extra` is None): the batches then start again from the seed, as in nanoGPT.
         """
         if extra is None:
             return None
@@ -250,9 +250,9 @@ class Run:
             raise UserError(f"{path}: its key 'fastgpt' is damaged ({type(e).__name__}: {e}); remove it") from None
 
     def loop(self):
-        """Train to max_iters; evaluate and save on the way and at the end."""
+        """Train to max_iters. Evaluate and save every eval_interval iterations and at the end."""
         cfg, main = self.cfg, self.world.is_main
-        live = main and sys.stderr.isatty() and sys.stdout.isatty()  # `| tee log` wants lines
+        live = main and sys.stderr.isatty() and sys.stdout.isatty()  # not for `| tee log`, which needs lines
         with tqdm(total=cfg.max_iters, initial=self.iter_num, disable=not live, unit="it", dynamic_ncols=True) as bar:
             say = bar.write if live else lambda line: print(line, flush=True)
             self.clock.start()
@@ -263,7 +263,7 @@ class Run:
                 last = cfg.eval_only or self.iter_num >= cfg.max_iters
                 if last or self.iter_num % cfg.eval_interval == 0:
                     self.clock.stop()
-                    state = self.random_state()  # before the evaluation draws: a resumed run evaluates here again
+                    state = self.random_state()  # before the evaluation's draws: a resumed run evaluates here again
                     if main:
                         self.evaluate(lr, say)
                         self.save(state, say)
@@ -293,7 +293,7 @@ class Run:
             self.finish()
 
     def log(self, loss, lr, grad_norm):
-        """Write a logged iteration to the metrics; its loss, its time and its speed as text."""
+        """Write an iteration to the metrics. Returns its loss, time and speed as text."""
         dt = self.clock.lap()
         tokens_per_s = self.sequences * self.cfg.block_size / dt
         if self.peak_flops:
@@ -305,7 +305,7 @@ class Run:
         return f"loss {loss:.4f}", f"time {dt * 1000:.2f}ms", f"{mfu}{tokens_per_s:,.0f} tok/s"
 
     def evaluate(self, lr, say):
-        """Measure the loss of both splits; say it, and write it down."""
+        """Measure the loss of both splits, print it, and write it to the metrics."""
         self.losses = {}
         for split, batches in self.eval_batches.items():
             if self.eval_generator is not None:
@@ -321,7 +321,7 @@ class Run:
             )
 
     def save(self, random_state, say):
-        """Save a checkpoint, where this evaluation is the best or all are to be saved."""
+        """Save a checkpoint if this evaluation is the best, or with always_save_checkpoint. Never at iteration 0 or with eval_only."""
         best = self.losses["val"] < self.best_val_loss
         self.best_val_loss = min(self.best_val_loss, self.losses["val"])
         if self.iter_num == 0 or self.cfg.eval_only or not (best or self.cfg.always_save_checkpoint):
@@ -340,7 +340,7 @@ class Run:
         self.saved = checkpoints.checkpoint_path(self.cfg.out_dir)
 
     def finish(self):
-        """What a run ends with: losses, speed, a sample, the plot, and where everything lies."""
+        """Print the final losses, the speed, a sample and the paths of all files; draw the plot."""
         cfg, clock = self.cfg, self.clock
         self.metrics.close()
         train_loss, val_loss = self.losses["train"], self.losses["val"]
@@ -357,7 +357,7 @@ class Run:
                 print(f"no loss curve: {e}")
         if cfg.sample_tokens and math.isfinite(val_loss):
             self.model.eval()
-            self.model.set_residual(torch.float32)  # as `fastgpt sample` reads the checkpoint
+            self.model.set_residual(torch.float32)  # as in `fastgpt sample`
             tok = tokenizer.from_meta(self.meta)
             allowed = tok.decodable(self.model.config.vocab_size).to(self.world.device)
             start, _ = next(self.eval_batches["val"].take(1))
@@ -373,20 +373,20 @@ class Run:
 
 
 def shadow_dtype(kernels, dtype):
-    """The dtype to keep shadow weights in, for the ops.Kernels and what they compute in; None where nothing would read them."""
+    """The dtype of the shadow weights for an ops.Kernels and a compute dtype; None if no kernel would read them."""
     reads = "triton" in (kernels.linear, kernels.gelu_mlp, kernels.linear_cross_entropy)
     return dtype if reads and dtype != torch.float32 else None
 
 
 def check_residual(cfg, cuda):
-    """Raise UserError where the stream cannot be of the dtype asked for: what is added to it is as wide as products are."""
+    """Raise UserError if the residual stream cannot have its dtype: it must not be narrower than the branches added to it."""
     if cfg.residual == "bf16" and not (cuda and cfg.dtype == "bfloat16"):
         here = f"with --dtype={cfg.dtype}" if cuda else f"on --device={cfg.device}, which computes in float32"
         raise UserError(f"--residual=bf16: it needs a CUDA GPU and --dtype=bfloat16, and this is {here}; leave it out")
 
 
 def find_separator(meta, tokens):
-    """The token that --doc_mask parts documents at. Raises UserError where the dataset has none."""
+    """The token at which --doc_mask separates documents. Raises UserError if the dataset has none."""
     separator = tokenizer.separator(meta)
     if not tokens.holds(separator):
         raise UserError(
@@ -397,7 +397,7 @@ def find_separator(meta, tokens):
 
 
 def check_writable(out_dir):
-    """Make out_dir; raise UserError where it cannot be written."""
+    """Make out_dir. Raises UserError if it cannot be written."""
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):
@@ -407,7 +407,7 @@ def check_writable(out_dir):
 
 
 def import_wandb():
-    """The module wandb, or a UserError that says how to get it."""
+    """The module wandb. Raises UserError if it cannot be imported."""
     try:
         import wandb
     except ImportError:

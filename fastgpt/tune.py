@@ -1,10 +1,10 @@
-"""`fastgpt tune`: the fastest launch configuration of each op on this GPU, at a run's shapes.
+"""`fastgpt tune`: find the fastest launch configuration of each op on this GPU, at a run's shapes.
 
-Around the shipped row of an op `configs.GRIDS` are walked one by one, from what the last has found. A candidate is held to `verify`'s
-rule at a small size, then all that hold are timed in turn, round by round. At the end of an op the best is timed beside the
-shipped row once more, since the least of many times is low by luck: it is kept where it is faster in every round, and by 1% in
-the median. What is kept is in a file, which later runs take (`tuned`). Last, the matrix products that are a library's are timed by
-cuBLAS and by cuBLASLt; which of them runs is PyTorch's setting for a whole process, so it is said, and not taken.
+The search starts at the op's shipped row, and tries the grids of `configs.GRIDS` one after another, each around the best row so far.
+A candidate must pass `verify`'s rule at a small size. All candidates that pass are timed in turn, round by round. At the end the best
+row is timed once more beside the shipped one, since the least of many times is partly luck. It is kept if it is faster in every round,
+and by 1% in the median. Rows are kept in a file, which later runs use (`tuned`). Last, the matrix products of libraries are timed with
+cuBLAS and with cuBLASLt. PyTorch sets that library for the whole process, so tune only prints which is faster.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from fastgpt.distributed import check_device
 from fastgpt.ops import Kernels
 from fastgpt.records import RECORDS, Shape, problem
 
-# Sequences and tokens that a candidate is checked at: whole and partial tiles; and a multiple of 16 as in most runs, since
-# Triton compiles other sizes on their own.
+# The sequences and tokens at which a candidate is checked: they give whole and partial tiles. 528 is a multiple of 16, as in most runs:
+# Triton compiles other sizes separately.
 SMALL = 2, 528
-GAIN = 0.99  # the most of the shipped row's time that is worth another
-PRODUCTS = "products"  # not an op: the matrix products that a library computes
+GAIN = 0.99  # a row is kept if its time is at most this share of the shipped row's
+PRODUCTS = "products"  # not an op: the matrix products of cuBLAS
 
 
 def tune(cfg, measure=time_rounds):
-    """Search as a TuneConfig says, print a line for each op, and write the file. Raises UserError where it cannot."""
+    """Search as a TuneConfig says, print a line for each op, and write the file. Raises UserError if it cannot."""
     c, dtype, device = cfg.gpt_config(), getattr(torch, cfg.dtype), cfg.device
     times = {op: record.times(c.n_layer) for op, record in RECORDS.items() if record.row}
     chosen = list(dict.fromkeys(map(str.strip, cfg.only.split(",")))) if cfg.only else [*times, PRODUCTS]
@@ -45,9 +45,9 @@ def tune(cfg, measure=time_rounds):
     file = Path(cfg.out) if cfg.out else tuned.path(shape, dtype, device)
 
     def write(op=None, found=None):
-        """Add what was found for an op to the file, beside what others found meanwhile. Raises UserError where it cannot be written."""
+        """Add an op's result to the file, and keep what other processes wrote meanwhile. Raises UserError if it cannot be written."""
         report = {"where": tuned.conditions(shape, dtype, device), "ops": {}}
-        with contextlib.suppress(OSError, ValueError):  # else there is nothing to add to
+        with contextlib.suppress(OSError, ValueError):  # no valid file: start a new one
             report, _ = tuned.read(file, shape, dtype, device)
         if op is not None:
             (report if op == PRODUCTS else report["ops"])[op] = found
@@ -63,16 +63,16 @@ def tune(cfg, measure=time_rounds):
     deadline = monotonic() + cfg.budget
     shares = {op: times[op] * shipped_ms(op, shape, dtype, device, measure) for op in chosen if op != PRODUCTS}
     print(f"  {'op':22}{'shipped ms':>11}{'best ms':>9}{'ratio':>7}  configuration")
-    late = []
+    not_reached = []
     for op in sorted(chosen, key=lambda op: shares.get(op, 0), reverse=True):
         if monotonic() >= deadline:
-            late.append(op)
+            not_reached.append(op)
             continue
         if op == PRODUCTS:
             found = libraries(shape, c.n_layer, dtype, device, measure)
-            said = "cuBLASLt; TORCH_BLAS_PREFER_CUBLASLT=1 gives it to a run" if found["kept"] else "cuBLAS, as shipped"
+            choice = "cuBLASLt; TORCH_BLAS_PREFER_CUBLASLT=1 selects it" if found["kept"] else "cuBLAS, as shipped"
             print(
-                f"  {op:22}{found['cublas']:11.3f}{found['cublaslt']:9.3f}{found['ratio']:7.2f}  {said}; ms of a step"
+                f"  {op:22}{found['cublas']:11.3f}{found['cublaslt']:9.3f}{found['ratio']:7.2f}  {choice}; ms in a step"
             )
             write(op, found)
             continue
@@ -82,13 +82,13 @@ def tune(cfg, measure=time_rounds):
         left = f"; {found['left']} candidates not reached" if found["left"] else ""
         print(f"  {op:22}{found['shipped_ms']:11.3f}{found['ms']:9.3f}{found['ratio']:7.2f}  {found['repr']}{left}")
         write(op, found)
-    if late:
-        print(f"the budget of {cfg.budget} s is spent; not reached: {', '.join(late)}")
-    print(f"{file}: {'this folder is not looked into by runs' if cfg.out else 'runs of this shape take it'}")
+    if not_reached:
+        print(f"the budget of {cfg.budget} s is spent; not reached: {', '.join(not_reached)}")
+    print(f"{file}: {'runs do not read this folder' if cfg.out else 'runs of this shape use it'}")
 
 
 def needs_gpu(device):
-    """Make device the current one. Raises UserError where the kernels do not run natively."""
+    """Make device the current one. Raises UserError if the compiled kernels cannot run there."""
     if not (is_cuda(device) and torch.cuda.is_available() and ops.triton and not torch.version.hip):
         raise UserError("tune: needs an NVIDIA GPU and Triton")
     check_device(device)
@@ -100,7 +100,7 @@ def needs_gpu(device):
 
 
 def shipped_ms(op, shape, dtype, device, measure):
-    """The time of an op by its shipped row, to say which op takes most of a step. Raises UserError where it does not fit."""
+    """Milliseconds of an op with its shipped row, which tell how much of a step it takes. Raises UserError if memory is too small."""
     try:
         f = prepared(problem(op, shape, dtype, device), Kernels(**{op: "triton"}), compiled=False)
         return statistics.median(measure({"shipped": f})["shipped"])
@@ -111,19 +111,19 @@ def shipped_ms(op, shape, dtype, device, measure):
 
 
 def search(op, shape, dtype, device, deadline, measure):
-    """What is found for an op, as the file has it. `measure` is `time_rounds`, or like it."""
+    """Search an op's rows, and return the result as the file stores it. `measure` has `time_rounds`' interface."""
     shipped = RECORDS[op].row(shape, dtype, device)
-    if shape.dropout and op == "attention":  # its step is then gated_inner: what is tried is to be what runs
+    if shape.dropout and op == "attention":  # it then uses gated_inner: let the search set the field that runs
         shipped = replace(shipped, inner=shipped.gated_inner or shipped.inner, gated_inner=None)
     it = problem(op, shape, dtype, device)
     small = problem(op, replace(shape, B=min(shape.B, SMALL[0]), T=min(shape.T, SMALL[1])), dtype, device)
 
-    def by(row):
+    def runner(row):
         return prepared(it, Kernels(**{op: "triton"}, rows=((op, row.text),)), compiled=False)
 
     best, seen, rejected, left = shipped, {shipped}, {}, set()
     for grid in ops.triton.configs.GRIDS[type(shipped)]:
-        sound = [best]
+        valid = [best]
         for row in ops.triton.configs.neighbours(best, grid):
             if row in seen:
                 continue
@@ -133,16 +133,16 @@ def search(op, shape, dtype, device, deadline, measure):
             seen.add(row)
             try:
                 check(small, functools.partial(small.kernel, row=row.text))
-                by(row)()
-                sound.append(row)
-            except Exception as e:  # whatever stops a candidate is said, and the search goes on without it
+                runner(row)()
+                valid.append(row)
+            except Exception as e:  # any failure rejects the candidate, and is printed
                 rejected[difference(row, shipped)] = (str(e).splitlines() or [type(e).__name__])[0]
-        if len(sound) > 1:
-            ms = measure({row: by(row) for row in sound})
-            best = min(sound, key=lambda row: statistics.median(ms[row]))
-    again = measure({row: by(row) for row in {shipped: None, best: None}})
-    ms, shipped_ms = (statistics.median(again[row]) for row in (best, shipped))
-    kept = significantly_faster(again[best], again[shipped])
+        if len(valid) > 1:
+            ms = measure({row: runner(row) for row in valid})
+            best = min(valid, key=lambda row: statistics.median(ms[row]))
+    final = measure({row: runner(row) for row in {shipped: None, best: None}})
+    ms, shipped_ms = (statistics.median(final[row]) for row in (best, shipped))
+    kept = significantly_faster(final[best], final[shipped])
     row, ms = (best, ms) if kept else (shipped, shipped_ms)
     return {
         "kept": kept, "row": asdict(row), "repr": repr(row), "ms": ms, "shipped": repr(shipped), "shipped_ms": shipped_ms,
@@ -151,13 +151,13 @@ def search(op, shape, dtype, device, deadline, measure):
 
 
 def significantly_faster(times, others):
-    """Whether times, a round each, are less than others by more than their noise."""
+    """Whether `times` are below `others` in every round, and by 1% in the median. Both: [time of a round]."""
     by_median = statistics.median(times) <= GAIN * statistics.median(others)
     return by_median and all(a < b for a, b in zip(times, others, strict=True))
 
 
 def products(shape, n_layer, dtype, device):
-    """{name: (times in a step, function)} of the matrix products of each linear at a Shape: forward, dx, and dw in fp32."""
+    """{name: (calls in a step, function)} of each Linear's matrix products at a Shape: forward, dx, and dw in fp32."""
     M, C, mm, found = shape.B * shape.T, shape.n_embd, ops.triton.common.mm, {}
     sizes = {"c_attn": (3 * C, C), "attn.c_proj": (C, C), "c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
     for name, (N, K) in {**sizes, "lm_head": (shape.vocab_size, C)}.items():
@@ -171,18 +171,18 @@ def products(shape, n_layer, dtype, device):
 
 
 def libraries(shape, n_layer, dtype, device, measure):
-    """The milliseconds of a step's products by cuBLAS and cuBLASLt, and whether the latter is surely faster, as the file has it."""
+    """Time a step's matrix products with cuBLAS and cuBLASLt. Returns their ms, and whether cuBLASLt is faster, as the file stores it."""
     prefer, names = torch.backends.cuda.preferred_blas_library, ("cublas", "cublaslt")
     before, found = prefer(), products(shape, n_layer, dtype, device)
 
-    def by(library, f):
-        def g():
+    def with_library(library, f):
+        def call():
             prefer(library)
             f()
 
-        return g
+        return call
 
-    rounds = measure({(library, what): by(library, f) for what, (_, f) in found.items() for library in names})
+    rounds = measure({(library, what): with_library(library, f) for what, (_, f) in found.items() for library in names})
     prefer(before)
     totals = {}
     for library in names:
@@ -197,6 +197,6 @@ def libraries(shape, n_layer, dtype, device, measure):
 
 
 def difference(row, shipped):
-    """The fields in which a row is not the shipped one, as text."""
+    """The fields in which a row differs from the shipped one, as text."""
     values = ((f.name, getattr(row, f.name), getattr(shipped, f.name)) for f in fields(row))
     return " ".join(f"{name}={value}" for name, value, other in values if value != other)

@@ -1,8 +1,8 @@
-"""What `fastgpt tune` found: the files, and the launch configurations that a run takes from its own.
+"""The files that `fastgpt tune` writes, and the launch configurations that a run reads from its file.
 
-A file is of one GPU, dtype and kind of model: width, heads, length, and whether it drops out, keeps to documents, or has a stream of
-16 bits. The batch and the vocabulary may be others than it was measured at. It holds for the sources and versions that it names, and
-is else not taken.
+A file belongs to one GPU, one dtype and one kind of model: width, heads, length, and whether it uses dropout, document masks or a
+16-bit residual stream. Batch size and vocabulary may differ from those measured. A file is used only with the sources and versions
+that it names.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ from fastgpt.verify import versions
 
 
 def environment(device):
-    """What must be the same for a time to hold, whatever was timed: the GPU, the sources, the versions, how fp32 is multiplied."""
+    """What every measured time depends on: the GPU, the sources, the versions, and the precision of fp32 products."""
     gpu = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
     return {"gpu": gpu, "source": source_hash(), **versions(), "fp32": ops.triton.common.precision()}
 
 
 def conditions(shape, dtype, device):
-    """All that must be the same for a file to hold."""
+    """Everything that a file depends on."""
     return {
         **environment(device), "architecture": ops.triton.configs.architecture(torch.device(device)), "dtype": str(dtype)[6:],
         "n_embd": shape.n_embd, "n_head": shape.n_head, "block_size": shape.T, "dropout": shape.dropout > 0,
@@ -35,7 +35,7 @@ def conditions(shape, dtype, device):
 
 
 def path(shape, dtype, device):
-    """Where a run looks for its file."""
+    """The path of a run's file."""
     c = conditions(shape, dtype, device)
     gpu = re.sub(r"[^a-z0-9]+", "-", c["gpu"].lower()).strip("-")
     modes = "".join(f"-{mode}" for mode in ("dropout", "doc_mask", "narrow_residual") if c[mode])
@@ -44,8 +44,10 @@ def path(shape, dtype, device):
 
 
 def read(file, shape, dtype, device):
-    """(the file's contents, {op: row} of what it found faster than the tables). Raises ValueError that says why it does not hold
-    here, and OSError where there is none."""
+    """(the file's contents, {op: row} for the ops with a row faster than the shipped one).
+
+    Raises ValueError that says why this run cannot use the file, and OSError if it cannot be read.
+    """
     try:
         saved = json.loads(file.read_text())
         differs = [name for name, now in conditions(shape, dtype, device).items() if saved["where"].get(name) != now]
@@ -61,15 +63,14 @@ def read(file, shape, dtype, device):
 
 
 def load_rows(shape, dtype, device):
-    """The rows of this run's file, as `ops.Kernels` takes them; none where there is no file. A line says which file it is, or why it
-    is not taken."""
+    """The rows of this run's file, as `ops.Kernels` takes them; () without a file. Prints the file's name, or why it is not used."""
     file = path(shape, dtype, device)
     try:
         _, rows = read(file, shape, dtype, device)
-    except FileNotFoundError:  # nobody tuned
+    except FileNotFoundError:  # not tuned
         return ()
     except (OSError, ValueError) as e:
-        print(f"launch configurations: the shipped ones; {file} is not taken: {e}. `fastgpt tune` makes it anew")
+        print(f"launch configurations: the shipped ones; {file} is not taken: {e}. `fastgpt tune` writes a new one")
         return ()
     names = ", ".join(rows)
     print(f"launch configurations: {f'{names} as tuned, the others' * bool(rows) or 'all'} as shipped, by {file}")
@@ -77,7 +78,7 @@ def load_rows(shape, dtype, device):
 
 
 def save(file, contents):
-    """Write JSON to a file, whole or not at all. Raises OSError."""
+    """Write JSON to a file, completely or not at all. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}")
     try:
@@ -88,7 +89,7 @@ def save(file, contents):
 
 
 def source_hash():
-    """A hash of all that computes: the kernels' sources, PyTorch's side, what is timed, the rule, and what chooses."""
+    """A hash of the sources that decide a result: the kernels, ops, reference, records, verify and choose."""
     files = [
         *sorted(Path(ops.triton.__file__).parent.glob("*.py")),
         *(Path(__file__).with_name(f"{name}.py") for name in ("ops", "reference", "records", "verify", "choose")),

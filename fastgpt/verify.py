@@ -1,9 +1,9 @@
-"""`fastgpt verify`: hold every kernel to PyTorch, on this machine, and say how near it comes.
+"""`fastgpt verify`: check every kernel against PyTorch on this machine, and print its errors.
 
-The rule is three-way: against fp64, a kernel's error is at most twice that of the same maths in PyTorch at the same dtypes,
-plus a floor, since on few elements PyTorch's own error may be near nothing: one unit in the last place of the largest element,
-in fp32, where the order of a sum decides, four. It holds for every output and every gradient; and repeated runs must give
-the same bits.
+The rule is three-way. Errors are measured against fp64. A kernel's error must be at most twice the error of the same maths in PyTorch at
+the same dtypes, plus a floor. The floor is one unit in the last place of the largest element; in fp32, where the order of a sum matters,
+four units. It is needed because on few elements PyTorch's own error can be near 0. The rule applies to every output and every gradient.
+Repeated runs must give the same bits.
 """
 
 import json
@@ -23,7 +23,7 @@ from fastgpt.records import RECORDS, problem
 
 @dataclass
 class Comparison:
-    """One tensor: the kernel's and PyTorch's largest error against fp64, the largest element, and the floor of the rule."""
+    """The errors of one tensor: the kernel's and PyTorch's largest error against fp64, the largest element, the rule's floor."""
 
     direction: str
     what: str
@@ -35,18 +35,21 @@ class Comparison:
 
     @property
     def ratio(self):
-        """The kernel's error in PyTorch's, half of the floor added to the latter: the rule is that it is 2 at most."""
+        """error / (torch_error + floor / 2). The rule allows at most 2."""
         allowed = self.torch_error + self.floor / 2
         return self.error / allowed if allowed else float(self.error > 0) * float("inf")
 
     @property
     def holds(self):
-        """Whether the rule holds; nan never does."""
+        """Whether the rule holds. It never holds for nan."""
         return self.error <= 2 * self.torch_error + self.floor
 
 
 def compared(direction, what, kernel, same, exact):
-    """The Comparison of one tensor: the kernel's, PyTorch's at the same dtypes, and fp64's."""
+    """The Comparison of one tensor: the kernel's, PyTorch's at the same dtypes (`same`), and fp64's (`exact`).
+
+    Raises ArithmeticError if the kernel's is None, or has another dtype or shape.
+    """
     if kernel is None:
         raise ArithmeticError(f"not equal: there is no {what}")
     if kernel.dtype != same.dtype or kernel.shape != exact.shape:
@@ -60,9 +63,10 @@ def compared(direction, what, kernel, same, exact):
 
 
 def run(f, inputs, grads, exact=False):
-    """f's outputs and then the gradients of its floating inputs, as detached tensors; in fp64 where `exact`.
+    """[f's outputs, then the gradients of its floating-point inputs], detached; computed in fp64 if `exact`.
 
-    grads are the outputs' gradients, None where an output is not to be differentiated; of all None nothing is. Strides are kept.
+    grads: the outputs' gradients; None for an output that is not differentiated. If all are None, only the outputs are returned.
+    Inputs keep their strides.
     """
     args = [(x.detach().double() if exact else x.detach()).requires_grad_() if is_floating(x) else x for x in inputs]
     outputs = f(*args)
@@ -74,14 +78,15 @@ def run(f, inputs, grads, exact=False):
 
 
 def is_floating(x):
-    """Whether x is a tensor that has a gradient."""
+    """Whether x is a floating-point tensor, which can have a gradient."""
     return torch.is_tensor(x) and x.is_floating_point()
 
 
 def compare(kernel, same, inputs, outputs, grads, found=None):
-    """A Comparison of each output and of each input's gradient. inputs by name; outputs names what the functions give.
+    """A Comparison of each output and of each input's gradient.
 
-    found: what `run` gave of the kernel, where it has run.
+    kernel, same: the functions to compare. inputs: {name: tensor}. outputs: the names of their outputs. grads: as for `run`.
+    found: what `run` returned for the kernel, if it has run already. Raises ArithmeticError, as `compared`.
     """
     any_grad = any(g is not None for g in grads)
     names = [("forward" if any_grad else "update", n) for n in outputs]
@@ -92,9 +97,9 @@ def compare(kernel, same, inputs, outputs, grads, found=None):
 
 
 def compile_all(dtypes):
-    """Run every case once on the GPU from as many threads as there are cores: nearly all of that time is compiling."""
+    """Run every case once on the GPU, in one thread for each CPU core: nearly all of the time is compiling."""
 
-    def once(case):
+    def run_case(case):
         it = problem(*case, "cuda")
         run(it.kernel, it.inputs.values(), it.grads)
 
@@ -102,22 +107,22 @@ def compile_all(dtypes):
         all_cases = [
             (op, shape, dtype) for dtype in dtypes for op, r in RECORDS.items() for shape in r.cases(dtype, True)
         ]
-        list(pool.map(once, all_cases))
+        list(pool.map(run_case, all_cases))
 
 
 def verify(json_file=""):
-    """Hold every kernel on this machine and print the table; 1 if a row fails, else 0. Raises UserError where it cannot."""
+    """Check every kernel on this machine, and print the table. Returns 1 if a row fails, else 0. Raises UserError if it cannot run."""
     gpu = torch.cuda.is_available()
     dtypes, place = where(gpu)
     report = {"where": place, "versions": versions(), "rows": []}
     try:
-        file = open(json_file, "w") if json_file else None  # before the work
+        file = open(json_file, "w") if json_file else None  # opened before the work, to fail early
     except OSError as e:
         raise UserError(f"--json={json_file}: {e.strerror}") from None
     print(f"{report['where']}\n{', '.join(f'{k} {v}' for k, v in report['versions'].items())}\n")
     print(f"{'op':22}{'direction':11}{'dtype':10}{'kernel error':>13}{'PyTorch error':>15}{'ratio':>7}")
     device = "cuda" if gpu else "cpu"
-    np.seterr(all="ignore")  # the interpreter computes in numpy, masked lanes too
+    np.seterr(all="ignore")  # the interpreter uses numpy, which would warn about masked lanes
     repeats = 20 if gpu else 2
     if gpu:
         compile_all(dtypes)
@@ -151,8 +156,8 @@ def verify(json_file=""):
                 print(f"{op:22}{'repeat':11}{row['dtype']:10}  FAILS: {repeats} runs gave different bits")
     failed = sum(not row["holds"] for row in report["rows"])
     print(
-        "\nErrors are against fp64, relative to the largest element; each row is the worst of its tensors and shapes. A ratio of 2 is"
-        f"\nallowed, half a unit in the last place (fp32: two) counted with PyTorch's error; {repeats} runs must give the same bits."
+        "\nErrors are against fp64, relative to the largest element. Each row shows the worst of its tensors and shapes. The ratio, at most"
+        f"\n2, is error / (PyTorch's error + half a unit in the last place; fp32: two units). {repeats} runs must give the same bits."
     )
     print(
         f"{failed} of {len(report['rows'])} comparisons FAIL"
@@ -167,14 +172,14 @@ def verify(json_file=""):
 
 
 def where(gpu):
-    """(The dtypes that are held where the kernels run, that place in words). Raises UserError where they run nowhere."""
+    """(the dtypes to check, the machine in words). Raises UserError if the kernels cannot run here."""
     if ops.triton is None:
         raise UserError("verify: Triton is not installed; pip install triton")
     if gpu and (torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0)):
         raise UserError(
             f"verify: the kernels need an NVIDIA GPU from sm_80 on, and this is {torch.cuda.get_device_name()}"
         )
-    if not gpu and not ops.triton.common.INTERPRETED:  # `fastgpt verify` sees to it
+    if not gpu and not ops.triton.common.INTERPRETED:  # `fastgpt verify` sets it
         raise UserError("verify: without a GPU set TRITON_INTERPRET=1 before Python begins")
     dtypes = [torch.float32, torch.float16, torch.bfloat16]
     if gpu:
@@ -186,12 +191,12 @@ def where(gpu):
         f"no CUDA GPU here: Triton's interpreter runs the kernels on the CPU ({platform.machine()}), in small sizes;\n"
     )
     if ops.triton.interpreter.computes_bf16():
-        return dtypes, place + "bfloat16 too: where it computes that wrongly, kernels/interpreter.py mends it"
-    return dtypes[:2], place + "bfloat16 is a GPU's to verify: this Triton's interpreter computes it wrongly"
+        return dtypes, place + "bfloat16 too: kernels/interpreter.py corrects it where this interpreter is wrong"
+    return dtypes[:2], place + "bfloat16 is not checked: this Triton's interpreter computes it wrongly"
 
 
 def versions():
-    """The versions that a report depends on."""
+    """{name: version} of what a report depends on."""
     found = {"python": platform.python_version()}
     for name in ("fastgpt", "torch", "triton"):
         try:
