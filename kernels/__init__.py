@@ -1,6 +1,6 @@
-"""Triton kernels, installed as `fastgpt.kernels`: one file per op. `fastgpt.ops` and `fastgpt.records` call them, and nobody else.
+"""Triton kernels, installed as `fastgpt.kernels`: one file for each op. Only `fastgpt.ops` and `fastgpt.records` call them.
 
-Importing this reads TRITON_INTERPRET, and raises ImportError without Triton.
+The import reads TRITON_INTERPRET, and raises ImportError if Triton is not installed.
 """
 
 from fastgpt.kernels import (

@@ -1,22 +1,22 @@
-"""Gradients that a backward adds to where they are, instead of handing them to autograd to add. Eager mode alone.
+"""Gradients that a backward adds in place, instead of returning them for autograd to add. In eager mode only.
 
-Autograd adds a weight's gradient to `.grad` in a kernel of its own, which reads both and writes one. A GEMM that makes the gradient can
-add it for one more read. And the loss's gradient of the tied head is a tensor that nobody else holds: the embedding's rows can be added
-to it in place. torch.compile sees neither: an op must declare there what it writes into.
+Autograd adds a weight's gradient to `.grad` in a separate kernel, which reads two tensors and writes one. The GEMM that computes the
+gradient can add it with one more read. Likewise the loss's gradient of the tied head is a tensor that nothing else holds: the
+embedding's backward can add its rows to it in place. torch.compile does neither: there an op must declare what it writes into.
 """
 
 from contextlib import contextmanager
 
 import torch
 
-allowed = False  # a backward runs in autograd's threads: a context variable would not be seen there
+allowed = False  # a global, not a context variable: backwards run in autograd's threads, which would not see that
 
 
 @contextmanager
 def in_place():
-    """Within it a backward may add a weight's gradient to its `.grad` itself.
+    """A context in which a backward may add a weight's gradient to its `.grad` itself.
 
-    For a `loss.backward()` that is for all weights, where nobody but they waits for gradients: DDP's hooks would not be called.
+    Use it only for a `loss.backward()` whose gradients all go to `.grad`. Hooks on these gradients, such as DDP's, would not be called.
     """
     global allowed
     before, allowed = allowed, True
@@ -27,26 +27,26 @@ def in_place():
 
 
 def weight_gradient(weight, dtype):
-    """(the tensor that a GEMM is to write a weight's gradient into, whether it is to add to it).
+    """(the tensor that a GEMM writes a weight's gradient into, whether it must add to what is there).
 
-    The weight's own fp32 `.grad` where that may be added to, else a new tensor of `dtype`.
+    The tensor is the weight's fp32 `.grad` if a backward may add to it, else a new tensor of `dtype`.
     """
     if allowed and not torch.compiler.is_compiling() and weight.is_leaf and weight.requires_grad:
-        grad, heard = weight.grad, weight._backward_hooks or weight._post_accumulate_grad_hooks
-        if grad is not None and not heard and grad.dtype == torch.float32 and grad.is_contiguous():
+        grad, hooked = weight.grad, weight._backward_hooks or weight._post_accumulate_grad_hooks
+        if grad is not None and not hooked and grad.dtype == torch.float32 and grad.is_contiguous():
             return grad, True
     return torch.empty(weight.shape, dtype=dtype, device=weight.device), False
 
 
 def mark_owned(grad):
-    """Mark a gradient that a backward has just made: the next backward may write into it."""
+    """Mark a new gradient: the op that receives it in the backward may write into it. Returns it."""
     grad.is_owned = True
     return grad
 
 
 def is_owned(grad):
-    """Whether a backward of ours made this gradient and nobody else holds it: a sum hands one tensor to both of its terms.
+    """Whether a gradient is marked as owned, and nothing else holds it. (The backward of a sum gives one tensor to both terms.)
 
-    A reference that Python code keeps, in a hook, is not counted.
+    References that Python code keeps, for example in a hook, are not counted.
     """
     return getattr(grad, "is_owned", False) and grad.is_contiguous() and grad._use_count() == 1

@@ -1,4 +1,4 @@
-"""What every op needs: registration with torch, autocast's dtype, the matrix products of cuBLAS, strides, dropout."""
+"""What several ops share: registration with torch, autocast's dtype, cuBLAS's matrix products, strides, dropout."""
 
 import functools
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret  # as the kernels are from here on, whatever the environment becomes
+INTERPRETED = triton.knobs.runtime.interpret  # read once: later changes of it have no effect
 if INTERPRETED:
     from fastgpt.kernels import interpreter
 
@@ -16,19 +16,19 @@ if INTERPRETED:
 LIBRARY = torch.library.Library("fastgpt", "FRAGMENT")  # torch.ops.fastgpt
 
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-    # Inductor writes an error's text for each op that it does not know, and with it all that the op was computed from: exponential in
-    # the layers. PyTorch 2.13 mended it. The target's name says enough.
+    # Inductor formats an error text for each op that it does not know. The text contains everything that the op was computed from: its
+    # size grows exponentially with the layers. PyTorch 2.13 fixed this. Here the text is only the op's name.
     from torch._inductor.exc import OperatorIssue
 
     OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: str(target))
 
 
 def kernel_op(*writes):
-    """A decorator that makes a launcher an op that torch.compile does not look into; `writes` names the arguments that it writes into.
+    """A decorator that makes a launcher an op, which torch.compile does not trace. `writes`: names of the arguments that it writes.
 
-    A launcher takes its outputs as arguments and answers nothing, so there is nothing that torch.library must be told about them. In
-    eager mode a call is the launcher itself. Under torch.compile it is the op fastgpt::NAME, registered by define and impl: such a call
-    costs 2.5 us of host time, one by torch.library.custom_op 10 to 35.
+    A launcher gets its outputs as arguments and returns nothing, so no fake implementation must describe them. In eager mode a call runs
+    the launcher directly. Under torch.compile it is the op fastgpt::NAME, which is registered by define and impl: a call costs 2.5 us of
+    host time; with torch.library.custom_op it costs 10 to 35 us. `.opaque` of the result is the OpOverload.
     """
 
     def register(launcher):
@@ -49,9 +49,9 @@ def kernel_op(*writes):
 
 
 def forbid_double_backward(name):
-    """A decorator of an autograd.Function's backward: differentiating it would take its answer for a constant, in silence.
+    """A decorator of an autograd.Function's backward, which then raises RuntimeError under create_graph=True.
 
-    Raises RuntimeError under create_graph=True.
+    Without it autograd would silently treat the backward's result as a constant.
     """
 
     def decorate(backward):
@@ -69,7 +69,7 @@ def forbid_double_backward(name):
 
 
 def on_device(launcher):
-    """The launcher on its first argument's GPU: Triton launches on the current one."""
+    """The launcher, run on its first argument's GPU. Triton itself launches on the current GPU."""
 
     @functools.wraps(launcher)
     def launch(x, *args):
@@ -85,11 +85,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def can_run(x):
-    """Whether Triton can run on x: on an NVIDIA GPU from sm_80 on or the CPU through the interpreter, in a dtype of at most fp32."""
+    """Whether the kernels can run on x: fp32, fp16 or bf16, on an NVIDIA GPU from sm_80 on or, with the interpreter, on the CPU."""
     return x.dtype in DTYPES and _device_can_run(x.device.type, x.device.index)
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not trace the questions
+@torch.compiler.assume_constant_result  # torch.compile then does not trace it
 def _device_can_run(kind, index):
     if kind == "cuda":
         return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 0)
@@ -97,25 +97,28 @@ def _device_can_run(kind, index):
 
 
 def check_dtype(x):
-    """Raise ValueError for a dtype that the kernels do not compute in."""
+    """Raise ValueError if the kernels cannot compute in x's dtype."""
     if x.dtype not in DTYPES:
         raise ValueError(f"{x.dtype}: the kernels take float32, float16 and bfloat16")
 
 
 def compute_dtype(x):
-    """The dtype that an op answers in: autocast's where it is on for x's device, else x's own. Raises ValueError."""
+    """The dtype of an op's output: autocast's if that is on for x's device, else x's. Raises ValueError as check_dtype."""
     check_dtype(x)
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def rows(x):
-    """x [..., C] as [B, T, C], for kernels that take three strides; a copy only of more dimensions that are no view of that."""
+    """x [..., C] as [B, T, C], for kernels that take three strides. Copies only if x has more dimensions and no such view."""
     return x[(None,) * (3 - x.dim())] if x.dim() <= 3 else x.reshape(-1, *x.shape[-2:])
 
 
 def check_seed(dropout_p, seed):
-    """Dropout needs its seed, an int64 tensor of one element on the device: a CUDA graph can then be given another."""
+    """Raise ValueError if dropout_p is not in [0, 1], or lacks its seed, an int64 tensor of one element.
+
+    The seed is on the device, so that each replay of a CUDA graph can use another.
+    """
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p={dropout_p} is not in [0, 1]")
     if dropout_p > 0 and not (torch.is_tensor(seed) and seed.dtype == torch.int64 and seed.numel() == 1):
@@ -123,26 +126,26 @@ def check_seed(dropout_p, seed):
 
 
 def kept_scale(dropout_p):
-    """What dropout multiplies the elements by that it keeps: 1 / (1 - dropout_p)."""
+    """The factor of the elements that dropout keeps: 1 / (1 - dropout_p); 0 if it keeps none."""
     return 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
 
 
 def needs_grad(*tensors):
-    """Whether a backward may follow: what only it needs is then written, and else left out."""
+    """Whether a backward may follow. If not, forwards do not write what only a backward needs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def like(x, dtype):
-    """An empty, dense tensor of x's shape."""
+    """An uninitialised, contiguous tensor of x's shape."""
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 def mm(a, b, out, accumulate=False):
-    """Write a @ b into out by cuBLAS, accumulated in fp32 and rounded once to out's dtype; or add it to an fp32 out in that GEMM.
+    """Write a @ b into out by cuBLAS: summed in fp32, rounded once to out's dtype. accumulate: add it to out, which must be fp32.
 
-    Products are written by `out=`, which autocast leaves alone: it would round an fp32 product to 16 bits.
+    All products use `out=`: autocast does not change such calls. It would round an fp32 product to 16 bits.
     """
-    half = a.is_cuda and a.dtype != torch.float32  # torch has out_dtype on CUDA alone
+    half = a.is_cuda and a.dtype != torch.float32  # torch has out_dtype only on CUDA
     if out.dtype == a.dtype and not accumulate:
         torch.mm(a, b, out=out)
     elif out.dtype != torch.float32:
@@ -156,7 +159,7 @@ def mm(a, b, out, accumulate=False):
 
 
 def project(x, weight, bias, out):
-    """Write x [M, K] weight [N, K]^T + bias [N] or None into out [M, N], by cuBLAS."""
+    """Write x weight^T + bias into out by cuBLAS: x [M, K], weight [N, K], bias [N] or None, out [M, N]."""
     if bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
@@ -164,7 +167,7 @@ def project(x, weight, bias, out):
 
 
 def sum_rows(x, out):
-    """Write the sum over rows of x [M, N], added in fp32, into out [N]: a bias's gradient. Nothing where out is None."""
+    """Write the sum over the rows of x [M, N], computed in fp32, into out [N]: a bias's gradient. If out is None, do nothing."""
     if out is not None and out.dtype == torch.float32:
         torch.sum(x, 0, dtype=torch.float32, out=out)
     elif out is not None:
@@ -172,9 +175,10 @@ def sum_rows(x, out):
 
 
 def cast(weight, dtype, shadow=None):
-    """A weight in the compute dtype, for an op that takes both: its gradient goes to the weight itself, in full precision.
+    """A weight in the compute dtype, detached: the op's gradient goes to the weight itself, in full precision.
 
-    No copy is made where the weight has a shadow in that dtype (fastgpt.shadows); `shadow` is that of a weight which this is an alias of.
+    A shadow in that dtype (fastgpt.shadows) is used instead of a copy. `shadow`: the shadow of the parameter, if weight is only an alias
+    of it; None: weight.shadow, if any.
     """
     shadow = getattr(weight, "shadow", None) if shadow is None else shadow
     if shadow is not None and shadow.dtype == dtype and shadow.device == weight.device:
@@ -183,19 +187,19 @@ def cast(weight, dtype, shadow=None):
 
 
 def precision(dtype=torch.float32):
-    """How tl.dot multiplies fp32: as torch does, IEEE unless TF32 was allowed. For other dtypes it has no meaning."""
+    """How tl.dot multiplies fp32: "tf32" if torch is allowed to use TF32, else "ieee". Other dtypes ignore it."""
     if dtype != torch.float32:
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # From 2.9 on torch has two settings, and reading the older one fails where the newer was used.
+    # From 2.9 on torch has two settings. Reading the older one fails after the newer one was set.
     tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
 
 
 @triton.jit
 def dropout_keep_mask(seed_ptr, index, p):
-    """Which elements dropout keeps, each with probability 1 - p: Philox4x32-7 of the seed and the element's index alone.
+    """Whether dropout keeps each element, with probability 1 - p: Philox4x32-7 of the seed and the element's index only.
 
-    Seven rounds pass every test of randomness that ten do (Salmon et al., SC'11), for less of what binds this: arithmetic.
+    Seven rounds pass the same tests of randomness as ten (Salmon et al., SC'11), with less arithmetic, which limits the speed.
     """
     return tl.rand(tl.load(seed_ptr), index, n_rounds=7) >= p

@@ -1,8 +1,8 @@
-"""Launch configurations, as data: a frozen dataclass an op, a table by shape class.
+"""Launch configurations as data: a frozen dataclass for each op, and tables whose rows are its instances.
 
-A table's rows are tried in order; the first whose bound holds is taken. Not measured on a GPU yet: the rows were chosen
-by the registers and barriers of the generated code, which tests/codegen.py compiles for every architecture (docs/codegen.md).
-`GRIDS` is what `fastgpt tune` tries around a row on a GPU.
+The first row of a table that fits the device, dtype and shape is used. The rows were not measured on a GPU yet. They were chosen by the
+registers and barriers of the generated code, which tests/codegen.py compiles for every architecture (docs/codegen.md). `GRIDS` lists the
+values that `fastgpt tune` tries on a GPU.
 """
 
 import functools
@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 import triton
 
-ANY_COUNT = ("stages", "backward_stages", "programs_per_sm", "min_chunk")  # all other numbers are powers of two
+ANY_COUNT = ("stages", "backward_stages", "programs_per_sm", "min_chunk")  # all other integers must be powers of two
 
 
 class Config:
-    """Base of the rows. Raises ValueError where a kernel cannot be launched so."""
+    """Base of the rows. The constructor raises ValueError for values with which a kernel cannot be launched."""
 
     def __post_init__(self):
         for field in fields(self):
@@ -32,13 +32,13 @@ class Config:
 
     @property
     def text(self):
-        """The row as text, which an op can be given: custom ops take text, and no dataclass."""
+        """The row as text (JSON): an op can take text, but no dataclass."""
         return json.dumps(asdict(self))
 
     @classmethod
     @functools.cache
     def of(cls, text):
-        """The row of a `text`. Raises ValueError where it is none."""
+        """The row with this `text`. Raises ValueError for a text that is not a row."""
         try:
             return cls(**json.loads(text))
         except TypeError as e:
@@ -47,7 +47,7 @@ class Config:
 
 @dataclass(frozen=True)
 class NormConfig(Config):
-    """LayerNorm: the widest row that this is for, and the warps that share a row."""
+    """LayerNorm: the largest row width C, and the warps that share a row."""
 
     max_width: int
     forward_warps: int
@@ -55,7 +55,7 @@ class NormConfig(Config):
 
 
 LAYER_NORM = (
-    NormConfig(1024, forward_warps=1, backward_warps=8),  # one warp a row needs no barrier
+    NormConfig(1024, forward_warps=1, backward_warps=8),  # one warp for each row needs no barrier
     NormConfig(2048, forward_warps=4, backward_warps=8),
     NormConfig(4096, forward_warps=8, backward_warps=16),
     NormConfig(8192, forward_warps=16, backward_warps=16),
@@ -64,7 +64,7 @@ LAYER_NORM = (
 
 @dataclass(frozen=True)
 class EmbeddingConfig(Config):
-    """The embedding: columns and warps of a program, and the elements that its backward reads at once, as rows of them."""
+    """The embedding: columns and warps of a program; elements that a backward program reads at once, as rows of `block` columns."""
 
     block: int = 1024
     forward_warps: int = 4
@@ -77,9 +77,9 @@ EMBEDDING = EmbeddingConfig()
 
 @dataclass(frozen=True)
 class LossConfig(Config):
-    """The loss: columns of a row that are in registers at once, warps of a row, and how the rows are cut into chunks."""
+    """The loss: columns of a row that are in registers at once, warps for each row, and how rows are divided into chunks."""
 
-    block: int = 8192  # GPT-2's 50,304 are 6.1 of these; 65,536 at once would spill
+    block: int = 8192  # GPT-2's 50,304 columns are 6.1 blocks; one block of 65,536 would spill
     warps: int = 8
     mean_block: int = 4096
     scale_block: int = 4096
@@ -92,10 +92,10 @@ LINEAR_CROSS_ENTROPY = LossConfig()
 
 @dataclass(frozen=True)
 class AdamWConfig(Config):
-    """The update: elements of a program, and how many of them are in registers at once."""
+    """The update: elements of a program (chunk), and how many of them are in registers at once (block)."""
 
     chunk: int = 8192
-    block: int = 1024  # 16 bytes a thread and tensor: the shadow then has the same layout, and no shuffling
+    block: int = 1024  # 16 bytes for each thread and tensor: the shadow then has the same layout, without shuffles
     warps: int = 8
     clip_block: int = 4096
 
@@ -103,7 +103,7 @@ class AdamWConfig(Config):
         super().__post_init__()
         if self.block < 32 * self.warps:
             raise ValueError(
-                f"AdamWConfig: {self.warps} warps of a block of {self.block} would hold elements twice, which are updated in place"
+                f"AdamWConfig: with {self.warps} warps for a block of {self.block} two threads would update the same element in place"
             )
 
 
@@ -112,7 +112,7 @@ ADAMW = AdamWConfig()
 
 @dataclass(frozen=True)
 class MLPConfig(Config):
-    """gelu_mlp's two GEMMs: the tile of the output, the step along K, and how a program runs."""
+    """gelu_mlp's two Triton GEMMs: the output tile, the step along K, and how a program runs."""
 
     block_m: int
     block_n: int
@@ -120,7 +120,7 @@ class MLPConfig(Config):
     warps: int
     stages: int
     tma: bool = False
-    flatten: bool = False  # pipeline across tiles: the next one's loads begin in this one's epilogue
+    flatten: bool = False  # pipeline across tiles: the next tile's loads begin in this tile's epilogue
     programs_per_sm: int = 1
     group: int = 8  # rows of tiles that share a column of weights in L2
 
@@ -132,7 +132,7 @@ class MLPConfig(Config):
             )
 
 
-# By (lowest architecture, bytes of an element), newest first; 0 is the interpreter, whose tests are of few rows.
+# By (lowest architecture, bytes of an element), newest first. 0 is the interpreter, whose tests have few rows.
 GELU_MLP = {
     (120, 2): MLPConfig(128, 128, 32, warps=8, stages=3, tma=True),
     (100, 2): MLPConfig(128, 128, 64, warps=8, stages=3, tma=True),
@@ -142,12 +142,12 @@ GELU_MLP = {
     (0, 2): MLPConfig(32, 64, 32, warps=4, stages=1),
     (0, 4): MLPConfig(32, 64, 32, warps=4, stages=1),
 }
-UNALIGNED = MLPConfig(64, 64, 32, warps=4, stages=3)  # rows that are read element by element: no TMA, more registers
+UNALIGNED = MLPConfig(64, 64, 32, warps=4, stages=3)  # rows read element by element: no TMA, more registers
 
 
 @dataclass(frozen=True)
 class AttentionConfig(Config):
-    """flash_attention: the forward's blocks of queries and of keys; the backward's block and its step."""
+    """attention: forward, the block of queries (m) and of keys (n); backward, a program's block (outer) and its step (inner)."""
 
     block_m: int
     block_n: int
@@ -157,13 +157,15 @@ class AttentionConfig(Config):
     inner: int
     backward_warps: int
     backward_stages: int
-    gated_inner: int | None = None  # the step with dropout or documents, where the usual one would spill
+    gated_inner: int | None = None  # the step with dropout or documents, if `inner` would spill
     delta_rows: int = 64
 
     def __post_init__(self):
         super().__post_init__()
         if self.outer % self.inner or self.outer % (self.gated_inner or self.inner):
-            raise ValueError(f"AttentionConfig: outer={self.outer} is walked over in steps of {self.inner}")
+            raise ValueError(
+                f"AttentionConfig: outer={self.outer} is not a multiple of inner={self.inner} and gated_inner={self.gated_inner}"
+            )
 
 
 # By (lowest architecture, bytes of an element, largest head size), newest first.
@@ -182,7 +184,7 @@ ATTENTION = {
     (90, 2, 128): AttentionConfig(128, 64, 8, 2, outer=64, inner=32, backward_warps=8, backward_stages=2),
     (80, 2, 64): AttentionConfig(128, 64, 8, 2, outer=128, inner=32, backward_warps=8, backward_stages=2),
     (80, 2, 128): AttentionConfig(64, 64, 8, 2, outer=64, inner=32, backward_warps=8, backward_stages=1),
-    # IEEE fp32 has no tensor cores: a product keeps its operands in registers.
+    # IEEE fp32 does not use tensor cores: a product keeps its operands in registers.
     (80, 4, 64): AttentionConfig(64, 32, 8, 1, outer=32, inner=32, backward_warps=8, backward_stages=1),
     (80, 4, 128): AttentionConfig(32, 16, 8, 1, outer=16, inner=16, backward_warps=8, backward_stages=1),
     (0, 2, 128): AttentionConfig(64, 32, 4, 1, outer=64, inner=32, backward_warps=4, backward_stages=1),
@@ -191,7 +193,7 @@ ATTENTION = {
 
 
 def architecture(device):
-    """90 for sm_90; 0 for the CPU."""
+    """The architecture of a device: 90 for sm_90; 0 for the CPU."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -199,25 +201,25 @@ def architecture(device):
 
 
 def multiprocessors(device):
-    """SMs of a GPU; without one as many as any kernel has programs."""
+    """The number of SMs of a GPU. For the CPU 2^16: every tile then has its own program."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2**16
 
 
-# Before 3.7.1 Triton leaves out the fence.proxy.async between a cp.async and the wgmma or tcgen05.mma that reads what it wrote
-# (triton-lang/triton, pull request 10537); the emulator of tests/ptx found it on 3.6.0 and 3.7.0.
+# Before 3.7.1 Triton omits the fence.proxy.async between a cp.async and the wgmma or tcgen05.mma that reads what it wrote
+# (triton-lang/triton, pull request 10537). The emulator of tests/ptx found this on 3.6.0 and 3.7.0.
 FENCED = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= (3, 7, 1)
 
 
 def pipeline(device, stages):
-    """The stages of a loop that loads by pointers for a matrix product: one, by way of registers, where copies would not be fenced."""
+    """The stages of a loop that loads a matrix product's operands by pointers. 1, which loads via registers, if the fence is missing."""
     return stages if FENCED or architecture(device) not in (90, 100, 103) else 1
 
 
-# A row is asked for by what decides it. `row` is another in text, such as `fastgpt tune` found, which is then answered instead.
+# Each function returns the table's row for its arguments; or, if `row` is given, the row with that text (such as `fastgpt tune` found).
 
 
 def gelu_mlp(device, dtype, aligned, row=""):
-    """The MLPConfig for a device, a compute dtype, and whether all rows begin on 16 bytes; where they do not, `row` does not count."""
+    """The MLPConfig for a device and a compute dtype. aligned: all rows begin at multiples of 16 bytes; if not, `row` is ignored."""
     sm = architecture(device)
     if sm and not aligned:
         return UNALIGNED
@@ -227,7 +229,7 @@ def gelu_mlp(device, dtype, aligned, row=""):
 
 
 def attention(device, dtype, head_size, row=""):
-    """The AttentionConfig for a device, a compute dtype and a head size to 128."""
+    """The AttentionConfig for a device, a compute dtype and a head size up to 128."""
     if row:
         return AttentionConfig.of(row)
     sm = architecture(device)
@@ -239,7 +241,7 @@ def attention(device, dtype, head_size, row=""):
 
 
 def layer_norm(width, row=""):
-    """The NormConfig of a row width. Raises ValueError above the widest."""
+    """The NormConfig for rows of `width` elements. Raises ValueError if they are too wide."""
     for config in LAYER_NORM:
         if width <= config.max_width:
             return NormConfig.of(row) if row else config
@@ -261,10 +263,10 @@ def adamw(row=""):
     return AdamWConfig.of(row) if row else ADAMW
 
 
-# What is tried around a row: grid by grid, the rest of the row as it was found so far. Forward and backward share few fields.
+# What `fastgpt tune` tries, grid by grid. The fields outside a grid keep the best values so far. Forward and backward share few fields.
 GRIDS = {
     MLPConfig: (
-        dict(block_m=(64, 128, 256), block_n=(64, 128, 256), warps=(4, 8), stages=(2, 3)),  # the largest fit in two
+        dict(block_m=(64, 128, 256), block_n=(64, 128, 256), warps=(4, 8), stages=(2, 3)),  # the largest fit with 2
         dict(block_k=(32, 64, 128), stages=(2, 3, 4)),
         dict(flatten=(False, True), programs_per_sm=(1, 2)),
         dict(group=(4, 8, 16)),
@@ -295,11 +297,11 @@ GRIDS = {
 
 
 def neighbours(row, grid):
-    """The valid rows that come of putting every combination of a grid's values into `row`, a list."""
+    """The list of valid rows that result from applying every combination of a grid's values to `row`."""
     rows = []
     for values in itertools.product(*grid.values()):
         try:
             rows.append(replace(row, **dict(zip(grid, values, strict=True))))
-        except ValueError:  # of a grid's corners, some are no row
+        except ValueError:  # some combinations are not valid
             continue
     return rows

@@ -1,10 +1,10 @@
-"""Triton's interpreter, mended in bf16, which it keeps as 16 bits in an unsigned integer.
+"""Corrects the bf16 arithmetic of Triton's interpreter, which stores bf16 as 16 bits in an unsigned integer.
 
-It takes these bits for the number in tl.dot, in arithmetic, comparisons and sums, and in casts to and from integers and fp64. Its cast
-from fp32 cuts bits off, where a GPU rounds to nearest even, and both casts lose subnormals. Here operands are widened to fp32, and
-answers are rounded once. A sum of bf16 is rounded at every step, as on a GPU, but one element after another, not in a tree.
+In tl.dot, arithmetic, comparisons, sums, and casts to and from integers and fp64 the interpreter uses these bits as if they were the
+number. Its cast from fp32 truncates; a GPU rounds to nearest even. Both casts with fp32 lose subnormals. The corrected methods widen
+operands to fp32, and round results once. A sum of bf16 is rounded at every step, as on a GPU, but element by element, not in a tree.
 
-Left as it is: atomics, fp8, and fp_downcast_rounding="rtz". A constant in bf16 is an AttributeError, but for 0.
+Not corrected: atomics, fp8, and fp_downcast_rounding="rtz". A bf16 constant other than 0 raises AttributeError.
 """
 
 import warnings
@@ -17,23 +17,23 @@ from triton.runtime import interpreter
 
 
 def is_bf16(x):
-    """Whether x is a tensor of bf16, as the interpreter holds it."""
+    """Whether x is one of the interpreter's bf16 tensors."""
     return isinstance(x, interpreter.TensorHandle) and x.dtype.scalar == tl.bfloat16
 
 
 def widened(x):
-    """x in fp32 where it is a tensor of bf16; else x."""
+    """x in fp32 if it is a bf16 tensor; else x."""
     return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if is_bf16(x) else x
 
 
 def rounded(x):
-    """A tensor of fp32 in bf16: to nearest, ties to even; nan stays nan."""
+    """An fp32 tensor rounded to bf16: to nearest, ties to even; nan stays nan."""
     bits = np.where(np.isnan(x.data), np.float32("nan"), x.data).view(np.uint32)
     return interpreter.TensorHandle((bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16), tl.bfloat16)
 
 
 def in_fp32(method):
-    """The builder's method on widened operands. Its answer has the last one's dtype, but for a comparison's."""
+    """A builder's method, run on widened operands. Its result has the last operand's dtype; a comparison's stays as it is."""
 
     def call(self, *args):
         out = method(self, *map(widened, args))
@@ -44,7 +44,7 @@ def in_fp32(method):
 
 
 def through_fp32(cast):
-    """The builder's cast, by way of fp32 where it is to or from bf16."""
+    """A builder's cast, which goes through fp32 if it is to or from bf16."""
 
     def call(self, x, dtype):
         x = widened(x)
@@ -54,7 +54,7 @@ def through_fp32(cast):
 
 
 def step_by_step(total):
-    """A reduction's sum, of bf16 by the mended addition."""
+    """A reduction's sum, which for bf16 uses the corrected addition."""
 
     def call(self, x):
         return self.generic_reduce((x,))[0] if x.dtype == tl.bfloat16 else total(self, x)
@@ -81,26 +81,26 @@ def _probe(x_ptr, y_ptr):
 
 
 def computes_bf16():
-    """Whether a small kernel in bf16, run by the interpreter, gives PyTorch's bits."""
+    """Whether a small bf16 kernel gives PyTorch's bits in the interpreter."""
     x = ((torch.arange(256, device="cpu") * 37 % 256 - 128) / 16).view(16, 16)  # its products are exact in fp32
     y = torch.empty((16, 16), dtype=torch.bfloat16, device="cpu")
     try:
-        with np.errstate(all="ignore"):  # bits that are taken for numbers may be nan
+        with np.errstate(all="ignore"):  # an uncorrected interpreter may compute nan
             _probe[(1,)](x.bfloat16(), y)
-    except Exception:  # of what kind is up to what has changed in Triton
+    except Exception:  # depends on Triton's version
         return False
     part = torch.where(x < 0, x * x, x + x).bfloat16()
     return torch.equal(y, (x.double() @ x.double() + part).bfloat16())
 
 
 def mend():
-    """Mend the interpreter where it computes bf16 wrongly. One that cannot be mended so is left as it is, with a warning."""
+    """Correct the interpreter if it computes bf16 wrongly. If that fails, leave it unchanged, and warn."""
     if computes_bf16():
         return
     try:
         mends = [(getattr(interpreter, owner), name, how) for owner, name, how in MENDS]
         before = [getattr(owner, name) for owner, name, _ in mends]
-    except AttributeError:  # it is built in another way
+    except AttributeError:  # this Triton has no such class or method
         mends, before = [], []
     for (owner, name, how), method in zip(mends, before, strict=True):
         setattr(owner, name, how(method))
@@ -108,7 +108,7 @@ def mend():
         for (owner, name, _), method in zip(mends, before, strict=True):
             setattr(owner, name, method)
         warnings.warn(
-            f"Triton {triton.__version__}: its interpreter computes bfloat16 wrongly, and is not built as fastgpt expects, which would "
-            "mend it; without a GPU nothing is held in bfloat16",
+            f"Triton {triton.__version__}: its interpreter computes bfloat16 wrongly, and fastgpt cannot correct this version; "
+            "without a GPU nothing is checked in bfloat16",
             stacklevel=2,
         )
