@@ -1,15 +1,15 @@
-"""The update: the gradients' global norm, clipping, AdamW and the shadow weights, in two passes.
+"""The update: the gradients' global norm, clipping, AdamW and the shadow weights, in two passes over memory.
 
     norm = sqrt(the sum over all gradients of g^2);  scale = min(1, max_norm / (norm + 1e-6))
     g = scale g;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2;  p -= lr weight_decay p
     p -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 
-Shapes: any number of dense fp32 tensors p, with g, m and v of p's shape, t an fp32 scalar on the device, and, where one is kept, a
-shadow: p in 16 bits, which the next forward reads. Source: Loshchilov and Hutter, arXiv 1711.05101, as torch.optim.AdamW writes it.
+Shapes: any number of dense fp32 tensors p; g, m and v have p's shape; t is an fp32 scalar on the device. A tensor may have a shadow: p
+in 16 bits, which the next forward reads. Source: Loshchilov and Hutter, arXiv 1711.05101, in the form of torch.optim.AdamW.
 
-All tensors of a parameter group share one launch: a program takes CHUNK elements of one of them, whose addresses it reads from a
-table on the device. Bytes of an element: the norm reads 4, the update 16 and writes 12, or 14 with a shadow. PyTorch's
-clip_grad_norm_, fused AdamW and a copy of the shadows move 4 + 8 + 28 + 6.
+All tensors of a parameter group share one launch. A program updates CHUNK elements of one tensor, and reads the tensor's addresses from
+a table on the device. Bytes for each element: the norm reads 4; the update reads 16, and writes 12, or 14 with a shadow. In PyTorch
+clip_grad_norm_, fused AdamW and a copy of the shadows move 4 + 8, 28 and 6.
 """
 
 import functools
@@ -22,7 +22,7 @@ import triton.language as tl
 from fastgpt.kernels import configs
 from fastgpt.kernels.common import can_run, on_device
 
-# A row of the table, int64: a tensor's elements, the number of its first chunk, and the addresses of what belongs to it.
+# The columns of the table, int64; a row for each tensor: its number of elements, the index of its first chunk, and addresses.
 COLUMNS = ("numel", "first", "grad", "p", "exp_avg", "exp_avg_sq", "step", "shadow")
 NUMEL, FIRST, GRAD, P, M, V, STEP, SHADOW = (tl.constexpr(i) for i in range(len(COLUMNS)))
 WIDTH = tl.constexpr(len(COLUMNS))
@@ -30,14 +30,14 @@ WIDTH = tl.constexpr(len(COLUMNS))
 
 @triton.jit
 def _address(table_ptr, row, column: tl.constexpr, ALIGNED: tl.constexpr, dtype: tl.constexpr = tl.float32):
-    """The pointer in a row of the table; where ALIGNED, known to be one to 16 bytes."""
+    """The pointer in a row of the table. ALIGNED: the compiler may assume that it is a multiple of 16 bytes."""
     address = tl.load(table_ptr + row * WIDTH + column).to(tl.pointer_type(dtype))
     return tl.multiple_of(address, 16) if ALIGNED else address
 
 
 @triton.jit
 def _elements(table_ptr, row, chunk, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
-    """(first element, elements) of the part of a tensor that a chunk is."""
+    """(first element, number of elements to the tensor's end) of a chunk of a tensor."""
     start = (chunk - tl.load(table_ptr + row * WIDTH + FIRST)) * CHUNK
     n = tl.load(table_ptr + row * WIDTH + NUMEL) - start
     return start, tl.multiple_of(n, 16) if ALIGNED else n
@@ -45,7 +45,7 @@ def _elements(table_ptr, row, chunk, CHUNK: tl.constexpr, ALIGNED: tl.constexpr)
 
 @triton.jit
 def _one_less(t, log_beta):
-    """1 - beta^t, in fp32 to its last digits where beta^t is near 1 too: of -expm1 the series, where that is short."""
+    """1 - beta^t in fp32, accurate even if beta^t is near 1: then by the series of -expm1, which is short."""
     y = t * log_beta
     series = 1.0
     for i in tl.static_range(9, 1, -1):
@@ -56,8 +56,8 @@ def _one_less(t, log_beta):
 @triton.jit
 def _adamw_norm(
     table_ptr,  # [tensors, WIDTH] int64
-    rows_ptr,  # [chunks] int32: the tensor that a chunk is of
-    partial_ptr,  # [chunks] fp32 out: the sum of squares
+    rows_ptr,  # [chunks] int32: the table's row of each chunk
+    partial_ptr,  # [chunks] fp32 out: each chunk's sum of squares
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -78,7 +78,7 @@ def _adamw_norm(
 def _adamw_clip(
     partial_ptr,  # [chunks] fp32
     norm_ptr,  # [] fp32 out
-    scale_ptr,  # [] fp32 out: what clipping multiplies by
+    scale_ptr,  # [] fp32 out: the factor of clipping
     chunks,
     max_norm,
     BLOCK: tl.constexpr,
@@ -89,21 +89,21 @@ def _adamw_clip(
         total += tl.load(partial_ptr + i, i < chunks, other=0.0)
     norm = tl.sqrt_rn(tl.sum(total, 0))
     tl.store(norm_ptr, norm)
-    # nan stays nan, as in PyTorch: it shows in the loss
+    # nan stays nan, as in PyTorch, and shows in the loss
     tl.store(scale_ptr, tl.minimum(max_norm / (norm + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
 def _adamw_update(
     table_ptr,  # [tensors, WIDTH] int64
-    rows_ptr,  # [chunks] int32, from the group's first chunk on
-    scale_ptr,  # [] fp32, or None: nothing is clipped
-    found_inf_ptr,  # [] fp32, or None: where it is not 0, nothing is updated
+    rows_ptr,  # int32, from the group's first chunk on
+    scale_ptr,  # [] fp32, or None: no clipping
+    found_inf_ptr,  # [] fp32, or None: if it is not 0, nothing is updated
     first_chunk,
     lr,
     weight_decay,
     beta2,
-    rest1,  # 1 - beta1, whose digits fp32 would lose
+    rest1,  # 1 - beta1, computed on the host in fp64: fp32 would lose digits
     rest2,
     log_beta1,
     log_beta2,
@@ -152,21 +152,21 @@ def _adamw_update(
 
 
 def lists(group):
-    """The tensors of a group, by the table's columns: a list each; of shadows None where there is none."""
+    """{column of the table: list of a group's tensors}. A shadow may be None."""
     names = ("grads", "params", "exp_avgs", "exp_avg_sqs", "steps", "shadows")
     return {column: group[name] for column, name in zip(COLUMNS[2:], names, strict=True)}
 
 
 @functools.lru_cache(maxsize=4)
 def chunks_of(sizes, chunk, device):
-    """(chunks of each tensor of so many elements, on the device the tensor that each chunk is of)."""
+    """(number of chunks of each tensor, index of each chunk's tensor on the device) for tensors of `sizes` elements."""
     counts = [triton.cdiv(n, chunk) for n in sizes]
     rows = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(counts))
     return counts, rows.to(device)
 
 
 def table_of(groups, counts, device):
-    """(the table, on the device without a wait for it; whether all is aligned to 16 bytes and elements)."""
+    """(the table, copied to the device without a wait; whether all addresses are multiples of 16 bytes and all sizes of 16)."""
     rows, first, aligned = [], 0, True
     for group in groups:
         for tensors in zip(*lists(group).values(), strict=True):
@@ -182,7 +182,7 @@ def table_of(groups, counts, device):
 
 @on_device
 def update(grad, groups, max_norm, found_inf, row):
-    """See `adamw`; grad is one of the gradients, for its device."""
+    """See `adamw`. grad is one of the gradients: `on_device` reads its device."""
     config, device = configs.adamw(row), grad.device
     sizes = tuple(p.numel() for group in groups for p in group["params"])
     counts, rows = chunks_of(sizes, config.chunk, device)
@@ -194,7 +194,7 @@ def update(grad, groups, max_norm, found_inf, row):
         partial = torch.empty(len(rows), dtype=torch.float32, device=device)
         _adamw_norm[(len(rows),)](table, rows, partial, **constants)
         _adamw_clip[(1,)](partial, norm, scale, len(rows), float(max_norm), BLOCK=config.clip_block, num_warps=8)
-        if max_norm == math.inf:  # only measured: infinity over a norm that overflowed would be nan
+        if max_norm == math.inf:  # only measure: if the norm overflowed, inf / inf would be nan
             scale = None
     steps = [t for group in groups for t in group["steps"]]
     torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
@@ -215,7 +215,7 @@ def update(grad, groups, max_norm, found_inf, row):
 
 
 def log(beta):
-    """Its logarithm; of 0 one at which beta^t is 0, since no step is the 0th."""
+    """log(beta). For 0 a value at which beta^t is 0: t is at least 1."""
     return math.log(beta) if beta > 0 else -1e4
 
 
@@ -223,7 +223,10 @@ def log(beta):
 
 
 def takes(p, groups):
-    """Whether all tensors are dense fp32 where Triton runs, each of its parameter's shape, and a group's shadows of one dtype."""
+    """Whether the kernels can take these tensors.
+
+    They must be dense, fp32, on one device, and of their parameter's shape; a group's shadows must have one dtype.
+    """
 
     def fits(t, p, dtype, shape):
         return t.dtype == dtype and t.shape == shape and t.is_contiguous() and t.device == p.device
@@ -243,11 +246,13 @@ def takes(p, groups):
 
 @torch.no_grad()
 def adamw(groups, grads, max_norm=None, found_inf=None, row=""):
-    """Clip to a global norm of max_norm, and update in place: the norm before clipping [] fp32, or None where max_norm is.
+    """Clip to a global norm of max_norm, and update in place. Returns the norm before clipping, [] fp32.
 
-    groups: dicts with lists of tensors, params, grads, exp_avgs, exp_avg_sqs, steps ([] fp32, updates done so far) and shadows (None
-    where there is none), and lr, betas, eps, weight_decay. found_inf [] fp32, or None: where it is not 0, nothing changes. grads are
-    all groups' (PyTorch adds up their norms in that order). The gradients stay as they are. row: a launch configuration
-    (configs.AdamWConfig.text), "" the table's.
+    max_norm: infinity only measures the norm; None does not, and returns None.
+    groups: dicts with lists of tensors: params, grads, exp_avgs, exp_avg_sqs, steps ([] fp32, updates so far) and shadows (or None
+    for each); and with lr, betas, eps, weight_decay.
+    grads: the gradients of all groups, in the order in which PyTorch adds up their norms. They are not changed.
+    found_inf: [] fp32, or None; if it is not 0, nothing changes.
+    row: a launch configuration (configs.AdamWConfig.text); "" means the table's.
     """
     return update(grads[0], groups, max_norm, found_inf, row)

@@ -1,31 +1,30 @@
-"""Causal self-attention of packed queries, keys and values, tile by tile: no [T, T] matrix is ever in memory.
+"""Causal self-attention of packed queries, keys and values, tile by tile: no [T, T] matrix is written to memory.
 
-    s = q k^T / sqrt(D)                  causal, and within one's own document where doc_ids are given
+    s = q k^T / sqrt(D)                  causal; within each document if doc_ids are given
     out = dropout(softmax(s)) v
 
-Shapes: qkv [B, T, 3 C], a row holding q, then k, then v, each of H heads of D; out [B, T, C]; doc_ids [B, T] integers. All are
-read by their strides and out is written where the next layer reads it: no transpose, no copy. Saved: qkv, out, and lse [B, H, T]
-fp32, the log2 of each row's sum of 2^(s log2 e). Recomputed: the probabilities, and the dropout mask.
+Shapes: qkv [B, T, 3 C], each row holds q, then k, then v, each with H heads of size D; out [B, T, C]; doc_ids [B, T] integers. Inputs are
+read by their strides, and out has the layout that the next layer reads: no transpose, no copy. Saved: qkv, out, and lse [B, H, T] fp32,
+the log2 of each row's sum of 2^(s log2 e). Recomputed: the probabilities, and the dropout mask.
 
-Forward: a program has a block of queries in registers and walks over the keys, keeping each row's maximum and sum (online
-softmax); whole blocks of keys need no mask, the diagonal ones do. The last blocks of queries, which have the most keys, start
-first.
+Forward: a program keeps a block of queries in registers, loops over the keys, and updates each row's maximum and sum (online softmax).
+Only the blocks of keys on the diagonal need a mask. The last blocks of queries start first, since they have the most keys.
 
-Backward, of dout, with delta[i] = sum_d dout[i, d] out[i, d]:
+Backward, from dout, with delta[i] = sum_d dout[i, d] out[i, d]:
 
     p = 2^(s log2 e - lse);  ds = p * (dropout'(dout v^T) - delta)
     dv = dropout(p)^T dout;  dk = ds^T q / sqrt(D);  dq = ds k / sqrt(D)
 
-One program makes dk and dv of a block of keys (all queries from there on), then dq of the same block of queries (all keys up to
-there): together the same work for every block. Nothing is added across programs, so there are no atomics and the bits are
-the same every time; s and dout v^T are computed twice for it, seven matrix products a tile instead of five. All three gradients
-go into one [B, T, 3 C], as the backward of the projection reads it.
+One program computes dk and dv of a block of keys (from this block's queries and all later ones), then dq of the same block of queries
+(from all keys up to it). So every program does the same amount of work. No sum crosses programs: there are no atomics, and repeated runs
+give the same bits. The price: s and dout v^T are computed twice, seven matrix products for each tile instead of five. All three
+gradients go into one [B, T, 3 C], as the backward of the projection reads it.
 
-Dropout: an element is kept by Philox4x32-7 of the seed at the counter (column, row, head, batch), so the mask depends on no tile.
+Dropout: Philox4x32-7 of the seed at the counter (column, row, head, batch) decides each element, so the mask does not depend on tiles.
 
-Bytes a token, tiles from L2: forward 2 (3 C + C) and 4 H; backward 2 (3 C + 3 C + 3 C) and 12 H, dout being read for delta
-too. FLOPs, causal: forward 2 T C a token, backward 7/2 of that. At D = 64 the exponentials take as long as the products: hence
-exp2, with the scale folded into one FMA.
+Bytes for each token, 16-bit elements, if tiles are reread from L2: forward 2 (3 C + C) + 4 H; backward 2 (3 C + 3 C + 3 C) + 12 H, where
+dout is also read for delta. FLOPs for each token, causal: forward 2 T C, backward 7/2 of that. At D = 64 the exponentials take as long
+as the products. So the kernels use exp2, with the scale folded into one FMA.
 """
 
 import math
@@ -53,14 +52,14 @@ MAX_HEAD_SIZE = 128
 
 @triton.jit
 def _dropout_keep_mask(seed, b, h, rows, cols, p):
-    """Which of the elements (rows, cols), of shapes that broadcast, dropout keeps."""
+    """Whether dropout keeps the elements (rows, cols). Their shapes broadcast."""
     word, _, _, _ = tl.philox(seed, cols, rows, h, b, n_rounds=7)
     return tl.uint_to_uniform_float(word) >= p
 
 
 @triton.jit
 def _tile(ptr, rows, stride_row, stride_col, bound, D: tl.constexpr, BD: tl.constexpr, BOUNDED: tl.constexpr):
-    """Rows [R] of a [bound, D] matrix, padded by zeros to [R, BD]."""
+    """Load rows [R] of a [bound, D] matrix, padded with zeros to [R, BD]."""
     d = tl.arange(0, BD)
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride_row + (d * stride_col)[None, :]
     if BOUNDED and D < BD:
@@ -75,7 +74,7 @@ def _tile(ptr, rows, stride_row, stride_col, bound, D: tl.constexpr, BD: tl.cons
 
 @triton.jit
 def _store(ptr, rows, stride_row, bound, value, D: tl.constexpr, BD: tl.constexpr):
-    """The inverse of _tile, to columns of stride 1."""
+    """Store what _tile loads; columns have stride 1."""
     d = tl.arange(0, BD)
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride_row + d[None, :]
     tl.store(ptrs, value.to(ptr.dtype.element_ty), (rows < bound)[:, None] & (d < D)[None, :])
@@ -83,7 +82,7 @@ def _store(ptr, rows, stride_row, bound, value, D: tl.constexpr, BD: tl.constexp
 
 @triton.jit
 def _meeting(doc_ids_ptr, stride, low, high, start, end):
-    """(the first position in [start, end) whose document may be one of low .. high, the one after the last such)."""
+    """(first, after): the positions in [start, end) whose document is between low and high lie in [first, after)."""
     first = end
     after = start
     for t0 in range(start, end, 1024):
@@ -101,10 +100,10 @@ def _forward_step(
     D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOC_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: the new accumulator, sum and maximum of each row."""
+    """Process one block of keys: (new accumulator, new sum, new maximum) of each row."""
     k = _tile(k_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
     s = tl.dot(q, k.T, input_precision=PRECISION) * scale
-    # A finite "minus infinity": a row that has seen no key yet holds garbage, which its first key multiplies by 2^-1e30 = 0.
+    # Minus infinity, but finite: a row without keys so far accumulates garbage, which its first key multiplies by 2^-1e30 = 0.
     if MASKED:
         s = tl.where((rows[:, None] >= cols[None, :]) & (cols < T)[None, :], s, -1e30)
     if DOC_MASK:
@@ -164,7 +163,7 @@ def _attention_forward(
     acc = tl.zeros([BM, BD], tl.float32)
     total = tl.zeros([BM], tl.float32)
     m = tl.full([BM], -1e30, tl.float32)
-    diagonal = m0 // BN * BN  # all keys before it come before all of these queries
+    diagonal = m0 // BN * BN  # keys before it are before all of these queries: no mask
     end = tl.minimum(m0 + BM, T)
     if DOC_MASK:
         first, after = _meeting(doc_ids_ptr, stride_dt, low, high, 0, end)
@@ -219,7 +218,7 @@ def _attention_delta(
 def _probabilities(
     s, rows, cols, row_docs, col_docs, lse, T, scale, MASKED: tl.constexpr, DOC_MASK: tl.constexpr
 ):  # fmt: skip
-    """The softmax of scores s, from each row's lse; rows and cols broadcast to its shape."""
+    """The softmax of scores s by each row's lse. The shapes of rows and cols broadcast to that of s."""
     prob = tl.exp2(s * scale - lse)
     if MASKED:
         prob = tl.where((rows >= cols) & (cols < T), prob, 0.0)
@@ -235,10 +234,10 @@ def _dkv_step(
     D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOC_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries, for the gradients of a block of keys. Scores are transposed, [keys, queries]: p and ds are then
-    left operands, straight from registers."""
+    """Process one block of queries: (new dk, new dv) of a block of keys. Scores are transposed, [keys, queries]: p and ds are then
+    left operands, which tl.dot reads from registers."""
     q = _tile(q_ptr, rows, stride_t, stride_c, T, D, BD, True)
-    lse = tl.load(lse_ptr + rows, rows < T, other=float("inf"))  # rows beyond T then have probability 0
+    lse = tl.load(lse_ptr + rows, rows < T, other=float("inf"))  # rows beyond T get probability 0
     st = tl.dot(k, q.T, input_precision=PRECISION)
     prob = _probabilities(
         st, rows[None, :], cols[:, None], row_docs[None, :] if DOC_MASK else 0, col_docs[:, None] if DOC_MASK else 0, lse[None, :], T,
@@ -265,7 +264,7 @@ def _dq_step(
     D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOC_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, for the gradient of a block of queries."""
+    """Process one block of keys: the new dq of a block of queries."""
     k = _tile(k_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
     s = tl.dot(q, k.T, input_precision=PRECISION)
     prob = _probabilities(
@@ -305,8 +304,8 @@ def _attention_backward(
     keep_scale,  # 1 / (1 - p)
     D: tl.constexpr,
     BD: tl.constexpr,
-    OUTER: tl.constexpr,  # keys, then queries, whose gradients a program makes
-    INNER: tl.constexpr,  # queries, then keys, of a step
+    OUTER: tl.constexpr,  # keys (then queries) whose gradients a program computes
+    INNER: tl.constexpr,  # queries (then keys) of one loop step
     DOC_MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -408,7 +407,7 @@ def _attention_mask(seed_ptr, out_ptr, T, H, p, BLOCK: tl.constexpr):
 def attention_forward(
     qkv: Tensor, n_head: int, p: float, seed: Tensor | None, doc_ids: Tensor | None, row: str, out: Tensor, lse: Tensor
 ) -> None:
-    """Write out [B, T, C] in qkv's dtype, and lse [B, H, T] fp32, in powers of two, of qkv [B, T, 3 C]."""
+    """Compute out [B, T, C] in qkv's dtype, and lse [B, H, T] fp32, base 2, from qkv [B, T, 3 C]."""
     B, T, C = out.shape
     D = C // n_head
     config = configs.attention(qkv.device, qkv.dtype, D, row)
@@ -425,7 +424,7 @@ def attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, p: float, seed: Tensor | None, doc_ids: Tensor | None, row: str,
     dqkv: Tensor,
 ) -> None:  # fmt: skip
-    """Write dqkv [B, T, 3 C] of dout [B, T, C]."""
+    """Compute dqkv [B, T, 3 C] from dout [B, T, C]."""
     B, T, C = out.shape
     D = C // n_head
     config = configs.attention(qkv.device, qkv.dtype, D, row)
@@ -448,7 +447,7 @@ def attention_backward(
 
 
 def dropout_mask(B, n_head, T, dropout_p, seed):
-    """The mask of `flash_attention`'s dropout, bool [B, n_head, T, T], True where an element is kept; seed as there."""
+    """The mask of `attention`'s dropout, bool [B, n_head, T, T]; True: the element is kept. seed: as for `attention`."""
     mask = torch.empty((B, n_head, T, T), dtype=torch.bool, device=seed.device)
     if mask.numel():
         _attention_mask[(T, B * n_head)](seed, mask, T, n_head, dropout_p, BLOCK=min(1024, triton.next_power_of_2(T)))
@@ -456,7 +455,7 @@ def dropout_mask(B, n_head, T, dropout_p, seed):
 
 
 def _padded(head_size):
-    return max(16, triton.next_power_of_2(head_size))  # tl.dot takes powers of two from 16
+    return max(16, triton.next_power_of_2(head_size))  # tl.dot needs a power of two, at least 16
 
 
 def _strides(doc_ids):
@@ -487,16 +486,16 @@ class _Attention(torch.autograd.Function):
 
 
 def takes(qkv, n_head):
-    """Whether these kernels can take qkv: on a GPU from sm_80 on or in the interpreter, and heads of 128 at most."""
+    """Whether these kernels can take qkv: on a GPU from sm_80 on or in the interpreter, with heads of at most 128."""
     return can_run(qkv) and qkv.size(-1) // 3 // n_head <= MAX_HEAD_SIZE
 
 
 def attention(qkv, n_head, dropout_p=0.0, seed=None, doc_ids=None, row=""):
-    """Causal self-attention of qkv [B, T, 3 C] (q, then k, then v): [B, T, C], in autocast's dtype where that is on, else in qkv's.
+    """Causal self-attention of qkv [B, T, 3 C] (q, then k, then v): [B, T, C], in autocast's dtype if that is on, else in qkv's.
 
-    Scale 1/sqrt(C / n_head), heads of 128 at most. Dropout falls on the probabilities; seed is an int64 tensor of one element.
-    doc_ids [B, T], integers, keep a token to those of its own id. row: a launch configuration (configs.AttentionConfig.text), "" the
-    table's. Raises ValueError for a shape it does not take.
+    The scale is 1/sqrt(C / n_head); heads have at most 128 elements. Dropout applies to the probabilities, and needs a seed, an int64
+    tensor of one element. doc_ids [B, T], integers: a token attends only to tokens of the same id. row: a launch configuration
+    (configs.AttentionConfig.text); "" means the table's. Raises ValueError for an unsupported shape.
     """
     if n_head < 1 or qkv.dim() != 3 or qkv.size(2) % (3 * n_head) or qkv.size(2) > 3 * n_head * MAX_HEAD_SIZE:
         raise ValueError(f"attention: qkv {tuple(qkv.shape)} for {n_head} heads of at most {MAX_HEAD_SIZE}")

@@ -1,21 +1,21 @@
-"""Token plus position embeddings, and a backward that adds into the gradient of the tied head.
+"""Token plus position embeddings, and a backward that adds to the gradient of the tied head.
 
     x[b, t] = dropout(wte[idx[b, t]] + wpe[t])
 
-Shapes: idx [B, T] int64; wte [V, C]; wpe [>= T, C]; x [B, T, C] in the weights' dtype, or in the stream's where that is another.
-Saved: idx. Recomputed: the dropout mask from its seed.
+Shapes: idx [B, T] int64; wte [V, C]; wpe [>= T, C]; x [B, T, C] in the weights' dtype, or in the residual stream's if that differs.
+Saved: idx, and the dropout's seed. Recomputed: the dropout mask.
 
-Backward: dwpe[t] is the sum over b of dx[b, t], and dwte[v] that over all (b, t) with idx[b, t] = v. The ids are sorted
-(stable, so equal ids stay in the order of their positions), and the program that stands at the first of a run of equal
-ids sums the run and adds it to the row: no atomics, the same bits every time.
+Backward: dwpe[t] is the sum over b of dx[b, t]. dwte[v] is the sum over all (b, t) with idx[b, t] = v. The ids are sorted; the sort is
+stable, so equal ids keep the order of their positions. The program of the first id in a run of equal ids sums the whole run, and adds it
+to that id's row. There are no atomics, and repeated runs give the same bits.
 
-wte is also the head's weight, whose gradient is dense: nanoGPT's backward fills a second dense [V, C] for the embedding
-and adds the two. Here the op hands wte on, `x, head = embedding(...)`, the head's gradient therefore comes back through
-this op, and the rows are added to it in place.
+wte is also the head's weight, whose gradient is dense. nanoGPT's backward fills a second dense [V, C] for the embedding, and adds the
+two. Here the op returns wte too, `x, head = embedding(...)`, and the head uses that. So the head's gradient passes through this op's
+backward, which adds the rows to it in place.
 
-Bytes an element of x, all fp32: forward 8 in (wpe from cache), 4 out; backward 4 in for each of dwpe and dwte, and a read
-and a write of each distinct token's row; nanoGPT's zeros and sum move 16 bytes for each of V C elements. Of a bf16 x, 2 out and
-2 in for each. About one FLOP an element.
+Bytes for each element of x, all fp32: forward reads 8 (wpe from cache) and writes 4; backward reads 4 for dwpe and 4 for dwte, and reads
+and writes the row of each distinct token. If x is bf16, forward writes 2, and backward reads 2 and 2. nanoGPT's zeros and sum move 16
+bytes for each of V C elements. About one FLOP for each element.
 """
 
 import torch
@@ -64,7 +64,7 @@ def _embed_forward(
     for start in range(0, C, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = cols < C
-        # An id outside the vocabulary gives nan, which the loss shows; PyTorch's assertion would need the host to wait.
+        # An id outside the vocabulary gives nan, which shows in the loss. An assertion, as in PyTorch, would make the host wait.
         x = tl.load(wte_ptr + token * stride_ev + cols * stride_ec, mask & known, other=float("nan")).to(tl.float32)
         x += tl.load(wpe_ptr + t * stride_pt + cols * stride_pc, mask, other=0.0).to(tl.float32)
         x = x.to(x_ptr.dtype.element_ty)  # rounded before dropout, as PyTorch's sum is
@@ -79,7 +79,7 @@ def _embed_forward(
 def _gradient(
     dx_ptr, seed_ptr, b, t, cols, mask, T, C, stride_db, stride_dt, stride_dc, p, scale, DROPOUT: tl.constexpr
 ):
-    """The rows (b, t) [R] of dx behind dropout's backward, [R, BLOCK] in fp32."""
+    """The rows (b, t) [R] of dx after dropout's backward, [R, BLOCK] in fp32."""
     dx_ptrs = dx_ptr + (b * stride_db + t * stride_dt)[:, None] + (cols * stride_dc)[None, :]
     dx = tl.load(dx_ptrs, mask, other=0.0).to(tl.float32)
     if DROPOUT:
@@ -125,7 +125,7 @@ def _embed_keys(
     stride_t,
     BLOCK: tl.constexpr,
 ):
-    """The ids to sort, in half the bits, since a sort's passes are of bits; all above the vocabulary are V, all below it -1."""
+    """Convert ids to int32 sort keys: the time of a sort depends on the bits. Ids above the vocabulary become V, below it -1."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(idx_ptr + (i // T).to(tl.int64) * stride_b + (i % T) * stride_t, i < M, other=0)
     tl.store(keys_ptr + i, tl.minimum(tl.maximum(ids, -1), V).to(tl.int32), i < M)
@@ -135,7 +135,7 @@ def _embed_keys(
 def _embed_backward_wte(
     dx_ptr,  # [B, T, C]
     ids_ptr,  # [B T] int32, sorted
-    places_ptr,  # [B T] int64, where each of them stood
+    places_ptr,  # [B T] int64, the position of each sorted id before the sort
     seed_ptr,  # [1] int64, where DROPOUT
     dwte_ptr,  # [V, C] in and out, contiguous
     M,  # B * T
@@ -182,7 +182,7 @@ def _embed_backward_wte(
 def embedding_forward(
     wte: Tensor, wpe: Tensor, idx: Tensor, p: float, seed: Tensor | None, row: str, x: Tensor
 ) -> None:
-    """Write x [B, T, C] of idx [B, T]."""
+    """Compute x [B, T, C] from idx [B, T]."""
     (B, T), (V, C) = idx.shape, wte.shape
     config = configs.embedding(row)
     if B * T:
@@ -196,7 +196,7 @@ def embedding_forward(
 def embedding_backward(
     dx: Tensor, idx: Tensor, p: float, seed: Tensor | None, row: str, dwte: Tensor, dwpe: Tensor
 ) -> None:
-    """Add dx's rows [B, T, C] to dwte [V, C], and write dwpe [positions, C]."""
+    """Add the rows of dx [B, T, C] to dwte [V, C], and write dwpe [positions, C]."""
     (B, T), (V, C) = idx.shape, dwte.shape
     config = configs.embedding(row)
     if dwpe.size(0) > T:
@@ -223,14 +223,14 @@ def embedding_backward(
 
 
 class _Embedding(torch.autograd.Function):
-    """The embedding, and wte again for the head: the head's gradient comes back this way, and the rows are added to it."""
+    """(the embedding, wte for the head). So the backward receives the head's gradient, and adds its rows to it."""
 
     @staticmethod
     def forward(ctx, idx, wte, wpe, p, seed, dtype, row):
         x = torch.empty((*idx.shape, wte.size(1)), dtype=dtype, device=wte.device)
         embedding_forward(wte, wpe, idx, p, seed, row, x)
         ctx.save_for_backward(idx, seed)
-        # Not the weights: a backward that does not read them must not mind that they have changed.
+        # Do not save the weights: the backward does not read them, so they may change in between.
         ctx.shapes, ctx.dtype, ctx.p, ctx.row = (wte.shape, wpe.shape), wte.dtype, p, row
         ctx.set_materialize_grads(False)
         return x, wte.view_as(wte)
@@ -245,7 +245,7 @@ class _Embedding(torch.autograd.Function):
             dwte = dx.new_zeros(ctx.shapes[0], dtype=ctx.dtype)
         elif not torch.compiler.is_compiling() and is_owned(dhead):
             dwte = dhead
-        else:  # somebody else may hold it. The compiler leaves the copy out where nobody does.
+        else:  # something else may hold it; if nothing does, the compiler removes this copy
             dwte = dhead.clone(memory_format=torch.contiguous_format)
         dwpe = dx.new_empty(ctx.shapes[1], dtype=ctx.dtype)
         embedding_backward(dx, idx, ctx.p, seed, ctx.row, dwte, dwpe)
@@ -253,16 +253,16 @@ class _Embedding(torch.autograd.Function):
 
 
 def takes(wte, wpe):
-    """Whether these kernels can take the weights: on a GPU from sm_80 on, or in the interpreter, and both of one dtype."""
+    """Whether these kernels can take the weights: on a GPU from sm_80 on or in the interpreter, both of one dtype."""
     return can_run(wte) and wte.dtype == wpe.dtype
 
 
 def embedding(idx, wte, wpe, dropout_p=0.0, seed=None, dtype=None, row=""):
-    """(dropout(wte[idx] + wpe[:T]) [B, T, C], wte again for the tied head) of ids idx [B, T] int64; wte [V, C], wpe [>=T, C].
+    """(x = dropout(wte[idx] + wpe[:T]) [B, T, C], wte for the tied head). idx [B, T] int64; wte [V, C]; wpe [>=T, C].
 
-    x is in dtype, None: the weights'. seed is an int64 tensor of one element, needed for dropout. row: a launch configuration
-    (configs.EmbeddingConfig.text), "" the table's. An id outside the vocabulary gives nan. Raises ValueError for shapes that do not
-    match.
+    dtype: that of x; None: the weights'. Dropout needs a seed, an int64 tensor of one element. row: a launch configuration
+    (configs.EmbeddingConfig.text); "" means the table's. An id outside the vocabulary gives nan. Raises ValueError for shapes or
+    dtypes that do not match.
     """
     if (
         idx.dim() != 2
