@@ -103,17 +103,17 @@ class Record:
     def cases(self, dtype, gpu):
         """Yield the shapes at which `fastgpt verify` checks the op in a dtype. They use each of its options, and no shape comes twice."""
         shapes = GPU_SHAPES if gpu else INTERPRETER_SHAPES
-        low = dtype != torch.float32
+        half = dtype != torch.float32
         if self.by_row and not gpu:
             shapes = [replace(shape, T=shape.T // 2) for shape in shapes]
         for shape in shapes:
-            if (self.halves or not low) and (not shape.dropout or self.dropout):
+            if (self.halves or not half) and (not shape.dropout or self.dropout):
                 yield shape
         if self.doc_mask:
             yield replace(shapes[0], doc_mask=True)
             yield replace(shapes[-1], doc_mask=True)
             yield from GPU_HEADS if gpu else ()
-        if self.narrow_residual and low:
+        if self.narrow_residual and half:
             yield replace(shapes[0], narrow_residual=True)
             yield replace(shapes[-1], narrow_residual=True)
 
@@ -487,7 +487,7 @@ def n_params(s, n_layer):
 )
 def adamw(draw):
     """An update of the embedding's weight, with a shadow in the compute dtype, and of a bias."""
-    V, C, device, low = draw.shape.vocab_size, draw.shape.n_embd, draw.device, draw.dtype != torch.float32
+    V, C, device, half = draw.shape.vocab_size, draw.shape.n_embd, draw.device, draw.dtype != torch.float32
     inputs = {}
     for name, size in (("weight", (V, C)), ("bias", (C + 1,))):
         # Gradients from far below eps (rare tokens have such) to far above it, and moments that match them.
@@ -504,7 +504,7 @@ def adamw(draw):
         @torch.no_grad()
         def call(*tensors, **how):
             weight, bias = tensors[:4], tensors[4:]
-            shadow = torch.empty_like(weight[0], dtype=widened(weight[0], draw.dtype).dtype) if low else None
+            shadow = torch.empty_like(weight[0], dtype=widened(weight[0], draw.dtype).dtype) if half else None
             groups = [
                 dict(
                     params=[p], grads=[g], exp_avgs=[m], exp_avg_sqs=[v], steps=[torch.full((), t, device=device)], lr=0.1,
@@ -513,14 +513,14 @@ def adamw(draw):
                 for (p, g, m, v), t, decay, s in ((weight, 1.0, 0.5, shadow), (bias, 900.0, 0.0, None))
             ]  # fmt: skip
             norm = update(groups, [weight[1], bias[1]], clip, **how)
-            return *(t for i, t in enumerate(tensors) if i % 4 != 1), norm, *([shadow] if low else [])
+            return *(t for i, t in enumerate(tensors) if i % 4 != 1), norm, *([shadow] if half else [])
 
         return call
 
     def copying(update):
         return lambda *tensors, **how: in_place(update)(*(t.clone() for t in tensors), **how)
 
-    outputs = *(name for name in inputs if "gradient" not in name), "norm", *(["shadow"] if low else [])
+    outputs = *(name for name in inputs if "gradient" not in name), "norm", *(["shadow"] if half else [])
     return Problem(
         inputs, outputs, (None,) * len(outputs), copying(reference.adamw),
         copying(lambda *args, **how: ops.triton.adamw.adamw(*args, **how)), copying(ops.adamw), timed=in_place(ops.adamw),

@@ -122,8 +122,8 @@ def _forward_step(
 @triton.jit
 def _attention_forward(
     qkv_ptr,  # [B, T, 3 H D]
-    doc_ids_ptr,  # [B, T], where DOC_MASK
-    seed_ptr,  # [1] int64, where DROPOUT
+    doc_ids_ptr,  # [B, T], if DOC_MASK
+    seed_ptr,  # [1] int64, if DROPOUT
     out_ptr,  # [B, T, H D] out, contiguous
     lse_ptr,  # [B, H, T] fp32 out
     T,
@@ -283,8 +283,8 @@ def _dq_step(
 def _attention_backward(
     qkv_ptr,  # [B, T, 3 H D]
     dout_ptr,  # [B, T, H D]
-    doc_ids_ptr,  # [B, T], where DOC_MASK
-    seed_ptr,  # [1] int64, where DROPOUT
+    doc_ids_ptr,  # [B, T], if DOC_MASK
+    seed_ptr,  # [1] int64, if DROPOUT
     lse_ptr,  # [B, H, T] fp32
     delta_ptr,  # [B, H, T] fp32
     dqkv_ptr,  # [B, T, 3 H D] out, contiguous
@@ -345,7 +345,7 @@ def _attention_backward(
                 stride_c, stride_ot, stride_oc, seed, scale, p, keep_scale, D, BD, True, True, DROPOUT, PRECISION,
             )  # fmt: skip
     else:
-        # Queries from start to start + OUTER are on the diagonal; those that follow see all of these keys.
+        # Queries from start to start + OUTER are on the diagonal. Later queries see all of these keys.
         diagonal_end = tl.minimum(start + OUTER, T)
         for m0 in range(start, diagonal_end, INNER):
             dk, dv = _dkv_step(

@@ -41,7 +41,7 @@ def _embed_forward(
     idx_ptr,  # [B, T] int64
     wte_ptr,  # [V, C]
     wpe_ptr,  # [>= T, C]
-    seed_ptr,  # [1] int64, where DROPOUT
+    seed_ptr,  # [1] int64, if DROPOUT
     x_ptr,  # [B, T, C] out, contiguous
     T,
     V,
@@ -90,7 +90,7 @@ def _gradient(
 @triton.jit
 def _embed_backward_wpe(
     dx_ptr,  # [B, T, C]
-    seed_ptr,  # [1] int64, where DROPOUT
+    seed_ptr,  # [1] int64, if DROPOUT
     dwpe_ptr,  # [T, C] out, contiguous
     B,
     T,
@@ -136,7 +136,7 @@ def _embed_backward_wte(
     dx_ptr,  # [B, T, C]
     ids_ptr,  # [B T] int32, sorted
     places_ptr,  # [B T] int64, the position of each sorted id before the sort
-    seed_ptr,  # [1] int64, where DROPOUT
+    seed_ptr,  # [1] int64, if DROPOUT
     dwte_ptr,  # [V, C] in and out, contiguous
     M,  # B * T
     T,

@@ -1,26 +1,26 @@
-"""The MLP: up-projection, exact GELU, down-projection; the GELU and its derivative in the epilogues of two GEMMs.
+"""The MLP: up-projection, exact GELU, down-projection. Two GEMMs compute the GELU and its derivative in their epilogues.
 
     pre = h w_fc^T + b_fc           [M, F], rounded to the compute dtype
-    post = GELU(pre)                of the rounded pre: computed again from pre it is the same, bit for bit
+    post = GELU(pre)                from the rounded pre: a recomputation from pre gives the same bits
     y = post w_proj^T + b_proj      [M, C]
 
-Shapes: h [..., C]; w_fc [F, C]; w_proj [C, F]; biases [F], [C] or None; M rows, F = 4 C in GPT-2. Saved: h, pre and post, or
-with `recompute` not post. Backward, of dy:
+Shapes: h [..., C], which has M rows; w_fc [F, C]; w_proj [C, F]; biases [F], [C] or None; F = 4 C in GPT-2. Saved: h, pre and post; with
+`recompute` post is not saved. Backward, from dy:
 
     dpre = (dy w_proj) * GELU'(pre);  dh = dpre w_fc
     dw_fc = dpre^T h;  db_fc = the sum over rows of dpre;  dw_proj = dy^T post;  db_proj = the sum of dy
 
-The two GEMMs that end or begin with the activation, h w_fc^T and dy w_proj, are one Triton kernel with two epilogues:
-the first writes pre and post, the second reads pre, writes dpre (and post, where that was not kept) and sums the columns
-of its tile for db_fc, which torch.sum then adds up. The other four GEMMs have nothing to fuse: cuBLAS does them.
+The two GEMMs next to the activation, h w_fc^T and dy w_proj, are one Triton kernel with two epilogues. The first epilogue writes pre and
+post. The second reads pre, writes dpre (and post, if that was not saved), and sums the columns of its tile for db_fc; torch.sum adds up
+these sums. The other four GEMMs have nothing to fuse: cuBLAS computes them.
 
-GELU(x) = max(x, 0) - |x| PHI(|x|), where PHI(t) = P[X < -t] = 2^poly(t): log2 PHI is smooth, and a polynomial of degree 7 has
-it to 5e-6, relatively, tail included. docs/fit_gelu.py fits it and shows that over all fp16 and bf16 inputs it rounds more of
-them to nearest than torch's erf does. It costs about 13 instructions, one of them on the special-function unit, where tl.erf
-takes 35: the epilogue is not overlapped with a main loop that at K = 768 is short. fp32 takes tl.erf.
+GELU(x) = max(x, 0) - |x| PHI(|x|), where PHI(t) = P[X < -t] = 2^poly(t) for a normal X. log2 PHI is smooth: a polynomial of degree 7 gives
+PHI with a relative error of 5e-6, including the tail. docs/fit_gelu.py fits it. It shows that over all fp16 and bf16 inputs this GELU is
+rounded to nearest more often than torch's with erf. It costs about 13 instructions, one of them on the special-function unit; tl.erf
+costs 35. This matters because the epilogue does not overlap with the main loop, which is short at K = 768. fp32 uses tl.erf.
 
-Bytes of the hidden layer a row, bf16, what the other GEMMs read apart: forward writes pre and post, 4 F; backward reads pre and
-writes dpre, 4 F. Unfused it is 6 F and 8 F, and 2 F more for db_fc. FLOPs: 4 C F a row forward, 8 C F backward.
+Bytes for each row of the hidden layer, bf16, without what the other GEMMs read: forward writes pre and post, 4 F; backward reads pre and
+writes dpre, 4 F. Without fusion: 6 F and 8 F, and 2 F for db_fc. FLOPs for each row: 4 C F forward, 8 C F backward.
 """
 
 import torch
@@ -52,7 +52,7 @@ LOG2_SQRT_2PI = tl.constexpr(1.3257480647361593)
 
 @triton.jit
 def upper_tail(x):
-    """(min(|x|, 6.5), PHI of that), of fp32 x; the coefficients are printed by docs/fit_gelu.py."""
+    """(t = min(|x|, 6.5), PHI(t)) of fp32 x. docs/fit_gelu.py prints the coefficients."""
     t = tl.minimum(tl.abs(x), 6.5, propagate_nan=tl.PropagateNan.ALL)
     p = -1.757775955e-06
     p = tl.fma(t, p, 5.993656734e-05)
@@ -67,7 +67,7 @@ def upper_tail(x):
 
 @triton.jit
 def gelu(x, EXACT: tl.constexpr):
-    """GELU of fp32 x: by tl.erf where EXACT, else to the rounding of fp16 and bf16."""
+    """GELU of fp32 x: with tl.erf if EXACT, else precise enough for fp16 and bf16."""
     if EXACT:
         return 0.5 * x * (1 + tl.erf(x * SQRT_HALF))
     t, tail = upper_tail(x)
@@ -76,7 +76,7 @@ def gelu(x, EXACT: tl.constexpr):
 
 @triton.jit
 def gelu_derivative(x, EXACT: tl.constexpr):
-    """GELU'(x) = P[X < x] + x density(x), of fp32 x."""
+    """GELU'(x) = P[X < x] + x density(x) of fp32 x. EXACT: as in `gelu`."""
     density = tl.exp2(x * x * -HALF_LOG2E - LOG2_SQRT_2PI)
     if EXACT:
         return 0.5 * (1 + tl.erf(x * SQRT_HALF)) + x * density
@@ -86,13 +86,13 @@ def gelu_derivative(x, EXACT: tl.constexpr):
 
 @triton.jit
 def _mlp_gemm(
-    a,  # [M, K] in: h, or dy; a pointer, or where TMA a descriptor, as all that follow up to `dpre`
-    b,  # [N, K] in, w_fc; where BACKWARD [K, N], w_proj
-    pre,  # [M, N] out, where KEEP_PRE; where BACKWARD in
-    post,  # [M, N] out; where BACKWARD only where KEEP_POST
-    dpre,  # [M, N] out, where BACKWARD
-    bias_ptr,  # [N], where HAS_BIAS
-    partial_ptr,  # [tiles of M, N] fp32 out, where BACKWARD and HAS_BIAS: the column sums of dpre
+    a,  # [M, K] in: h; dy if BACKWARD. a, b, pre, post, dpre: pointers, or descriptors if TMA
+    b,  # in: w_fc [N, K]; w_proj [K, N] if BACKWARD
+    pre,  # [M, N] out, if KEEP_PRE; in, if BACKWARD
+    post,  # [M, N] out; if BACKWARD, only if KEEP_POST
+    dpre,  # [M, N] out, if BACKWARD
+    bias_ptr,  # [N], if HAS_BIAS
+    partial_ptr,  # [tiles of M, N] fp32 out, if BACKWARD and HAS_BIAS: column sums of dpre
     M,
     N,
     K,
@@ -114,7 +114,7 @@ def _mlp_gemm(
     DTYPE: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    # Persistent: a program takes every so-many-th tile, in groups of GROUP rows of tiles that share b in L2.
+    # Persistent: a program computes every num_programs-th tile. Tiles are in groups of GROUP tile rows, which share b in L2.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         group = tile // (GROUP * tiles_n)
         height = tl.minimum(tiles_m - group * GROUP, GROUP)
@@ -123,7 +123,7 @@ def _mlp_gemm(
         rm, rn = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
         acc = tl.zeros([BM, BN], tl.float32)
         for k0 in range(0, K, BK):
-            if TMA:  # beyond the edges it reads zeros, and writes nothing
+            if TMA:  # out of bounds TMA reads zeros, and writes nothing
                 x = a.load([m0, k0])
                 w = b.load([k0, n0]) if BACKWARD else b.load([n0, k0]).T
             else:
@@ -149,7 +149,7 @@ def _mlp_gemm(
                 dpre.store([m0, n0], acc.to(DTYPE))
             else:
                 tl.store(dpre + out, acc.to(DTYPE), mask)
-            if HAS_BIAS:  # rows beyond M are zero
+            if HAS_BIAS:  # rows beyond M are zero in acc
                 tl.store(partial_ptr + tile_m.to(tl.int64) * N + rn, tl.sum(acc, 0), rn < N)
         else:
             if HAS_BIAS:
@@ -171,7 +171,7 @@ def _mlp_gemm(
 
 
 def _config(row, *matrices):
-    """The MLPConfig for these matrices, inputs and outputs."""
+    """The MLPConfig for these matrices: the first gives device and dtype, all give the alignment."""
     aligned = all(
         t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices
     )
@@ -179,7 +179,7 @@ def _config(row, *matrices):
 
 
 def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
-    """The kernel on matrices; `pre`, `post` and `dpre` [M, N] are dense, or None where they are not wanted."""
+    """Launch the kernel. `pre`, `post` and `dpre` are dense [M, N], or None if they are not needed."""
     M, K = a.shape
     if not M:
         return
@@ -207,7 +207,7 @@ def gelu_mlp_forward(
     h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, row: str,
     y: Tensor, pre: Tensor | None, post: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write y [..., C] of h [..., C], and pre and post [M, F] where they are kept. The weights are in h's dtype."""
+    """Compute y [..., C] from h [..., C]; write pre and post [M, F] unless they are None. The weights have h's dtype."""
     h2, F = h.reshape(-1, h.size(-1)), w_fc.size(0)
     activation = torch.empty((h2.size(0), F), dtype=h.dtype, device=h.device) if post is None else post
     _launch_gemm(h2, w_fc, F, pre, activation, None, b_fc, None, _config(row, h2, w_fc, activation), backward=False)
@@ -219,9 +219,9 @@ def gelu_mlp_backward(
     dy: Tensor, h: Tensor, pre: Tensor, post: Tensor | None, w_fc: Tensor, w_proj: Tensor, row: str, add_fc: bool, add_proj: bool,
     dh: Tensor, dw_fc: Tensor, db_fc: Tensor | None, dw_proj: Tensor, db_proj: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write all gradients of dy [..., C], a bias's where it is wanted; dw_fc and dw_proj are added to where add_fc, add_proj, then fp32.
+    """Compute all gradients from dy [..., C]; those of the biases unless they are None.
 
-    Where post was not kept it is computed again, of pre.
+    add_fc, add_proj: add to dw_fc, dw_proj, which must then be fp32. If post is None, it is computed again from pre.
     """
     dy2, h2 = dy.reshape(-1, dy.size(-1)).to(h.dtype), h.reshape(-1, h.size(-1))
     M, F = pre.shape
@@ -244,21 +244,21 @@ def gelu_mlp_backward(
 
 class _GeluMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, w_fc, b_fc, w_proj, b_proj, low_fc, low_proj, keep_pre, keep_post, row):
-        """low_fc and low_proj are the weights in h's dtype."""
+    def forward(ctx, h, w_fc, b_fc, w_proj, b_proj, cast_fc, cast_proj, keep_pre, keep_post, row):
+        """cast_fc and cast_proj are the weights in h's dtype."""
         hidden = h.numel() // h.size(-1), w_fc.size(0)
         y = like(h, h.dtype)
         pre, post = (h.new_empty(hidden) if kept else None for kept in (keep_pre, keep_post))
-        gelu_mlp_forward(h, low_fc, b_fc, low_proj, b_proj, row, y, pre, post)
-        ctx.save_for_backward(h, pre, post, low_fc, low_proj)
-        ctx.weights, ctx.row = (w_fc, w_proj), row  # not saved: their values are not read, and may change
+        gelu_mlp_forward(h, cast_fc, b_fc, cast_proj, b_proj, row, y, pre, post)
+        ctx.save_for_backward(h, pre, post, cast_fc, cast_proj)
+        ctx.weights, ctx.row = (w_fc, w_proj), row  # not saved: the backward does not read their values
         ctx.bias_dtypes = [None if b is None else b.dtype for b in (b_fc, b_proj)]
         return y
 
     @staticmethod
     @forbid_double_backward("gelu_mlp")
     def backward(ctx, dy):
-        h, pre, post, low_fc, low_proj = ctx.saved_tensors
+        h, pre, post, cast_fc, cast_proj = ctx.saved_tensors
         (dw_fc, add_fc), (dw_proj, add_proj) = (weight_gradient(w, w.dtype) for w in ctx.weights)
         db_fc, db_proj = (
             None if dtype is None else h.new_empty(w.size(0), dtype=dtype)
@@ -266,20 +266,20 @@ class _GeluMLP(torch.autograd.Function):
         )
         dh = like(h, h.dtype)
         gelu_mlp_backward(
-            dy, h, pre, post, low_fc, low_proj, ctx.row, add_fc, add_proj, dh, dw_fc, db_fc, dw_proj, db_proj
+            dy, h, pre, post, cast_fc, cast_proj, ctx.row, add_fc, add_proj, dh, dw_fc, db_fc, dw_proj, db_proj
         )
         return dh, None if add_fc else dw_fc, db_fc, None if add_proj else dw_proj, db_proj, *(None,) * 5
 
 
-takes = can_run  # any h, wherever Triton runs
+takes = can_run  # any h
 
 
 def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, row=""):
-    """GELU(h w_fc^T + b_fc) w_proj^T + b_proj, [..., C], in autocast's dtype where that is on, else in h's.
+    """GELU(h w_fc^T + b_fc) w_proj^T + b_proj, [..., C], in autocast's dtype if that is on, else in h's.
 
     h [..., C]; w_fc [F, C], w_proj [C, F]; b_fc [F] and b_proj [C], or None. `recompute` saves half of the memory between forward
-    and backward, and gives the same bits. A weight's shadow is read where it has one (fastgpt.shadows). row: a launch configuration
-    (configs.MLPConfig.text), "" the table's. Raises ValueError for shapes that do not match.
+    and backward; the bits are the same. A weight with a shadow is read from it (fastgpt.shadows). row: a launch configuration
+    (configs.MLPConfig.text); "" means the table's. Raises ValueError for shapes that do not match.
     """
     C, F = h.size(-1), w_fc.size(0)
     biases = [(b, n) for b, n in ((b_fc, F), (b_proj, C)) if b is not None]
@@ -288,5 +288,7 @@ def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, row=""):
     dtype = compute_dtype(h)
     grad = needs_grad(h, w_fc, b_fc, w_proj, b_proj)
     b_fc = None if b_fc is None else b_fc.contiguous()  # the kernel reads it without a stride
-    low_fc, low_proj = cast(w_fc, dtype), cast(w_proj, dtype)
-    return _GeluMLP.apply(h.to(dtype), w_fc, b_fc, w_proj, b_proj, low_fc, low_proj, grad, grad and not recompute, row)
+    cast_fc, cast_proj = cast(w_fc, dtype), cast(w_proj, dtype)
+    return _GeluMLP.apply(
+        h.to(dtype), w_fc, b_fc, w_proj, b_proj, cast_fc, cast_proj, grad, grad and not recompute, row
+    )

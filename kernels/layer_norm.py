@@ -1,26 +1,27 @@
-"""LayerNorm, alone and behind the residual add.
+"""LayerNorm, alone or after the residual add.
 
     stream' = stream + dropout(branch)                    the residual stream, fp32 in training unless --residual=bf16
     mean, rstd = the statistics of a row of stream'       fp32, two passes over registers
     h = (stream' - mean) * rstd * weight + bias           in the compute dtype
 
-Shapes: stream, branch and h [..., C]; weight and bias [C]. Saved: stream', which lives on anyway, and 8 bytes a row for
-mean and rstd. Recomputed: the normalised row, and the dropout mask from its seed.
+Shapes: stream, branch and h [..., C]; weight and bias [C]. Saved: stream', which exists anyway, and 8 bytes for each row, its mean and
+rstd. Recomputed: the normalised row, and the dropout mask from its seed.
 
-Backward, of the gradients dstream' and dh, in one pass over the rows:
+Backward, from the gradients dstream' and dh, in one pass over the rows:
 
     g = dh * weight;  xhat = (stream' - mean) * rstd
     dx = dstream' + rstd * (g - mean(g) - xhat * mean(g * xhat))
-    dstream = dx, in the stream's dtype;  dbranch = dropout'(dx), in the branch's
-    dweight = the sum over rows of dh * xhat;  dbias = the sum of dh
+    dstream = dx, in the stream's dtype;  dbranch = dropout'(dx), in the branch's dtype
+    dweight = the sum over rows of dh * xhat;  dbias = the sum over rows of dh
 
-A program takes every PROGRAMS-th row and keeps its sums of dweight and dbias in registers; torch.sum then adds the programs' sums.
-No atomics: the same bits every time.
+A program processes every PROGRAMS-th row, and keeps its sums of dweight and dbias in registers. torch.sum then adds the programs' sums.
+There are no atomics: repeated runs give the same bits.
 
-Without dropout, dbranch in the stream's own dtype is dx, and is not written a second time.
+Without dropout and with equal dtypes, dbranch equals dx, and is not written a second time.
 
-Bytes an element, fp32 stream and bf16 else: forward 4 + 2 in, 4 + 2 out; backward 4 + 4 + 2 in, 4 + 2 out; all bf16: 2 + 2 in,
-2 + 2 out; 2 + 2 + 2 in, 2 out. About ten FLOPs an element: bound by memory, so a row is read once and stays in registers.
+Bytes for each element, fp32 stream and the rest bf16: forward reads 4 + 2 and writes 4 + 2; backward reads 4 + 4 + 2 and writes 4 + 2. All
+bf16: forward reads 2 + 2 and writes 2 + 2; backward reads 2 + 2 + 2 and writes 2. About ten FLOPs for each element: memory limits the
+speed, so a row is read once and stays in registers.
 """
 
 import torch
@@ -41,19 +42,19 @@ from fastgpt.kernels.common import (
     rows,
 )
 
-# Rows are shared by a fixed number of programs, so that the order of the sums does not depend on the GPU: about four a
-# SM on an H100, and 3 MB of partial sums at C = 768.
+# The backward's programs. The number is fixed, so that the order of the sums does not depend on the GPU. It gives about four programs
+# for each SM of an H100, and 3 MB of partial sums at C = 768.
 PROGRAMS = 512
 
 
 @triton.jit
 def _norm_forward(
     x_ptr,  # [B, T, N] the stream
-    branch_ptr,  # [B, T, N] what is added to it, where HAS_BRANCH
+    branch_ptr,  # [B, T, N] added to the stream, if HAS_BRANCH
     weight_ptr,  # [N]
-    bias_ptr,  # [N], where HAS_BIAS
-    seed_ptr,  # [1] int64, where DROPOUT
-    stream_ptr,  # [B, T, N] out, contiguous, where HAS_BRANCH
+    bias_ptr,  # [N], if HAS_BIAS
+    seed_ptr,  # [1] int64, if DROPOUT
+    stream_ptr,  # [B, T, N] out, contiguous, if HAS_BRANCH
     h_ptr,  # [B, T, N] out, contiguous
     stats_ptr,  # [2, M] fp32 out: each row's mean, then its rstd
     M,  # B * T
@@ -73,7 +74,7 @@ def _norm_forward(
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # a row's base may lie beyond 2^31 elements
+    row = tl.program_id(0).to(tl.int64)  # offsets may exceed 2^31 elements
     b, t = row // T, row % T
     cols = tl.arange(0, BLOCK)
     mask = cols < N
@@ -83,7 +84,7 @@ def _norm_forward(
         branch = tl.load(branch_ptrs, mask, other=0.0).to(tl.float32)
         if DROPOUT:
             branch = tl.where(dropout_keep_mask(seed_ptr, row * N + cols, p), branch * scale, 0.0)
-        # Normalised is what is stored, rounding included: the backward reads no other.
+        # Normalise the rounded values that are stored: the backward reads those.
         x = (x + branch).to(stream_ptr.dtype.element_ty)
         tl.store(stream_ptr + row * N + cols, x, mask)
         x = x.to(tl.float32)
@@ -101,13 +102,13 @@ def _norm_forward(
 @triton.jit
 def _norm_backward(
     dh_ptr,  # [B, T, N]
-    dstream_ptr,  # [B, T, N] the gradient that comes by the stream, where HAS_DSTREAM
-    stream_ptr,  # [B, T, N] what was normalised
+    dstream_ptr,  # [B, T, N] the gradient of the new stream, if HAS_DSTREAM
+    stream_ptr,  # [B, T, N] the input of the normalisation
     stats_ptr,  # [2, M] fp32
     weight_ptr,  # [N]
-    seed_ptr,  # [1] int64, where DROPOUT
+    seed_ptr,  # [1] int64, if DROPOUT
     dx_ptr,  # [B, T, N] out, contiguous
-    dbranch_ptr,  # [B, T, N] out, contiguous, where HAS_BRANCH
+    dbranch_ptr,  # [B, T, N] out, contiguous, if HAS_BRANCH
     partial_ptr,  # [2, programs, N] fp32 out: each program's dweight, then dbias
     M,  # B * T
     T,
@@ -142,7 +143,7 @@ def _norm_backward(
         x = tl.load(stream_ptr + b * stride_sb + t * stride_st + cols * stride_sn, mask, other=0.0).to(tl.float32)
         rstd = tl.load(stats_ptr + M + row)
         xhat = tl.where(mask, (x - tl.load(stats_ptr + row)) * rstd, 0.0)
-        if BLOCK > 4096:  # read again for every row, from L1: kept, it would spill
+        if BLOCK > 4096:  # read for every row, from L1: in registers it would spill
             weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
         dweight += dh * xhat
         dbias += dh
@@ -168,7 +169,7 @@ def layer_norm_forward(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, p: float, seed: Tensor | None, row: str,
     stream: Tensor | None, h: Tensor, stats: Tensor,
 ) -> None:  # fmt: skip
-    """Write h [..., C] and stats [2, rows] fp32, each row's mean and rstd, of x [..., C]; with a branch also their sum, the stream."""
+    """Compute h [..., C], and stats [2, rows] fp32: each row's mean and rstd. With a branch, also stream, the sum of x and branch."""
     N = x.size(-1)
     M = x.numel() // N
     x3, b3 = rows(x), None if branch is None else rows(branch)
@@ -186,7 +187,7 @@ def layer_norm_backward(
     dh: Tensor, dstream: Tensor | None, stream: Tensor, stats: Tensor, weight: Tensor, p: float, seed: Tensor | None, row: str,
     dx: Tensor, dbranch: Tensor | None, sums: Tensor,
 ) -> None:  # fmt: skip
-    """Write dx [..., C], where wanted dbranch [..., C], and sums [1 or 2, C] fp32: dweight and, where there is a bias, dbias."""
+    """Compute dx [..., C], dbranch [..., C] unless it is None, and sums [1 or 2, C] fp32: dweight and, with a bias, dbias."""
     N = stream.size(-1)
     M = stream.numel() // N
     programs = min(M, PROGRAMS)
@@ -207,7 +208,7 @@ def layer_norm_backward(
 
 
 class _AddLayerNorm(torch.autograd.Function):
-    """(the stream, its LayerNorm). Without a branch the stream is x: its gradient comes back this way, and is added where dx is made."""
+    """(the stream, its LayerNorm). Without a branch the stream is x. The backward adds the stream's gradient when it computes dx."""
 
     @staticmethod
     def forward(ctx, x, branch, weight, bias, eps, p, seed, dtype, row):
@@ -226,9 +227,9 @@ class _AddLayerNorm(torch.autograd.Function):
         stream, stats, weight, seed = ctx.saved_tensors
         if dh is None and ctx.branch_dtype is None:
             return dstream, *(None,) * 8
-        if dh is None:  # h went unused: zeros of stride 0 cost nothing
+        if dh is None:  # h was not used: zeros with stride 0 cost nothing
             dh = stream.new_zeros(1).expand(stream.shape)
-        same = ctx.p == 0 and ctx.branch_dtype == stream.dtype  # dbranch is then dx
+        same = ctx.p == 0 and ctx.branch_dtype == stream.dtype  # then dbranch is dx
         dx = like(stream, stream.dtype)
         dbranch = None if same or ctx.branch_dtype is None else like(stream, ctx.branch_dtype)
         sums = torch.empty((1 + ctx.has_bias, stream.size(-1)), dtype=torch.float32, device=stream.device)
@@ -238,26 +239,25 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 def takes(x, branch=None):
-    """Whether these kernels can take x: on a GPU from sm_80 on or in the interpreter, rows that are not too wide, and a branch of
-    x's shape."""
+    """Whether these kernels can take x: on a GPU from sm_80 on or in the interpreter, rows not too wide, branch of x's shape."""
     fits = branch is None or branch.shape == x.shape
     return can_run(x) and x.dim() > 0 and 0 < x.size(-1) <= configs.LAYER_NORM[-1].max_width and fits
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5, row=""):
-    """LayerNorm over the last dimension of x [..., C], C to 8192; weight [C], bias [C] or None.
+    """LayerNorm over the last dimension of x [..., C], C at most 8192; weight [C], bias [C] or None.
 
-    The answer is in autocast's dtype where that is on, else in x's. row: a launch configuration (configs.NormConfig.text), "" the
-    table's. Raises ValueError for a shape it does not take.
+    The output is in autocast's dtype if that is on, else in x's. row: a launch configuration (configs.NormConfig.text); "" means the
+    table's. Raises ValueError for an unsupported shape.
     """
     return add_layer_norm(x, None, weight, bias, eps, row=row)[1]
 
 
 def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, dropout_p=0.0, seed=None, row=""):
-    """(x + dropout(branch), its LayerNorm), each [..., C]: the first in the wider of their dtypes, the second as `layer_norm`'s.
+    """(stream = x + dropout(branch), its LayerNorm), each [..., C].
 
-    Without a branch, None, the first is x. seed is an int64 tensor of one element, needed for dropout. Raises ValueError for shapes
-    that do not match.
+    The stream has the wider of x's and branch's dtypes; the LayerNorm has the dtype of `layer_norm`. If branch is None, the stream is x.
+    Dropout needs a seed, an int64 tensor of one element. row: as for `layer_norm`. Raises ValueError for shapes that do not match.
     """
     if x.dim() < 1 or any(t is not None and t.shape != x.shape[-1:] for t in (weight, bias)):
         shapes = [None if t is None else tuple(t.shape) for t in (weight, bias)]
@@ -266,11 +266,9 @@ def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, dropout_p=0.0, seed=N
         dropout_p, seed = 0.0, None
     elif x.shape != branch.shape:
         raise ValueError(f"add_layer_norm: a branch of {tuple(branch.shape)} for a stream of {tuple(x.shape)}")
-    elif x.dtype not in (torch.float32, branch.dtype):  # the usual streams hold the branch
+    elif x.dtype not in (torch.float32, branch.dtype):  # else x's dtype holds the sum already
         x = x.to(torch.promote_types(x.dtype, branch.dtype))
     check_seed(dropout_p, seed)
-    weight, bias = (
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-    )  # the kernel reads them without a stride
+    # The kernel reads weight and bias without strides.
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     return _AddLayerNorm.apply(x, branch, weight, bias, eps, dropout_p, seed, compute_dtype(x), row)

@@ -1,20 +1,19 @@
-"""The head and its loss: linear + cross entropy, whose logits never leave it.
+"""The head and its loss: linear + cross entropy. Only one chunk of the logits exists at a time.
 
     logits = h weight^T                                  in the compute dtype, a chunk of rows at a time
-    loss[i] = lse(logits[i]) - logits[i, target[i]]      fp32; 0 where the target is ignored
-    loss = sum(loss) / n                                 n: how many are not ignored, counted on the device
+    loss[i] = lse(logits[i]) - logits[i, target[i]]      fp32; 0 if the target is ignored
+    loss = sum(loss) / n                                 n: number of targets not ignored, counted on the device
 
-Shapes: h [..., C]; weight [V, C]; targets [...] int64. The gradients are made on the way, since the logits are there:
-softmax - onehot replaces the logits in place, and two GEMMs make dh and dweight of it, the latter accumulated in fp32 over
-the chunks. The factor that is not known yet, the loss's own gradient, and 1/n are applied to those two in the backward, in
-fp32: so fp16 holds softmax - onehot, which 1/n would push below its smallest number. Saved: dh and dweight. Recomputed:
-nothing.
+Shapes: h [..., C]; weight [V, C]; targets [...] int64. The forward also computes the gradients, since it has the logits: softmax - onehot
+overwrites the logits, and two GEMMs compute dh and dweight from it. dweight is summed in fp32 over the chunks. The backward multiplies
+both in fp32 by the loss's gradient, which the forward does not know, and by 1/n. So fp16 stores softmax - onehot without the factor 1/n,
+which would make it underflow. Saved: dh and dweight. Recomputed: nothing.
 
-Bytes: the logits are written once, read once (a row is read for its lse, and comes from L2 the second time) and written once,
-6 V a token in bf16; PyTorch's eager fp32 loss and its backward move 38 V. FLOPs: 6 C V a token for the three GEMMs, which
-cuBLAS does; with no gradient wanted, 2 C V and no second write.
+Bytes: the logits are written once, read once and overwritten once, 6 V for each token in bf16. (A row is read twice, the second time from
+L2.) PyTorch's eager fp32 loss and its backward move 38 V. FLOPs for each token: 6 C V in three GEMMs, which cuBLAS computes; without
+gradients 2 C V, and the logits are not overwritten.
 
-A chunk has at least 8,192 rows: each chunk reads and writes all of dweight, and short ones would spend their time there.
+A chunk has at least 8,192 rows: every chunk reads and writes all of dweight, which would dominate the time of short chunks.
 """
 
 import torch
@@ -31,18 +30,18 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _loss_rows(
-    logits_ptr,  # [rows, V] in; where GRAD, softmax - onehot out
+    logits_ptr,  # [rows, V] in; softmax - onehot out, if GRAD
     targets_ptr,  # [rows] int64
     loss_ptr,  # [rows] fp32 out
     V,
-    room,  # columns that a row has room for: V and padding, read and written too, since a mask by V would split the loads
-    stride,  # from row to row of the logits
+    room,  # columns of a row in memory: V and padding, which is read and written too; a mask by V would split the loads
+    stride,  # between rows of the logits
     stride_y,
     ignore_index,
     BLOCK: tl.constexpr,
     GRAD: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # rows * V passes 2^31 at 43,000 rows of GPT-2's vocabulary
+    row = tl.program_id(0).to(tl.int64)  # row * V exceeds 2^31 from 43,000 rows of GPT-2's vocabulary on
     logits_ptr += row * stride
     target = tl.load(targets_ptr + row * stride_y)
     if target == ignore_index:
@@ -52,11 +51,11 @@ def _loss_rows(
                 cols = start + tl.arange(0, BLOCK)
                 tl.store(logits_ptr + cols, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), cols < room)
     else:
-        # Read before the loop, whose reductions are barriers: after it another warp may have replaced this very logit.
-        # A target outside the vocabulary gives nan, which the loss shows, and reads nothing.
+        # Read the target's logit before the loop, whose reductions are barriers: later another warp may have overwritten it.
+        # A target outside the vocabulary reads nothing, and gives nan, which shows in the loss.
         known = (target >= 0) & (target < V)
         at_target = tl.load(logits_ptr + target, known, other=float("nan")).to(tl.float32)
-        m = -3e38  # finite: logits may be -inf, all of a block
+        m = -3e38  # finite, since all logits of a block may be -inf
         total = 0.0
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -65,7 +64,7 @@ def _loss_rows(
             m_new = tl.maximum(m, tl.max(x, 0))
             total = total * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((x - m_new) * LOG2E), 0)
             m = m_new
-        # Differences from the maximum first, as PyTorch does: a small loss of large logits keeps its digits.
+        # Subtract the maximum first, as PyTorch does: a small loss of large logits keeps its digits.
         log2_total = tl.log2(total)
         tl.store(loss_ptr + row, (m - at_target) + log2_total / LOG2E)
         if GRAD:
@@ -80,8 +79,8 @@ def _loss_rows(
 def _loss_mean(
     losses_ptr,  # [M] fp32
     targets_ptr,  # [M] int64
-    loss_ptr,  # [] fp32 out: the mean, nan of none
-    share_ptr,  # [] fp32 out: 1 / n, 0 of none
+    loss_ptr,  # [] fp32 out: the mean; nan if all are ignored
+    share_ptr,  # [] fp32 out: 1 / n; 0 if all are ignored
     M,
     stride_y,
     ignore_index,
@@ -117,7 +116,7 @@ def _loss_scale(
 
 
 def chunk_rows(M, V, itemsize, memory, config):
-    """Rows of a chunk: as many as have their logits in a share of the device's memory, in chunks of one size."""
+    """Rows of a chunk: its logits take at most a share of the device's memory; min_chunk rows at least; all chunks about equal."""
     most = max(config.min_chunk, int(memory * config.memory_share) // (V * itemsize))
     return triton.cdiv(M, triton.cdiv(M, most)) if M else 1
 
@@ -127,7 +126,7 @@ def linear_cross_entropy_forward(
     h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, row: str,
     loss: Tensor, share: Tensor, dh: Tensor | None, dweight: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write the mean loss [] fp32 and 1/n [] fp32; and where wanted dh like h and dweight [V, C] fp32, both without the factor 1/n.
+    """Compute loss, the mean, and share, 1/n, both [] fp32; and, unless None, dh like h and dweight [V, C] fp32, both without 1/n.
 
     h [..., C] and weight [V, C] are in the compute dtype.
     """
@@ -138,10 +137,10 @@ def linear_cross_entropy_forward(
     memory = torch.cuda.get_device_properties(device).total_memory if h.is_cuda else 2**34
     chunk = chunk_rows(M, V, h.element_size(), memory, config)
     losses = torch.empty(M, dtype=torch.float32, device=device)
-    # Rows of the logits begin on 128 bytes, whatever V: loads and GEMMs are then aligned.
+    # Rows of the logits begin at multiples of 128 bytes for any V: loads and GEMMs are then aligned.
     room = triton.cdiv(V, 64) * 64
     buffer = torch.empty((chunk, room), dtype=h.dtype, device=device)
-    # No more warps than a row has work for: a second holder of a logit would read it while the first replaces it.
+    # At most one thread for each logit of a block: a second thread would read a logit while the first overwrites it.
     block = min(config.block, triton.next_power_of_2(V))
     if dweight is not None and not M:
         dweight.zero_()
@@ -165,7 +164,7 @@ def linear_cross_entropy_forward(
 def linear_cross_entropy_backward(
     dloss: Tensor, share: Tensor, dh: Tensor, dweight: Tensor, row: str, dh_out: Tensor, dweight_out: Tensor
 ) -> None:
-    """Write dh and dweight times dloss / n."""
+    """Write dh and dweight, both times dloss / n, to dh_out and dweight_out."""
     block = configs.linear_cross_entropy(row).scale_block
     for x, out in ((dh, dh_out), (dweight, dweight_out)):
         if x.numel():
@@ -177,12 +176,12 @@ def linear_cross_entropy_backward(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, low, targets, ignore_index, grad, row):
-        """low is the weight in h's dtype."""
+    def forward(ctx, h, weight, cast_weight, targets, ignore_index, grad, row):
+        """cast_weight is the weight in h's dtype."""
         loss, share = (torch.empty((), dtype=torch.float32, device=h.device) for _ in range(2))
         dh = like(h, h.dtype) if grad else None
         dweight = like(weight, torch.float32) if grad else None
-        linear_cross_entropy_forward(h, low, targets, ignore_index, row, loss, share, dh, dweight)
+        linear_cross_entropy_forward(h, cast_weight, targets, ignore_index, row, loss, share, dh, dweight)
         ctx.save_for_backward(share, dh, dweight)
         ctx.dtype, ctx.row = weight.dtype, row
         return loss
@@ -197,17 +196,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh_out, owned, *(None,) * 5
 
 
-takes = can_run  # any h, wherever Triton runs
+takes = can_run  # any h
 
 
 def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None, row=""):
     """Mean cross entropy of logits h weight^T against targets: a scalar, fp32. h [..., C]; weight [V, C]; targets [...] int64.
 
-    shadow is the weight in the compute dtype, where the weight is an alias of one that has such a shadow (fastgpt.shadows). row: a launch
-    configuration (configs.LossConfig.text), "" the table's.
-
-    Targets of `ignore_index` count for nothing, and all ignored gives nan, as in PyTorch; so does a target outside the
-    vocabulary, where PyTorch asserts. Without a gradient wanted, none is made. Raises ValueError for shapes that do not match.
+    Targets equal to ignore_index do not count. If none counts, the loss is nan, as in PyTorch. A target outside the vocabulary also gives
+    nan; PyTorch asserts. Gradients are computed only if h or weight needs them. shadow: the shadow of the parameter, if weight is only an
+    alias of it (fastgpt.shadows). row: a launch configuration (configs.LossConfig.text); "" means the table's. Raises ValueError for
+    shapes that do not match.
     """
     if (
         h.shape[:-1] != targets.shape
