@@ -102,7 +102,7 @@ def parse(spec):
 
 @functools.cache
 def warn_once(op, implementation, device, dtype, size):
-    hint = " (without a GPU, kernels run where TRITON_INTERPRET=1 is set)" if device == "cpu" else ""
+    hint = " (without a GPU the kernels need TRITON_INTERPRET=1)" if device == "cpu" else ""
     warnings.warn(
         f"{op}: {implementation} does not take {dtype} rows of {size} on this {device} device{hint}; PyTorch's runs instead",
         stacklevel=4,

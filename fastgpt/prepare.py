@@ -19,7 +19,7 @@ EMBEDDED = "python-stdlib"
 
 
 def prepare(source, tokenizer_name, out, files=None):
-    """Write out/train.bin and out/val.bin (the last 10% of the characters), and meta.pkl where nanoGPT has one.
+    """Write out/train.bin and out/val.bin (the last 10% of the characters), and meta.pkl, unless the tokenizer is GPT-2's.
 
     source is a UTF-8 text file or a folder of them; hidden files and `out` itself do not count. `files` overrides this choice.
     Reads the text in blocks and tokenizes them in parallel: memory stays constant. With a tiktoken encoding every file of a folder

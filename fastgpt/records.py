@@ -177,7 +177,7 @@ class Draw:
         return torch.randint(high, size, device=self.device, generator=self.generator)
 
     def bias(self, n):
-        """A bias [n], or None where the shape has none."""
+        """A bias [n], or None if the shape has no biases."""
         return self.randn(n) if self.shape.bias else None
 
     def dropped(self, x, mask):

@@ -37,17 +37,17 @@ def train_step(model, optimizer, scaler, batches, accumulation, autocast, grad_c
     return total, optimizer.grad_norm
 
 
-def micro_step(model, x, y, scaler, accumulation, autocast, alone=True, then=lambda: None):
+def micro_step(model, x, y, scaler, accumulation, autocast, in_place=True, then=lambda: None):
     """Forward and backward: returns this micro-step's share of the mean loss, and adds its gradients to the weights' `.grad`.
 
-    alone: nothing but `.grad` receives the gradients; DDP does not average them. `then` is called between forward and backward, where
+    in_place: the backward may add to `.grad` itself; not if DDP averages the gradients. `then` is called between forward and backward, where
     nanoGPT draws the next batch: on the CPU the forward's dropout uses the same generator.
     """
     with autocast:
         _, loss = model(x, y, return_logits=False)
         loss = loss / accumulation
     then()
-    with ops.accumulate_in_place() if alone else nullcontext():
+    with ops.accumulate_in_place() if in_place else nullcontext():
         scaler.scale(loss).backward()
     return loss.detach()
 

@@ -243,7 +243,7 @@ class Run:
             offsets = mine["offsets"]
             if self.batches.fits(offsets):
                 return offsets
-            print("saved with another --batch_size or --micro_batch: the batch that was under way is left out")
+            print("saved with another --batch_size or --micro_batch: its next batch is skipped")
             return None
         except (KeyError, TypeError, AttributeError, RuntimeError) as e:
             path = checkpoints.checkpoint_path(self.cfg.out_dir)

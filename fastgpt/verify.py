@@ -191,7 +191,7 @@ def where(gpu):
         f"no CUDA GPU here: Triton's interpreter runs the kernels on the CPU ({platform.machine()}), in small sizes;\n"
     )
     if ops.triton.interpreter.computes_bf16():
-        return dtypes, place + "bfloat16 too: kernels/interpreter.py corrects it where this interpreter is wrong"
+        return dtypes, place + "bfloat16 too: kernels/interpreter.py corrects the interpreter's arithmetic"
     return dtypes[:2], place + "bfloat16 is not checked: this Triton's interpreter computes it wrongly"
 
 
