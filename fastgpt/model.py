@@ -260,7 +260,9 @@ class GPT(nn.Module):
             weight = self.lm_head.weight
             kind = weight.device.type
             auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-            shape = Shape.of(batch_size, self.config, doc_mask=self.separator is not None)
+            narrow = self.residual_dtype not in (None, torch.float32)
+            modes = dict(doc_mask=self.separator is not None, narrow_residual=narrow)
+            shape = Shape.of(batch_size, self.config, **modes)
             kernels = choose(kernels, shape, dtype or auto, weight.device, compiled)
         for module in self.modules():
             if isinstance(module, (GPT, LayerNorm, CausalSelfAttention, MLP)):
