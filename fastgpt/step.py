@@ -40,8 +40,8 @@ def train_step(model, optimizer, scaler, batches, accumulation, autocast, grad_c
 def micro_step(model, x, y, scaler, accumulation, autocast, in_place=True, then=lambda: None):
     """Forward and backward: returns this micro-step's share of the mean loss, and adds its gradients to the weights' `.grad`.
 
-    in_place: the backward may add to `.grad` itself; not if DDP averages the gradients. `then` is called between forward and backward, where
-    nanoGPT draws the next batch: on the CPU the forward's dropout uses the same generator.
+    in_place: the backward may add to `.grad` itself; not if DDP averages the gradients. `then` is called between forward and
+    backward, where nanoGPT draws the next batch: on the CPU the forward's dropout uses the same generator.
     """
     with autocast:
         _, loss = model(x, y, return_logits=False)
