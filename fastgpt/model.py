@@ -236,8 +236,9 @@ class GPT(nn.Module):
     def set_recompute(self, mode):
         """What the backward computes again, so that training need not keep it: "none", "gelu" or "block". The values are the same."""
         self.recompute_blocks = mode == "block"
-        for block in self.transformer.h:
-            block.mlp.recompute = mode == "gelu"
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.recompute = mode == "gelu"
 
     def set_doc_mask(self, separator):
         """Keep attention within documents. Each begins at a separator, a token id. None: attend across documents, as nanoGPT."""
@@ -319,7 +320,10 @@ class GPT(nn.Module):
                 x, branch = call_module(block, Block, add_branch(x, branch, p), cache=cache, doc_ids=doc_ids), None
             elif self.recompute_blocks and self.training and torch.is_grad_enabled():
                 # Without dropout, preserve no random state: a CUDA graph cannot read it.
-                drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules()) or block.attn.dropout > 0
+                drops = any(
+                    (isinstance(m, nn.Dropout) and m.p > 0) or (isinstance(m, CausalSelfAttention) and m.dropout > 0)
+                    for m in block.modules()
+                )
                 x, branch, p = checkpoint(
                     block.step, x, branch, p, None, doc_ids, use_reentrant=False, preserve_rng_state=drops
                 )
