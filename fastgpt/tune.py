@@ -56,7 +56,7 @@ def tune(cfg, measure=time_rounds):
         except (OSError, ValueError) as e:
             raise UserError(f"--out={file}: {getattr(e, 'strerror', None) or e}") from None
 
-    write()  # before the work
+    write()  # raises now if the file cannot be written
     print(
         f"tuning for {shape.B} x {shape.T} tokens in {cfg.dtype} on {tuned.conditions(shape, dtype, device)['gpu']}, {cfg.budget} s"
     )

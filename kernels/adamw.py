@@ -219,7 +219,7 @@ def log(beta):
     return math.log(beta) if beta > 0 else -1e4
 
 
-# ---- what torch needs to know ----
+# ---- the public op ----
 
 
 def takes(p, groups):
@@ -249,8 +249,8 @@ def adamw(groups, grads, max_norm=None, found_inf=None, row=""):
     """Clip to a global norm of max_norm, and update in place. Returns the norm before clipping, [] fp32.
 
     max_norm: infinity only measures the norm; None does not, and returns None.
-    groups: dicts with lists of tensors: params, grads, exp_avgs, exp_avg_sqs, steps ([] fp32, updates so far) and shadows (or None
-    for each); and with lr, betas, eps, weight_decay.
+    groups: dicts with lists of tensors: params, grads, exp_avgs, exp_avg_sqs, steps ([] fp32, updates so far) and shadows (16-bit
+    copies of weights, which the update also writes, or None); and with lr, betas, eps, weight_decay.
     grads: the gradients of all groups, in the order in which PyTorch adds up their norms. They are not changed.
     found_inf: [] fp32, or None; if it is not 0, nothing changes.
     row: a launch configuration (configs.AdamWConfig.text); "" means the table's.

@@ -462,7 +462,7 @@ def _strides(doc_ids):
     return (0, 0) if doc_ids is None else doc_ids.stride()
 
 
-# ---- what torch needs to know ----
+# ---- the public op ----
 
 
 class _Attention(torch.autograd.Function):

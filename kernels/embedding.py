@@ -219,7 +219,7 @@ def embedding_backward(
         )  # fmt: skip
 
 
-# ---- what torch needs to know ----
+# ---- the public op ----
 
 
 class _Embedding(torch.autograd.Function):

@@ -239,7 +239,7 @@ def gelu_mlp_backward(
     sum_rows(dy2, db_proj)
 
 
-# ---- what torch needs to know ----
+# ---- the public op ----
 
 
 class _GeluMLP(torch.autograd.Function):

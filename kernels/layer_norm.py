@@ -204,7 +204,7 @@ def layer_norm_backward(
     torch.sum(partial[: len(sums)], 1, out=sums)
 
 
-# ---- what torch needs to know ----
+# ---- the public op ----
 
 
 class _AddLayerNorm(torch.autograd.Function):

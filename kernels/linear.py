@@ -47,7 +47,7 @@ def linear_backward(
     sum_rows(dy2, db)
 
 
-# ---- what torch needs to know ----
+# ---- the public op ----
 
 
 class _Linear(torch.autograd.Function):

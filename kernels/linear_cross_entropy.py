@@ -171,7 +171,7 @@ def linear_cross_entropy_backward(
             _loss_scale[(triton.cdiv(x.numel(), block),)](x, dloss, share, out, x.numel(), BLOCK=block)
 
 
-# ---- what torch needs to know ----
+# ---- the public op ----
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
