@@ -179,6 +179,19 @@ class Block(nn.Module):
         return x, *run_branch(self.mlp, MLP, h)
 
 
+def draws(block):
+    """Whether a block may draw random numbers. If not, checkpointing preserves no random state: a CUDA graph cannot read one."""
+
+    def p(module):
+        if type(module) is nn.Dropout:
+            return module.p
+        if type(module) is CausalSelfAttention:
+            return module.dropout
+        return float(type(module) not in (nn.Linear, nn.GELU, LayerNorm, MLP, Block))  # a user's module may draw
+
+    return any(p(module) > 0 for module in block.modules())
+
+
 class GPT(nn.Module):
     """nanoGPT's `GPT`: names, shapes, tie, initial weights and methods.
 
@@ -319,13 +332,8 @@ class GPT(nn.Module):
                 cache = caches[i] if caches else None
                 x, branch = call_module(block, Block, add_branch(x, branch, p), cache=cache, doc_ids=doc_ids), None
             elif self.recompute_blocks and self.training and torch.is_grad_enabled():
-                # Without dropout, preserve no random state: a CUDA graph cannot read it.
-                drops = any(
-                    (isinstance(m, nn.Dropout) and m.p > 0) or (isinstance(m, CausalSelfAttention) and m.dropout > 0)
-                    for m in block.modules()
-                )
                 x, branch, p = checkpoint(
-                    block.step, x, branch, p, None, doc_ids, use_reentrant=False, preserve_rng_state=drops
+                    block.step, x, branch, p, None, doc_ids, use_reentrant=False, preserve_rng_state=draws(block)
                 )
             else:
                 x, branch, p = block.step(x, branch, p, caches[i] if caches else None, doc_ids)

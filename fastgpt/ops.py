@@ -157,7 +157,8 @@ def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None, kernels=TORC
         seed = draw_seed(qkv, dropout_p)
         return triton.attention.attention(qkv, n_head, dropout_p, seed, doc_ids, kernels.row("attention"))
     note = " within documents" * (doc_ids is not None)
-    if chosen == "cudnn" and fits("attention", "cudnn", qkv.is_cuda and doc_ids is None, qkv, note):
+    takes = qkv.is_cuda and qkv.dtype != torch.float32 and doc_ids is None
+    if chosen == "cudnn" and fits("attention", "cudnn", takes, qkv, note):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return reference.attention(qkv, n_head, dropout_p)
     return reference.attention(qkv, n_head, dropout_p, cache, doc_ids)

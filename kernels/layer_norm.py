@@ -42,8 +42,8 @@ from fastgpt.kernels.common import (
     rows,
 )
 
-# The backward's programs. The number is fixed, so that the order of the sums does not depend on the GPU. It gives about four programs
-# for each SM of an H100, and 3 MB of partial sums at C = 768.
+# The backward's programs. The number is fixed, so that a program adds the same rows on every GPU. It gives about four programs for each
+# SM of an H100, and 3 MB of partial sums at C = 768.
 PROGRAMS = 512
 
 
