@@ -8,10 +8,21 @@ from setuptools import setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "fastgpt/__init__.py").read_text()).group(1)
 
-test = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "transformers", "numpy>=2"]
+test = [
+    "pytest",
+    "pytest-benchmark",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "mypy>=2.4",
+    "transformers",
+    "peft",
+    "numpy>=2",
+]
 bench = [
     "pytest",
     "pytest-benchmark",
+    "pytest-xdist",  # pyproject.toml's addopts name it
     "transformers",
     "liger-kernel; sys_platform == 'linux'",
     "quack-kernels; sys_platform == 'linux'",
@@ -25,10 +36,12 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=["fastgpt", "fastgpt.kernels", "fastgpt.benchmarks", "fastgpt.benchmarks.peers"],
-    # `kernels` is a package of Hugging Face's on PyPI: ours goes under our own name.
+    # `kernels` is a package of Hugging Face's on PyPI: ours goes under our own name (docs/decisions/0001). The link fastgpt/kernels tells
+    # type checkers and editors the same, which read no package_dir.
     package_dir={"fastgpt": "fastgpt", "fastgpt.kernels": "kernels", "fastgpt.benchmarks": "benchmarks"},
+    package_data={"fastgpt": ["py.typed"], "fastgpt.kernels": ["py.typed"]},
     install_requires=[
-        "torch>=2.10,<2.14",
+        "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'",
         "tiktoken>=0.9",  # encode_to_numpy
         "numpy",
@@ -37,6 +50,12 @@ setup(
         "tqdm",
         "matplotlib",
     ],
-    extras_require={"test": test, "bench": bench, "hf": ["transformers"], "wandb": ["wandb"]},
+    extras_require={
+        "test": test,
+        "dev": [*test, "pre-commit>=4"],
+        "bench": bench,
+        "hf": ["transformers"],
+        "wandb": ["wandb"],
+    },
     entry_points={"console_scripts": ["fastgpt = fastgpt.cli:entry"]},
 )

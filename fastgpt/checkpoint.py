@@ -7,20 +7,23 @@ its next batch. With these a resumed run continues as if it had not stopped.
 
 import difflib
 import os
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastgpt.config import MODEL_SIZES, GPTConfig, TrainConfig, UserError, check_value
+from fastgpt.config import MODEL_SIZES, GPTConfig, TrainConfig, UserError
 from fastgpt.model import GPT
+from fastgpt.parse import check_value
 
 
-def checkpoint_path(out_dir):
+def checkpoint_path(out_dir: str | Path) -> Path:
     return Path(out_dir) / "ckpt.pt"
 
 
-def save(checkpoint, out_dir):
+def save(checkpoint: dict[str, Any], out_dir: str | Path) -> None:
     """Write out_dir/ckpt.pt completely or not at all: write a temporary file, flush it to disk, rename it. Raises UserError."""
     path = checkpoint_path(out_dir)
     part = path.with_suffix(".pt.part")
@@ -30,14 +33,16 @@ def save(checkpoint, out_dir):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError when the disk is full
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+    except (OSError, RuntimeError) as e:
+        # On a full disk torch's writer raises a RuntimeError; the system's error, which says why, is its context.
+        system = e if isinstance(e, OSError) else e.__context__
+        reason = getattr(system, "strerror", None) or str(e).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}); the last checkpoint is as it was") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-def load(out_dir, device="cpu"):
+def load(out_dir: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """The dict in out_dir/ckpt.pt, written by nanoGPT or fastgpt. Loaded with weights_only: no code in it runs. Raises UserError."""
     path = checkpoint_path(out_dir)
     if not path.exists():
@@ -54,7 +59,7 @@ def load(out_dir, device="cpu"):
     return checkpoint
 
 
-def shape(checkpoint, out_dir):
+def shape(checkpoint: dict[str, Any], out_dir: str | Path) -> GPTConfig:
     """The GPTConfig of a checkpoint. Raises UserError if its model_args are not valid."""
     path = checkpoint_path(out_dir)
     try:
@@ -68,7 +73,7 @@ def shape(checkpoint, out_dir):
     return config
 
 
-def build_model(checkpoint, out_dir, dropout=None):
+def build_model(checkpoint: dict[str, Any], out_dir: str | Path, dropout: float | None = None) -> GPT:
     """The GPT that a checkpoint holds, on the CPU. dropout None: the checkpoint's. Raises UserError if weights and model_args differ."""
     config = shape(checkpoint, out_dir)
     config.dropout = config.dropout if dropout is None else dropout
@@ -83,7 +88,7 @@ def build_model(checkpoint, out_dir, dropout=None):
     return model
 
 
-def check_dataset(checkpoint, cfg, meta):
+def check_dataset(checkpoint: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any] | None) -> None:
     """Raise UserError if a run is resumed on data of another tokenizer: its token ids would mean other text."""
     if "fastgpt" in checkpoint and checkpoint["fastgpt"].get("meta") != meta:
         was = checkpoint.get("config", {}).get("dataset")
@@ -93,7 +98,7 @@ def check_dataset(checkpoint, cfg, meta):
         )
 
 
-def keep_shape(checkpoint, cfg, given):
+def keep_shape(checkpoint: dict[str, Any], cfg: TrainConfig, given: Collection[str]) -> TrainConfig:
     """The TrainConfig with the checkpoint's shape for each setting that is not in `given`; prints what changed.
 
     A smaller block_size may be given: the model is cropped to it. Raises UserError for any other given shape that differs.
@@ -114,7 +119,7 @@ def keep_shape(checkpoint, cfg, given):
     return cfg.model_copy(update=changed)
 
 
-def pretrained(name, dropout):
+def pretrained(name: str, dropout: float) -> GPT:
     """GPT.from_pretrained of a GPT-2 size or a local folder. Raises UserError for whatever goes wrong."""
     if name not in MODEL_SIZES and not Path(name).is_dir():
         near = difflib.get_close_matches(name, ["resume", *MODEL_SIZES], n=1, cutoff=0)[0]

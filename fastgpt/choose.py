@@ -9,21 +9,23 @@ import hashlib
 import json
 import statistics
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
 from fastgpt import ops, tuned
 from fastgpt.config import cache_folder
 from fastgpt.ops import Kernels
-from fastgpt.records import problem
+from fastgpt.records import Problem, Shape, problem
 from fastgpt.verify import compare, run
 
 PARITY_TOKENS = 4096  # the comparison's fp64 side needs many times the memory of the op
 ROUNDS, CALLS = 7, 5
 
 
-def choose(spec, shape, dtype, device, compiled):
+def choose(spec: str, shape: Shape, dtype: torch.dtype, device: str | torch.device, compiled: bool) -> Kernels:
     """The Kernels of a --kernels spec for a run's Shape, dtype and device; prints what was measured.
 
     They use the launch configurations that `fastgpt tune` found for such a run, if any. Without a CUDA GPU "auto" means "torch".
@@ -32,7 +34,7 @@ def choose(spec, shape, dtype, device, compiled):
     picks = ops.parse(spec)
     auto = [op for op, pick in picks.items() if pick == "auto"]
     if not is_cuda(device) or ops.triton is None:
-        return Kernels(**picks | dict.fromkeys(auto, "torch"))
+        return Kernels(**picks | dict.fromkeys(auto, "torch"), rows=())
     rows = tuned.load_rows(shape, dtype, device) if auto or "triton" in picks.values() else ()
     if auto:
         print(f"choosing kernels for {shape.B} x {shape.T} tokens in {str(dtype)[6:]} (once; --kernels=torch skips it)")
@@ -49,12 +51,15 @@ def choose(spec, shape, dtype, device, compiled):
     return Kernels(**picks, rows=rows)
 
 
-def is_cuda(device):
+def is_cuda(device: str | torch.device) -> bool:
     """Whether a device is a CUDA GPU."""
     return torch.device(device).type == "cuda"
 
 
-def remembered(op, shape, dtype, device, compiled, rows=(), measure=None):
+def remembered(
+    op: str, shape: Shape, dtype: torch.dtype, device: str | torch.device, compiled: bool, rows: tuple[tuple[str, str], ...] = (),
+    measure: Callable | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What `decide` finds, read from the file of an earlier run if there is one with the same key."""
     key = {
         "op": op, "shape": asdict(shape), "dtype": str(dtype), "compiled": compiled, **tuned.environment(device),
@@ -76,7 +81,10 @@ def remembered(op, shape, dtype, device, compiled, rows=(), measure=None):
     return found
 
 
-def decide(op, shape, dtype, device, compiled, rows, measure):
+def decide(
+    op: str, shape: Shape, dtype: torch.dtype, device: str | torch.device, compiled: bool, rows: tuple[tuple[str, str], ...],
+    measure: Callable,
+) -> dict[str, Any]:  # fmt: skip
     """Check and time an op's implementations: {"chosen": name, "ms": {name: milliseconds}, "rejected": {name: reason}}."""
     rejected, functions = {}, {}
     tokens = replace(shape, B=max(1, min(shape.B, PARITY_TOKENS // shape.T)), T=min(shape.T, PARITY_TOKENS))
@@ -108,29 +116,29 @@ def decide(op, shape, dtype, device, compiled, rows, measure):
     return {"chosen": min(ms, key=ms.get), "ms": ms, "rejected": rejected}
 
 
-def check(it, f):
+def check(it: Problem, f: Callable) -> None:
     """Check a function of a Problem against the three-way rule. Raises ArithmeticError that says by how much it fails."""
     for c in compare(f, it.reference, it.inputs, it.outputs, it.grads):
         if not c.holds:
             raise ArithmeticError(f"is not equal: {c.what} has {c.ratio:.1f} times PyTorch's error")
 
 
-def prepared(it, kernels, compiled):
+def prepared(it: Problem, kernels: Kernels, compiled: bool) -> Callable[[], Any]:
     """A function without arguments that runs a Problem's op, forward and backward, as training with these Kernels does."""
     call = it.timed or it.by_ops  # only the update has `timed`, and it is never compiled
     call = functools.partial(call, kernels=kernels)
     call = torch.compile(call, dynamic=False) if compiled and not it.timed else call
     if ops.triton and "head" in it.outputs:  # the loss's backward marks the head's gradient so
-        ops.triton.accumulate.mark_owned(it.grads[it.outputs.index("head")])
+        ops.triton.accumulate.mark_owned(it.grads[it.outputs.index("head")])  # type: ignore[arg-type]
     return lambda: run(call, it.inputs.values(), it.grads)
 
 
-def time_together(functions):
+def time_together(functions: dict[Any, Callable]) -> dict[Any, float]:
     """Median milliseconds of each function on the GPU."""
     return {name: statistics.median(times) for name, times in time_rounds(functions).items()}
 
 
-def time_rounds(functions):
+def time_rounds(functions: dict[Any, Callable]) -> dict[Any, list[float]]:
     """{name: [milliseconds on the GPU, one for each round]}. Every round runs all functions, so they share clock rates and heat."""
     times = {name: [] for name in functions}
     for _ in range(ROUNDS):

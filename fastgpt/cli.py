@@ -2,10 +2,12 @@
 
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 
-from fastgpt.config import PrepareConfig, SampleConfig, TuneConfig, UserError, VerifyConfig, parse, parse_train
+from fastgpt.config import PrepareConfig, SampleConfig, TuneConfig, UserError, VerifyConfig
+from fastgpt.parse import parse, parse_train
 
 USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
 
@@ -20,7 +22,7 @@ fastgpt COMMAND --help lists every flag with its default.
 """
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Run a command line, and return the exit status."""
     command, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if os.environ.get("RANK", "0") != "0":  # under torchrun only rank 0 prints
@@ -31,7 +33,7 @@ def main(argv=None):
     return reported(lambda: run(command, argv), hint)
 
 
-def reported(run, hint=""):
+def reported(run: Callable[[], int | None], hint: str = "") -> int:
     """Call run(), and return its exit status or 0. A UserError or an interruption (with the hint) becomes one line on stderr."""
     try:
         status = run() or 0
@@ -50,7 +52,7 @@ def reported(run, hint=""):
         return 1
 
 
-def run(command, argv):
+def run(command: str, argv: list[str]) -> int | None:
     """Run one command, and return its exit status; None means 0. Raises UserError."""
     if command == "train":
         from fastgpt.trainer import train
@@ -90,7 +92,7 @@ def run(command, argv):
     return None
 
 
-def entry():
+def entry() -> None:
     """The console script's entry point."""
     sys.exit(main())
 

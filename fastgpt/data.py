@@ -9,13 +9,15 @@ import bisect
 import glob
 import os
 import pickle
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from fastgpt.config import UserError
+from fastgpt.config import TrainConfig, UserError
 from fastgpt.prepare import EMBEDDED, embedded_folder, prepare_embedded
 
 # llm.c's shards: {(magic, version), the header's first two int32s: dtype of the tokens}; see its dev/data/data_common.py.
@@ -30,7 +32,7 @@ class Tokens:
     Raises UserError with the file's name if a file is missing, empty, truncated, or not a whole number of tokens.
     """
 
-    def __init__(self, paths, vocab_size):
+    def __init__(self, paths: Iterable[str | Path], vocab_size: int):
         self.paths = [str(p) for p in paths]
         self.vocab_size = vocab_size
         self.layout = [self._inspect(path) for path in self.paths]  # (dtype, header bytes, tokens)
@@ -77,7 +79,7 @@ class Tokens:
         dtype, offset, count = self.layout[shard]
         return np.memmap(self.paths[shard], dtype=dtype, mode="r", offset=offset, shape=(count,))
 
-    def read(self, starts, length):
+    def read(self, starts: list[int], length: int) -> np.ndarray:
         """`length` tokens from each start on, int64 [len(starts), length]. Raises UserError for an id at or above vocab_size."""
         out = np.empty((len(starts), length), dtype=np.int64)
         maps = {}
@@ -97,7 +99,7 @@ class Tokens:
             )
         return out
 
-    def holds(self, token):
+    def holds(self, token: int) -> bool:
         """Whether the stream contains a token. Reads from the beginning until it finds one."""
         return any(
             bool((self._map(shard)[start : start + 2**24] == token).any())
@@ -105,7 +107,7 @@ class Tokens:
             for start in range(0, count, 2**24)
         )
 
-    def check_ids(self, most=2**29):
+    def check_ids(self, most: int = 2**29) -> None:
         """Raise UserError for an id at or above vocab_size among the first `most` tokens. `read` also checks each batch."""
         for shard, (dtype, _, count) in enumerate(self.layout):
             if self.vocab_size > np.iinfo(dtype).max or most <= 0:
@@ -127,11 +129,11 @@ class Tokens:
 class PlainUnpickler(pickle.Unpickler):
     """Loads plain containers, str and int. Refuses a pickle that names a class or a function, and runs no code of it."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def load_meta(folder):
+def load_meta(folder: str | Path) -> dict[str, Any] | None:
     """The dict in a folder's meta.pkl, or None without one. Raises UserError for anything but plain data."""
     path = Path(folder) / "meta.pkl"
     if not path.exists():
@@ -148,7 +150,7 @@ def load_meta(folder):
     return meta
 
 
-def dataset_folder(name):
+def dataset_folder(name: str) -> Path:
     """A dataset's folder: data/NAME as in nanoGPT, else the folder NAME itself, else the embedded corpus's cache."""
     folder = Path("data") / name
     if not folder.is_dir() and Path(name).is_dir():
@@ -156,13 +158,13 @@ def dataset_folder(name):
     return embedded_folder() if name == EMBEDDED and not folder.is_dir() else folder
 
 
-def find_files(folder, split):
+def find_files(folder: Path, split: str) -> list[Path]:
     """The token files of a split, "train" or "val": nanoGPT's single file, else the shards."""
     one = folder / f"{split}.bin"
     return [one] if one.exists() else sorted(folder.glob(f"*{split}*.bin")) or [one]
 
 
-def load_dataset(cfg):
+def load_dataset(cfg: TrainConfig) -> tuple[Tokens, Tokens, dict[str, Any] | None, int]:
     """(train Tokens, val Tokens, meta or None, vocab_size) of a TrainConfig. Raises UserError for what is missing or damaged."""
     folder = dataset_folder(cfg.dataset)
     if cfg.dataset == EMBEDDED and folder == embedded_folder():
@@ -197,7 +199,10 @@ class Batches:
     order. `offsets` are those of the batch that is being read. `merged` batches of nanoGPT form one; each is drawn separately.
     """
 
-    def __init__(self, tokens, batch_size, block_size, device, generator=None, merged=1):
+    def __init__(
+        self, tokens: Tokens, batch_size: int, block_size: int, device: str | torch.device,
+        generator: torch.Generator | None = None, merged: int = 1,
+    ):  # fmt: skip
         if len(tokens) <= block_size:
             raise UserError(
                 f"{tokens.paths[0]}: {len(tokens):,} tokens are too few for block_size={block_size}; "
@@ -206,9 +211,10 @@ class Batches:
         self.tokens, self.batch_size, self.block_size = tokens, batch_size, block_size
         self.device, self.generator, self.merged = torch.device(device), generator, merged
         self.thread = ThreadPoolExecutor(max_workers=1)
-        self.stream = self.offsets = None
+        self.stream: torch.cuda.Stream | None = None
+        self.offsets: torch.Tensor | None = None
 
-    def prefetch(self, offsets=None):
+    def prefetch(self, offsets: torch.Tensor | None = None) -> None:
         """Start to read the next batch: at drawn offsets, or at those given (by a resumed run)."""
         if offsets is None:
             end = len(self.tokens) - self.block_size
@@ -217,7 +223,7 @@ class Batches:
         self.offsets = offsets
         self.pending = self.thread.submit(self._read, offsets.tolist())
 
-    def fits(self, offsets):
+    def fits(self, offsets: torch.Tensor) -> bool:
         """Whether offsets are those of a batch of this size in this stream."""
         return len(offsets) == self.merged * self.batch_size and int(offsets.max()) < len(self.tokens) - self.block_size
 
@@ -233,7 +239,7 @@ class Batches:
             with torch.cuda.stream(self.stream):
                 return xy.pin_memory().to(self.device, non_blocking=True), self.stream.record_event()
 
-    def get(self):
+    def get(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, y) of the batch that `prefetch` started."""
         xy, copied = self.pending.result()
         if copied is not None:
@@ -242,7 +248,7 @@ class Batches:
             xy.record_stream(current)  # the allocator then reuses its memory only after this stream has read it
         return xy.unbind()
 
-    def take(self, n):
+    def take(self, n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield n batches. Each is read while the one before it is in use."""
         self.prefetch()
         for left in range(n - 1, -1, -1):

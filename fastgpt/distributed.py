@@ -2,11 +2,14 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt.config import UserError
@@ -21,12 +24,12 @@ class World:
     device: str
 
     @property
-    def is_main(self):
+    def is_main(self) -> bool:
         """Whether this process logs, evaluates and saves."""
         return self.rank == 0
 
 
-def init(device, backend):
+def init(device: str, backend: str) -> World:
     """Join torchrun's process group if there is one, and return the World. Raises UserError for an unusable device or backend."""
     parallel = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
     rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if parallel else (0, 1)
@@ -45,7 +48,7 @@ def init(device, backend):
     return World(rank, size, device)
 
 
-def check_device(device):
+def check_device(device: str) -> None:
     """Raise UserError for a device that this machine does not have."""
     try:
         kind = torch.device(device).type
@@ -65,7 +68,7 @@ def check_device(device):
         raise UserError(f"--device={device}: PyTorch finds no MPS device here; train with --device=cpu")
 
 
-def share(steps, world):
+def share(steps: int, world: World) -> int:
     """The micro-steps of an iteration that each process runs. Raises UserError if they cannot be shared evenly."""
     if steps % world.size:
         near = max(1, round(steps / world.size)) * world.size
@@ -76,7 +79,7 @@ def share(steps, world):
     return steps // world.size
 
 
-def wrap(model, world):
+def wrap(model: Any, world: World) -> Any:
     """The model, in DDP if there are several processes."""
     if world.size == 1:
         return model
@@ -84,7 +87,7 @@ def wrap(model, world):
 
 
 @contextmanager
-def main_first(world):
+def main_first(world: World) -> Iterator[None]:
     """Run the block in the main process first, then in the others: they find the files that it made."""
     if world.size > 1 and not world.is_main:
         dist.barrier()
@@ -95,7 +98,7 @@ def main_first(world):
             dist.barrier()
 
 
-def mean(tensor, world):
+def mean(tensor: Tensor, world: World) -> Tensor:
     """The tensor's mean over all processes. Every process must call it."""
     if world.size > 1:
         dist.all_reduce(tensor)
@@ -103,7 +106,7 @@ def mean(tensor, world):
     return tensor
 
 
-def least(number, world):
+def least(number: int, world: World) -> int:
     """The smallest of all processes' numbers, an int. Every process must call it."""
     if world.size == 1:
         return number
@@ -112,7 +115,7 @@ def least(number, world):
     return int(tensor)
 
 
-def gather(thing, world):
+def gather(thing: Any, world: World) -> list[Any] | None:
     """On the main process the list of all processes' things (picklable), by rank; None on the others. Every process must call it."""
     if world.size == 1:
         return [thing]
@@ -121,8 +124,8 @@ def gather(thing, world):
     return things
 
 
-def finish(world):
-    """Leave the process group."""
+def finish(world: World) -> None:
+    """Leave the process group. Nothing may hold DDP any more."""
     if dist.is_initialized():
         gc.collect()  # frees DDP, which holds the group: the group's threads must end before the process
         dist.destroy_process_group()

@@ -10,16 +10,20 @@ cannot be captured.
 """
 
 import warnings
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fastgpt.config import UserError
+from fastgpt.distributed import World
 
 WARM_UP = 2  # iterations
 
 
-def stream(world):
+def stream(world: World) -> AbstractContextManager:
     """A context with the CUDA stream to train on. Raises UserError without a CUDA device.
 
     DDP runs its part of the backward on the stream on which it was made, and the default stream cannot be captured.
@@ -35,12 +39,15 @@ class Graphs:
     The next call overwrites the loss. If a micro-step cannot be captured, `say` gets one line, and run is called without graphs.
     """
 
-    def __init__(self, run, parameters, say=print):
+    def __init__(
+        self, run: Callable[[Tensor, Tensor], Tensor], parameters: Iterable[nn.Parameter], say: Callable[[str], Any] = print,
+    ):  # fmt: skip
         self.run, self.parameters, self.say = run, [p for p in parameters if p.requires_grad], say
         self.iterations, self.captured, self.pool, self.failed = 0, {}, None, False
-        self.inputs = self.gradients = None
+        self.inputs: Any = None
+        self.gradients: Any = None
 
-    def __call__(self, x, y, fresh):
+    def __call__(self, x: Tensor, y: Tensor, fresh: bool) -> Tensor:
         """Run a micro-step, and return its loss. fresh: it is the first of an iteration, and all gradients are None."""
         self.iterations += fresh
         if self.iterations == WARM_UP and not self.failed:
@@ -62,7 +69,7 @@ class Graphs:
         replay()
         return loss
 
-    def capture(self, x, y, fresh):
+    def capture(self, x: Tensor, y: Tensor, fresh: bool) -> None:
         """Capture a micro-step. This computes nothing yet."""
         if self.inputs is None:
             self.inputs = x.clone(), y.clone()
@@ -81,7 +88,7 @@ class Graphs:
             self.gradients = [p.grad for p in self.parameters]
             self.say("CUDA graphs: from here on a micro-step is one replay")
 
-    def give_up(self, reason):
+    def give_up(self, reason: str) -> None:
         """Continue without graphs."""
         self.failed = True
         self.captured.clear()
@@ -89,7 +96,7 @@ class Graphs:
         self.say(f"CUDA graphs: a micro-step cannot be captured ({first_line(reason)}); the run goes on without")
 
 
-def capture(run, pool):
+def capture(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any, Any]:
     """Capture run(): (a function that replays its launches, its return value, its memory pool). pool: an earlier capture's, or None.
 
     Raises what run raises. Raises UserError if CUDA ended the capture: PyTorch's generator and allocator then remain in capture
@@ -116,13 +123,13 @@ def capture(run, pool):
     return graph.replay, answer, graph.pool()
 
 
-def first_line(reason):
+def first_line(reason: str) -> str:
     """The first line of an error's message."""
     return next(iter(reason.strip().splitlines()), "no reason given")
 
 
 @contextmanager
-def waits():
+def waits() -> Iterator[list[str]]:
     """A context whose list names, after the block, each line of code that waited for the GPU."""
     seen, before = [], torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:

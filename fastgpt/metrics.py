@@ -1,100 +1,69 @@
-"""Peak FLOP/s per GPU, for MFU; the metrics file and the loss curve."""
+"""The peak rates of GPUs, the metrics file, the clock of a run, and the loss curve."""
 
 import json
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastgpt.config import UserError
 
-# Dense bf16/fp16 tensor-core peaks with fp32 accumulation, FLOP/s, from NVIDIA's data sheets (GeForce: the
-# architecture white papers). The first name that stands in the GPU's name as
-# whole words counts; a laptop's GPU is another one.
-PEAK_FLOPS = {
-    "B300": 2.25e15,
-    "B200": 2.25e15,
-    "GH200": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 6000 Ada": 364e12,
-    "A6000": 155e12,
-    "A40": 150e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 4080": 97.5e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
-
-# Bytes per second of their memory, from the same sheets.
-PEAK_BANDWIDTH = {
-    "B300": 8e12,
-    "B200": 8e12,
-    "GH200": 4.9e12,
-    "H200 NVL": 4.8e12,
-    "H200": 4.8e12,
-    "H100 PCIe": 2.0e12,
-    "H100 NVL": 3.9e12,
-    "H100": 3.35e12,
-    "A100": 2.039e12,  # of 80 GB; 1.555e12 of 40 GB
-    "A800": 2.039e12,
-    "L40S": 864e9,
-    "L40": 864e9,
-    "L4": 300e9,
-    "RTX 6000 Ada": 960e9,
-    "A6000": 768e9,
-    "A40": 696e9,
-    "A30": 933e9,
-    "A10G": 600e9,
-    "A10": 600e9,
-    "RTX 5090": 1.792e12,
-    "RTX 4090": 1.008e12,
-    "RTX 4080": 716.8e9,
-    "RTX 3090": 936e9,
-    "V100": 900e9,
-    "T4": 320e9,
+# (FLOP/s, bytes/s) of a GPU, from NVIDIA's data sheets (GeForce: the architecture white papers). FLOP/s are dense, of bf16 and fp16 with
+# fp32 accumulation. The first name that the GPU's own name has as whole words counts. A laptop's GPU is another one.
+PEAKS = {
+    "B300": (2.25e15, 8e12),
+    "B200": (2.25e15, 8e12),
+    "GH200": (989e12, 4.9e12),
+    "H200 NVL": (835e12, 4.8e12),
+    "H200": (989e12, 4.8e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100 NVL": (835e12, 3.9e12),
+    "H100": (989e12, 3.35e12),
+    "A100": (312e12, 2.039e12),  # of 80 GB; 40 GB have 1.555e12 bytes/s
+    "A800": (312e12, 2.039e12),
+    "L40S": (362e12, 864e9),
+    "L40": (181e12, 864e9),
+    "L4": (121e12, 300e9),
+    "RTX 6000 Ada": (364e12, 960e9),
+    "A6000": (155e12, 768e9),
+    "A40": (150e12, 696e9),
+    "A30": (165e12, 933e9),
+    "A10G": (70e12, 600e9),
+    "A10": (125e12, 600e9),
+    "RTX 5090": (209.5e12, 1.792e12),
+    "RTX 4090": (165.2e12, 1.008e12),
+    "RTX 4080": (97.5e12, 716.8e9),
+    "RTX 3090": (71e12, 936e9),
+    "V100": (125e12, 900e9),
+    "T4": (65e12, 320e9),
 }
 
 
-def known_gpu(name):
-    """The entry of PEAK_FLOPS for a GPU's name, or None."""
-    found = (
-        gpu for gpu in PEAK_FLOPS if re.search(rf"\b{gpu}\b", name, re.IGNORECASE) and "laptop" not in name.lower()
-    )
-    return next(found, None)
-
-
-def peak_flops(device, dtype):
-    """Peak FLOP/s of a device in a dtype ("bfloat16", "float16" or "float32", which runs as TF32), or None where unknown."""
-    if not str(device).startswith("cuda"):
+def peaks(name: str) -> tuple[float, float] | None:
+    """(FLOP/s, bytes/s) of a GPU by its name, or None where it is not in PEAKS."""
+    if "laptop" in name.lower():
         return None
-    peak = PEAK_FLOPS.get(known_gpu(torch.cuda.get_device_name(device)))
-    if peak is None or dtype != "float32":
-        return peak
-    # TF32 runs at half of bf16's rate from Ampere on; older GPUs have none, and their fp32 is not in the table.
-    return peak / 2 if torch.cuda.get_device_capability(device) >= (8, 0) else None
+    return next((rates for gpu, rates in PEAKS.items() if re.search(rf"\b{gpu}\b", name, re.IGNORECASE)), None)
+
+
+def peak_flops(device: str | torch.device, dtype: str) -> float | None:
+    """Peak FLOP/s of a device in a dtype ("bfloat16", "float16" or "float32", which runs as TF32), or None where unknown."""
+    rates = peaks(torch.cuda.get_device_name(device)) if str(device).startswith("cuda") else None
+    if rates is None or dtype != "float32":
+        return rates and rates[0]
+    # From Ampere on TF32 runs at half of bf16's rate. Older GPUs have no TF32, and their fp32 rate is not in the table.
+    return rates[0] / 2 if torch.cuda.get_device_capability(device) >= (8, 0) else None
 
 
 class MetricsFile:
     """out_dir/metrics.jsonl, an object a line: `iter`, `loss`, `lr`, `grad_norm`, `dt_ms`, `tokens_per_s`, `mfu` of a logged
     iteration; `iter`, `train_loss`, `val_loss` of an evaluation. What is unknown or not finite is null."""
 
-    def __init__(self, out_dir, keep_before=0):
+    def __init__(self, out_dir: str | Path, keep_before: float = 0):
         self.path = Path(out_dir) / "metrics.jsonl"
         # Of an earlier run that this one goes on from, what came after its checkpoint will come again.
         kept = [r for r in read_metrics(self.path) if r["iter"] < keep_before]
@@ -105,15 +74,15 @@ class MetricsFile:
         for record in kept:
             self.write(**record)
 
-    def write(self, **record):
+    def write(self, **record: Any) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.file.write(json.dumps(finite) + "\n")
 
-    def close(self):
+    def close(self) -> None:
         self.file.close()
 
 
-def read_metrics(path):
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, in order; a last line cut short by a crash is left out."""
     records = []
     if Path(path).is_file():
@@ -133,19 +102,19 @@ class Clock:
     `sync` waits for the device, so that queued work counts where it was queued. Set `iterations` on at each.
     """
 
-    def __init__(self, sync):
+    def __init__(self, sync: Callable[[], Any]):
         self.sync = sync
         self.seconds, self.iterations = 0.0, 0
         self.laps = [(0.0, 0)]
 
-    def start(self):
+    def start(self) -> None:
         self.began = time.perf_counter()
 
-    def stop(self):
+    def stop(self) -> None:
         self.sync()
         self.seconds += time.perf_counter() - self.began
 
-    def lap(self):
+    def lap(self) -> float:
         """Mean seconds of an iteration since the last lap."""
         self.stop()
         self.start()
@@ -153,7 +122,7 @@ class Clock:
         self.laps = [*self.laps[:2], (self.seconds, self.iterations)]
         return (self.seconds - seconds) / (self.iterations - iterations)
 
-    def iterations_per_s(self):
+    def iterations_per_s(self) -> float:
         """Of all iterations, less those of the first lap where there are more: they may have waited for a compiler."""
         seconds, iterations = self.laps[min(1, len(self.laps) - 1)]
         if iterations == self.iterations:
@@ -161,7 +130,7 @@ class Clock:
         return (self.iterations - iterations) / (self.seconds - seconds)
 
 
-def plot_losses(records, path, title):
+def plot_losses(records: list[dict[str, Any]], path: str | Path, title: str) -> None:
     """Draw the loss curves of metrics records into a PNG: training loss by iteration, evaluations as points."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 

@@ -1,7 +1,7 @@
 """How many of nanoGPT's micro-batches are computed at a time: the same update up to rounding, in fewer steps.
 
-A GPU computes a product in tiles, as many at a time as it has SMs: the last round of tiles is rarely full, and at 12 sequences
-a good part of the machine stands idle in it. Larger micro-steps waste less, and write each weight's gradient less often.
+A GPU computes a product in tiles, one on each SM at a time. The last round of tiles is rarely full, and at 12 sequences a good part of
+the machine idles in it. Larger micro-steps waste less, and write each weight's gradient less often.
 """
 
 import math
@@ -9,16 +9,19 @@ from typing import get_args
 
 import torch
 
-from fastgpt.config import RESIDUAL, Recompute, UserError
+from fastgpt.config import RESIDUAL, GPTConfig, Recompute, TrainConfig, UserError
 
 TILE = 128  # rows and columns of a GEMM's tile, as cuBLAS and the kernels take them on sm_80 to sm_90
-MEMORY_SHARE = 0.85  # of what is free, for activations: the rest is the allocator's and the estimate's
+MEMORY_SHARE = 0.85  # of the free memory, for activations; the rest is for the allocator and the estimate's error
 
 
-def merge(spec, batch_size, accumulation, config, device, takes):
-    """How many micro-batches of batch_size make one micro-step, a divisor of accumulation, where a sequence takes so many bytes.
+def merge(
+    spec: str | int, batch_size: int, accumulation: int, config: GPTConfig, device: str | torch.device, takes: float
+) -> int:
+    """How many micro-batches of batch_size make one micro-step: a divisor of accumulation.
 
-    spec is --micro_batch: "" for one, "auto" for the best of this device, or sequences of a micro-step, an int. Raises UserError.
+    spec is --micro_batch: "" for one micro-batch, "auto" for the best size on this device, or an int, the sequences of a micro-step.
+    `takes`: bytes of one sequence's activations. Raises UserError.
     """
     if not spec:
         return 1
@@ -31,7 +34,7 @@ def merge(spec, batch_size, accumulation, config, device, takes):
                 f"--micro_batch={spec}: it is auto, or batch_size={batch_size} times a divisor of the {accumulation} micro-steps; "
                 f"the nearest is {nearest}"
             )
-        return spec // batch_size
+        return wanted // batch_size
     if not str(device).startswith("cuda"):
         return 1
     free, _ = torch.cuda.mem_get_info(device)
@@ -39,19 +42,21 @@ def merge(spec, batch_size, accumulation, config, device, takes):
     return best(sizes, config, sms, free, takes) // batch_size
 
 
-def best(sizes, config, sms, free, takes):
-    """Of sizes in sequences, each of which takes so many bytes, the one whose GEMMs fill the SMs best within free bytes of memory; of
-    equals, to a percent, the least."""
+def best(sizes: list[int], config: GPTConfig, sms: int, free: float, takes: float) -> int:
+    """The smallest of the sizes, in sequences, that is within 1% of the best SM utilisation and fits into `free` bytes.
+
+    `takes`: bytes of one sequence's activations. The largest that fits would gain no more, and leave an estimate no room to be wrong.
+    """
     room = MEMORY_SHARE * free - state_bytes(config)
     fitting = [s for s in sizes if s * takes <= room] or sizes[:1]
     most = max(filled(s * config.block_size, config, sms) for s in fitting)
     return next(s for s in fitting if filled(s * config.block_size, config, sms) >= most - 0.01)
 
 
-def filled(rows, config, sms):
-    """The share of the SMs' tiles that the forward GEMMs on so many rows of tokens fill, by FLOPs; from 0 to 1."""
+def filled(rows: int, config: GPTConfig, sms: int) -> float:
+    """SM utilisation of the forward GEMMs on `rows` tokens, from 0 to 1: the share of their rounds of tiles that is work, by FLOPs."""
     C, L = config.n_embd, config.n_layer
-    shapes = [(3 * C, C, L), (C, C, L), (4 * C, C, L), (C, 4 * C, L), (config.vocab_size, C, 1)]  # N, K, how often
+    shapes = [(3 * C, C, L), (C, C, L), (4 * C, C, L), (C, 4 * C, L), (config.vocab_size, C, 1)]  # N, K, times
     ideal = took = 0.0
     for n, k, times in shapes:
         tiles = math.ceil(rows / TILE) * math.ceil(n / TILE)
@@ -60,25 +65,26 @@ def filled(rows, config, sms):
     return ideal / took
 
 
-def sequence_bytes(config, itemsize, recompute="none", stream=4):
-    """Bytes that one sequence's activations take between forward and backward, by what the kernels save.
+def sequence_bytes(config: GPTConfig, itemsize: int, recompute: str = "none", stream: int = 4) -> int:
+    """Bytes that one sequence's activations take between forward and backward: what the kernels save.
 
-    Of each block and element of the stream: the stream twice, in `stream` bytes, and in the compute dtype two norms' outputs, q, k, v,
-    attention's output, and twice the hidden layer of 4 C, or with recompute="gelu" once. With "block" a block keeps the stream and the
-    branch that it begins with, and one block at a time the rest. Of the head: logits, and as much again for what comes and goes.
+    A block keeps the stream twice, in `stream` bytes an element. In the compute dtype it keeps the outputs of two norms, q, k, v,
+    attention's output, and twice the hidden layer of 4 C; with recompute="gelu" the hidden layer once. With "block" a block keeps only the
+    stream and the branch that it begins with, and one block at a time has the rest. The head takes the logits, and as much again for
+    temporaries.
     """
     block = 2 * stream + (2 + 3 + 1 + (4 if recompute == "gelu" else 8)) * itemsize
     blocks = config.n_layer * (stream + itemsize) + block if recompute == "block" else config.n_layer * block
     return config.block_size * (config.n_embd * blocks + 2 * config.vocab_size * itemsize)
 
 
-def what_fits(cfg, config, memory, itemsize):
-    """What to give so that a run that does not fit into so many bytes should, as text: recomputing, or fewer sequences at a time."""
+def what_fits(cfg: TrainConfig, config: GPTConfig, memory: float, itemsize: int) -> str:
+    """The flags to give, as text, where a run did not fit into `memory` bytes: to recompute, or to compute fewer sequences at a time."""
     room = MEMORY_SHARE * memory - state_bytes(config) * 18 / 14  # the weights too
     failed = cfg.micro_batch if type(cfg.micro_batch) is int else cfg.batch_size
     modes, stream = get_args(Recompute), RESIDUAL[cfg.residual].itemsize
     sequence = sequence_bytes(config, itemsize, cfg.recompute, stream)
-    if cfg.cuda_graphs and failed * sequence <= room:  # beside whose memory what is not replayed has its own
+    if cfg.cuda_graphs and failed * sequence <= room:  # a graph keeps its memory beside all else's
         return "leave out --cuda_graphs"
     for mode in modes[modes.index(cfg.recompute) + 1 :]:
         if failed * sequence_bytes(config, itemsize, mode, stream) <= room:
@@ -96,8 +102,8 @@ def what_fits(cfg, config, memory, itemsize):
     return f"give --batch_size={size} --gradient_accumulation_steps={total // size}"
 
 
-def state_bytes(config):
-    """Bytes still to be taken for gradients, two moments and shadows, before any activation: the weights are there already."""
+def state_bytes(config: GPTConfig) -> int:
+    """Bytes of gradients, two moments and shadows. The weights are not counted: they are in memory already."""
     C = config.n_embd
     n = (config.vocab_size + config.block_size) * C + config.n_layer * 12 * C * C
     return n * (4 + 8 + 2)

@@ -11,9 +11,10 @@ or parametrised is called as nanoGPT calls it.
 """
 
 import math
+from typing import Any, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +24,7 @@ from fastgpt.config import GPTConfig
 from fastgpt.records import Shape
 
 
-def plain(module, kind):
+def plain(module: nn.Module, kind: type) -> TypeGuard[Any]:
     """Whether a module is what nanoGPT has: exactly of this class, without hooks or a forward of its own."""
     return type(module) is kind and not (
         module._forward_hooks
@@ -34,36 +35,36 @@ def plain(module, kind):
     )
 
 
-def plain_embedding(module):
+def plain_embedding(module: nn.Module) -> TypeGuard[Any]:
     """Whether a module is a plain nn.Embedding that only looks up."""
     return plain(module, nn.Embedding) and not (
         module.max_norm or module.padding_idx is not None or module.scale_grad_by_freq or module.sparse
     )
 
 
-def apply_linear(linear, x, kernels):
+def apply_linear(linear: nn.Module, x: Tensor, kernels: ops.Kernels) -> Tensor:
     """A Linear's output for x [...,K]."""
     if plain(linear, nn.Linear):
         return ops.linear(x, linear.weight, linear.bias, kernels=kernels)
     return linear(x)
 
 
-def defer_dropout(module, x):
+def defer_dropout(module: nn.Module, x: Tensor) -> tuple[Tensor, float]:
     """(x, p of the dropout still to be applied) of an nn.Dropout. A plain one is left to the code that adds x to the stream."""
     if plain(module, nn.Dropout):
         return x, module.p if module.training else 0.0
     return module(x), 0.0
 
 
-def add_branch(x, branch, p):
+def add_branch(x: Tensor, branch: Tensor | None, p: float) -> Tensor:
     """The stream x plus dropout(branch), each [B,T,C]; x itself if branch is None."""
     return x if branch is None else x + F.dropout(branch, p, training=p > 0)
 
 
-def add_norm(norm, x, branch, p):
-    """(the stream x plus dropout(branch), its norm), each [B,T,C]."""
+def add_norm(norm: nn.Module, x: Tensor, branch: Tensor | None, p: float, last: bool = False) -> tuple[Any, Tensor]:
+    """(the stream x plus dropout(branch), its norm), each [B,T,C]. With `last` nobody reads the stream, and it may be None."""
     if plain(norm, LayerNorm):
-        return ops.add_layer_norm(x, branch, norm.weight, norm.bias, dropout_p=p, kernels=norm.kernels)
+        return ops.add_layer_norm(x, branch, norm.weight, norm.bias, dropout_p=p, last=last, kernels=norm.kernels)
     x = add_branch(x, branch, p)
     return x, norm(x)
 
@@ -73,12 +74,12 @@ class LayerNorm(nn.Module):
 
     kernels = ops.TORCH
 
-    def __init__(self, ndim, bias):
+    def __init__(self, ndim: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(ndim))
         self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Normalise x [...,C]."""
         return ops.layer_norm(x, self.weight, self.bias, kernels=self.kernels)
 
@@ -88,7 +89,7 @@ class CausalSelfAttention(nn.Module):
 
     kernels = ops.TORCH
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # rows: q, then k, then v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -98,12 +99,12 @@ class CausalSelfAttention(nn.Module):
         self.n_embd = config.n_embd
         self.dropout = config.dropout
 
-    def forward(self, x, cache=None, doc_ids=None):
+    def forward(self, x: Tensor, cache: "KVCache | None" = None, doc_ids: Tensor | None = None) -> Tensor:
         """Attend within x [B,T,C]; within documents if doc_ids [B,T] are given."""
         y, p = self.branch(x, cache, doc_ids)
         return F.dropout(y, p, training=p > 0)
 
-    def branch(self, x, cache=None, doc_ids=None):
+    def branch(self, x: Tensor, cache: "KVCache | None" = None, doc_ids: Tensor | None = None) -> tuple[Tensor, float]:
         """(the output before the last dropout, p of that dropout)."""
         qkv = apply_linear(self.c_attn, x, self.kernels)
         p = self.dropout if self.training else 0.0
@@ -116,7 +117,7 @@ class MLP(nn.Module):
 
     kernels = ops.TORCH
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU()
@@ -124,12 +125,12 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.recompute = False
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """The MLP of x [B,T,C]."""
         y, p = self.branch(x)
         return F.dropout(y, p, training=p > 0)
 
-    def branch(self, x):
+    def branch(self, x: Tensor) -> tuple[Tensor, float]:
         """(the output before the last dropout, p of that dropout)."""
         fc, gelu, proj = self.c_fc, self.gelu, self.c_proj
         if plain(fc, nn.Linear) and plain(proj, nn.Linear) and plain(gelu, nn.GELU) and gelu.approximate == "none":
@@ -139,7 +140,7 @@ class MLP(nn.Module):
         return defer_dropout(self.dropout, y)
 
 
-def call_module(module, kind, x, **context):
+def call_module(module: nn.Module, kind: type, x: Tensor, **context: Any) -> Tensor:
     """A module's output for x [B,T,C]. A module of `kind` also gets the context; any other gets x alone, as in nanoGPT.
 
     Raises ValueError if another kind of module would have to attend within documents.
@@ -152,7 +153,7 @@ def call_module(module, kind, x, **context):
     return module(x, **context)
 
 
-def run_branch(module, kind, h, **context):
+def run_branch(module: nn.Module, kind: type, h: Tensor, **context: Any) -> tuple[Tensor, float]:
     """(the branch [B,T,C] that a block's attention or MLP computes from h [B,T,C], p of the dropout still to be applied)."""
     return module.branch(h, **context) if plain(module, kind) else (call_module(module, kind, h, **context), 0.0)
 
@@ -160,18 +161,20 @@ def run_branch(module, kind, h, **context):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, doc_ids=None):
+    def forward(self, x: Tensor, cache: "KVCache | None" = None, doc_ids: Tensor | None = None) -> Tensor:
         """The stream [B,T,C] after the block, from x, the stream before it."""
         return add_branch(*self.step(x, None, 0.0, cache, doc_ids))
 
-    def step(self, x, branch, p, cache=None, doc_ids=None):
+    def step(
+        self, x: Tensor, branch: Tensor | None, p: float, cache: "KVCache | None" = None, doc_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, float]:
         """(stream, branch, p) after the block, from the same before it: a branch not added yet, and p of its dropout."""
         x, h = add_norm(self.ln_1, x, branch, p)
         branch, p = run_branch(self.attn, CausalSelfAttention, h, cache=cache, doc_ids=doc_ids)
@@ -179,7 +182,7 @@ class Block(nn.Module):
         return x, *run_branch(self.mlp, MLP, h)
 
 
-def draws(block):
+def draws(block: nn.Module) -> bool:
     """Whether a block may draw random numbers. If not, checkpointing preserves no random state: a CUDA graph cannot read one."""
 
     def p(module):
@@ -202,7 +205,11 @@ class GPT(nn.Module):
 
     kernels = ops.TORCH
 
-    def __init__(self, config):
+    transformer: Any  # nn.ModuleDict, whose modules no checker knows
+    separator: int | None
+    residual_dtype: torch.dtype | None
+
+    def __init__(self, config: GPTConfig):
         super().__init__()
         assert config.vocab_size is not None
         assert config.block_size is not None
@@ -246,22 +253,24 @@ class GPT(nn.Module):
             nn.init.normal_(block.attn.c_proj.weight, std=residual_std)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
-    def set_recompute(self, mode):
+    def set_recompute(self, mode: str) -> None:
         """What the backward computes again, so that training need not keep it: "none", "gelu" or "block". The values are the same."""
         self.recompute_blocks = mode == "block"
         for module in self.modules():
             if isinstance(module, MLP):
                 module.recompute = mode == "gelu"
 
-    def set_doc_mask(self, separator):
+    def set_doc_mask(self, separator: int | None) -> None:
         """Keep attention within documents. Each begins at a separator, a token id. None: attend across documents, as nanoGPT."""
         self.separator = separator
 
-    def set_residual(self, dtype):
+    def set_residual(self, dtype: torch.dtype | None) -> None:
         """Set the dtype of the residual stream between blocks. None: that of the weights. A 16-bit dtype needs autocast to the same."""
         self.residual_dtype = dtype
 
-    def set_kernels(self, kernels="auto", batch_size=8, dtype=None, compiled=False):
+    def set_kernels(
+        self, kernels: str | ops.Kernels = "auto", batch_size: int = 8, dtype: torch.dtype | None = None, compiled: bool = False,
+    ) -> ops.Kernels:  # fmt: skip
         """Decide which kernels run from now on, and return the `ops.Kernels`.
 
         kernels: an `ops.Kernels`; or, as for the flag --kernels, "triton", "torch", "auto", or a list such as
@@ -275,22 +284,23 @@ class GPT(nn.Module):
             kind = weight.device.type
             auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
             narrow = self.residual_dtype not in (None, torch.float32)
-            modes = dict(doc_mask=self.separator is not None, narrow_residual=narrow)
-            shape = Shape.of(batch_size, self.config, **modes)
+            shape = Shape.of(batch_size, self.config, doc_mask=self.separator is not None, narrow_residual=narrow)
             kernels = choose(kernels, shape, dtype or auto, weight.device, compiled)
         for module in self.modules():
             if isinstance(module, (GPT, LayerNorm, CausalSelfAttention, MLP)):
                 module.kernels = kernels
         return kernels
 
-    def get_num_params(self, non_embedding=True):
+    def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, by default without the position embeddings. The token embeddings count: they are the head."""
         n_params = sum(p.numel() for p in self.parameters())
         if non_embedding:
             n_params -= self.transformer.wpe.weight.numel()
         return n_params
 
-    def forward(self, idx, targets=None, return_logits=True):
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
         """(logits, loss) of token ids idx [B,T], T from 1 to block_size.
 
         targets [B,T]: the next token at each position, or -1 to ignore it. With targets the logits are [B,T,V] and the loss is
@@ -337,7 +347,7 @@ class GPT(nn.Module):
                 )
             else:
                 x, branch, p = block.step(x, branch, p, caches[i] if caches else None, doc_ids)
-        return add_norm(t.ln_f, x, branch, p)[1], head
+        return add_norm(t.ln_f, x, branch, p, last=True)[1], head
 
     def _embed(self, idx, start):
         """(the stream [B,T,C], the tied head's weight) of idx [B,T], whose first column has position `start`."""
@@ -349,7 +359,7 @@ class GPT(nn.Module):
         x = t.wte(idx) + t.wpe(torch.arange(start, start + idx.size(1), device=idx.device))
         return t.drop(x if self.residual_dtype is None else x.to(self.residual_dtype)), self.lm_head.weight
 
-    def crop_block_size(self, block_size):
+    def crop_block_size(self, block_size: int) -> None:
         """Shorten the context to block_size, in place. Call it before an optimizer is made: wpe becomes a new parameter."""
         assert block_size <= self.config.block_size
         self.config.block_size = block_size
@@ -358,7 +368,7 @@ class GPT(nn.Module):
         wpe.num_embeddings = block_size
 
     @classmethod
-    def from_pretrained(cls, model_type, override_args=None):
+    def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
         """GPT-2's weights from Hugging Face, by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or from a local folder.
 
         Only dropout may be overridden. Needs the extra `hf` (transformers). OpenAI trained these weights with the tanh GELU.
@@ -392,24 +402,28 @@ class GPT(nn.Module):
                 ours[name].copy_(value)
         return model
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> optim.AdamW:
         """AdamW over nanoGPT's two parameter groups; see `optim.adamw`."""
         return optim.adamw(self, weight_decay, learning_rate, betas, device_type, self.kernels)
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
+    def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = 312e12) -> float:
         """Model FLOPs utilisation of fwdbwd_per_iter sequences in dt seconds: FLOP/s over peak_flops (default: A100 bf16).
 
         FLOPs are counted as in PaLM's appendix B (arXiv 2204.02311): attention counts as if it were not causal.
         """
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
-    def flops_per_token(self):
+    def flops_per_token(self) -> int:
         """FLOPs of one token, forward and backward: 6 N + 12 L H Q T, as nanoGPT counts (H heads of size Q: H Q = n_embd)."""
         c = self.config
         return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, allowed=None):
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, allowed: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Continue idx [B,T] (T >= 1) by max_new_tokens sampled tokens: [B, T + max_new_tokens].
 
         temperature 0 chooses the likeliest token. top_k samples from the k likeliest (and ties); None or 0: from all. allowed,
@@ -431,7 +445,9 @@ class GPT(nn.Module):
         return idx
 
 
-def sample_token(logits, temperature=1.0, top_k=None, allowed=None):
+def sample_token(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, allowed: Tensor | None = None
+) -> Tensor:
     """One token id per row of logits [B,V]: [B,1]. See `GPT.generate`."""
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -float("inf"))
@@ -450,11 +466,11 @@ class KVCache:
     Memory for block_size tokens is allocated once, so appending copies no old tokens.
     """
 
-    def __init__(self, block_size):
+    def __init__(self, block_size: int):
         self.block_size = block_size
         self.length = 0
 
-    def append(self, k, v):
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v [B,H,T,C/H] after the cached ones, and return all of them."""
         if self.length == 0:
             B, H, _, D = k.shape

@@ -8,10 +8,12 @@ too wide a row), PyTorch's implementation runs instead, and one warning says so.
 import difflib
 import functools
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -22,9 +24,9 @@ from fastgpt.reference import EPS, cross_entropy
 try:
     from fastgpt import kernels as triton
 except ModuleNotFoundError as missing:
-    if missing.name.partition(".")[0] != "triton":
+    if (missing.name or "").partition(".")[0] != "triton":
         raise
-    triton = None  # not installed: everything runs on PyTorch
+    triton = None  # type: ignore[assignment] # not installed: everything runs on PyTorch
 
 __all__ = [
     "OPS",
@@ -66,7 +68,7 @@ class Kernels:
             if getattr(self, op) == "triton" and triton is None:
                 raise UserError("--kernels: Triton is not installed; pip install triton, or --kernels=torch")
 
-    def row(self, op):
+    def row(self, op: str) -> str:
         """The text of an op's launch configuration; "" means the table's row."""
         return dict(self.rows).get(op, "")
 
@@ -77,12 +79,12 @@ TORCH = Kernels()
 FALLS_BACK = ".*PyTorch's runs instead"  # matches `warn_once`'s warning
 
 
-def all_triton():
+def all_triton() -> Kernels:
     """The Kernels with "triton" for every op. Raises UserError if Triton is not installed."""
-    return Kernels(**dict.fromkeys(OPS, "triton"))
+    return Kernels(**dict.fromkeys(OPS, "triton"), rows=())
 
 
-def parse(spec):
+def parse(spec: str) -> dict[str, str]:
     """{op: implementation} of --kernels: one word for all, or a list such as "attention=torch,layer_norm=triton".
 
     An op that a list does not name is "auto". Raises UserError for an unknown op or implementation.
@@ -101,7 +103,7 @@ def parse(spec):
 
 
 @functools.cache
-def warn_once(op, implementation, device, dtype, size):
+def warn_once(op: str, implementation: str, device: str, dtype: str, size: str) -> None:
     hint = " (without a GPU the kernels need TRITON_INTERPRET=1)" if device == "cpu" else ""
     warnings.warn(
         f"{op}: {implementation} does not take {dtype} rows of {size} on this {device} device{hint}; PyTorch's runs instead",
@@ -109,7 +111,7 @@ def warn_once(op, implementation, device, dtype, size):
     )
 
 
-def fits(op, implementation, takes, x, note=""):
+def fits(op: str, implementation: str, takes: bool, x: Tensor, note: str = "") -> bool:
     """Return `takes`. If it is false, warn once that the op's implementation does not take x."""
     if not takes:
         size = f"{x.size(-1) if x.dim() else 1}{note}"
@@ -117,17 +119,19 @@ def fits(op, implementation, takes, x, note=""):
     return takes
 
 
-def accumulate_in_place():
+def accumulate_in_place() -> AbstractContextManager[None]:
     """A context in which a backward may add a weight's gradient to `.grad` itself; see kernels/accumulate.py."""
     return triton.accumulate.in_place() if triton else nullcontext()
 
 
-def draw_seed(x, dropout_p):
+def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
     """A seed for a kernel's dropout, or None without dropout. It is drawn on x's device, so the host does not wait."""
     return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0 else None
 
 
-def embedding(idx, wte, wpe, dropout_p=0.0, dtype=None, kernels=TORCH):
+def embedding(
+    idx: Tensor, wte: Tensor, wpe: Tensor, dropout_p: float = 0.0, dtype: torch.dtype | None = None, kernels: Kernels = TORCH,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `reference.embedding`."""
     if kernels.embedding == "triton" and fits("embedding", "triton", triton.embedding.takes(wte, wpe), wte):
         seed = draw_seed(wte, dropout_p)
@@ -135,22 +139,29 @@ def embedding(idx, wte, wpe, dropout_p=0.0, dtype=None, kernels=TORCH):
     return reference.embedding(idx, wte, wpe, dropout_p, dtype)
 
 
-def layer_norm(x, weight, bias=None, eps=EPS, kernels=TORCH):
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = EPS, kernels: Kernels = TORCH
+) -> Tensor:
     """See `reference.layer_norm`."""
     if kernels.layer_norm == "triton" and fits("layer_norm", "triton", triton.layer_norm.takes(x), x):
         return triton.layer_norm.layer_norm(x, weight, bias, eps, kernels.row("layer_norm"))
     return reference.layer_norm(x, weight, bias, eps)
 
 
-def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0, kernels=TORCH):
-    """See `reference.add_layer_norm`."""
+def add_layer_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None = None, eps: float = EPS, dropout_p: float = 0.0,
+    last: bool = False, kernels: Kernels = TORCH,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """See `reference.add_layer_norm`. With `last` nobody reads the sum, and it may be None."""
     if kernels.layer_norm == "triton" and fits("layer_norm", "triton", triton.layer_norm.takes(x, branch), x):
         seed, row = None if branch is None else draw_seed(x, dropout_p), kernels.row("layer_norm")
-        return triton.layer_norm.add_layer_norm(x, branch, weight, bias, eps, dropout_p, seed, row)
+        return triton.layer_norm.add_layer_norm(x, branch, weight, bias, eps, dropout_p, seed, row, last)
     return reference.add_layer_norm(x, branch, weight, bias, eps, dropout_p)
 
 
-def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None, kernels=TORCH):
+def attention(
+    qkv: Tensor, n_head: int, dropout_p: float = 0.0, cache: Any = None, doc_ids: Tensor | None = None, kernels: Kernels = TORCH,
+) -> Tensor:  # fmt: skip
     """See `reference.attention`. With a cache, in generation, PyTorch's implementation runs."""
     chosen = "torch" if cache is not None else kernels.attention
     if chosen == "triton" and fits("attention", "triton", triton.attention.takes(qkv, n_head), qkv):
@@ -164,14 +175,17 @@ def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None, kernels=TORC
     return reference.attention(qkv, n_head, dropout_p, cache, doc_ids)
 
 
-def linear(x, weight, bias=None, kernels=TORCH):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kernels: Kernels = TORCH) -> Tensor:
     """See `reference.linear`."""
     if kernels.linear == "triton" and fits("linear", "triton", triton.linear.takes(x), x):
         return triton.linear.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
 
 
-def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, kernels=TORCH):
+def gelu_mlp(
+    h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, recompute: bool = False,
+    kernels: Kernels = TORCH,
+) -> Tensor:  # fmt: skip
     """See `reference.gelu_mlp`. recompute: the backward computes the activation again; PyTorch's implementation also the
     pre-activation."""
     if kernels.gelu_mlp == "triton" and fits("gelu_mlp", "triton", triton.gelu_mlp.takes(h), h):
@@ -183,7 +197,9 @@ def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, kernels=TORCH):
     return reference.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj)
 
 
-def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None, kernels=TORCH):
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, shadow: Tensor | None = None, kernels: Kernels = TORCH,
+) -> Tensor:  # fmt: skip
     """See `reference.linear_cross_entropy`. shadow: the shadow of the parameter, if weight is only an alias of it; else None."""
     if kernels.linear_cross_entropy == "triton" and fits(
         "linear_cross_entropy", "triton", triton.linear_cross_entropy.takes(h), h
@@ -193,7 +209,10 @@ def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None, kerne
     return reference.linear_cross_entropy(h, weight, targets, ignore_index)
 
 
-def adamw(groups, grads, max_norm=None, found_inf=None, kernels=TORCH):
+def adamw(
+    groups: list[dict[str, Any]], grads: list[Tensor], max_norm: float | None = None, found_inf: Tensor | None = None,
+    kernels: Kernels = TORCH,
+) -> Tensor | None:  # fmt: skip
     """See `reference.adamw`."""
     p = next(p for group in groups for p in group["params"])
     if kernels.adamw == "triton" and fits("adamw", "triton", triton.adamw.takes(p, groups), p):

@@ -1,10 +1,14 @@
 """nanoGPT's parameter groups, AdamW with clipping, and learning rate schedule."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.config import TrainConfig
 
 
 class AdamW(torch.optim.AdamW):
@@ -16,12 +20,17 @@ class AdamW(torch.optim.AdamW):
     capturable and differentiable, which nanoGPT does not use.
     """
 
-    max_norm = grad_norm = None
-    in_order = ()
+    max_norm: float | None = None
+    grad_norm: Any = None
+    in_order: Sequence[Tensor] = ()
     kernels = ops.TORCH
 
+    def __getstate__(self):
+        """torch's, and what a copy needs to update as this one does."""
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in ("max_norm", "in_order", "kernels")}}
+
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable | None = None) -> Any:
         """Update the parameters that have a gradient. Calls closure first, if given, and returns its result, else None."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -53,7 +62,10 @@ class AdamW(torch.optim.AdamW):
         return loss
 
 
-def adamw(model, weight_decay, learning_rate, betas, device_type, kernels=ops.TORCH):
+def adamw(
+    model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str,
+    kernels: ops.Kernels = ops.TORCH,
+) -> AdamW:  # fmt: skip
     """AdamW (eps 1e-8) over nanoGPT's two groups; fused on CUDA. Prints the three lines that nanoGPT prints.
 
     Tensors of two or more dimensions (matmul weights and both embeddings) decay. Biases and LayerNorms do not.
@@ -71,7 +83,7 @@ def adamw(model, weight_decay, learning_rate, betas, device_type, kernels=ops.TO
     return optimizer
 
 
-def learning_rate(it, cfg):
+def learning_rate(it: int, cfg: TrainConfig) -> float:
     """The learning rate of iteration `it` (from 0): linear warm-up, then a cosine down to min_lr; constant without decay_lr."""
     if not cfg.decay_lr:
         return cfg.learning_rate

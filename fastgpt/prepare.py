@@ -5,6 +5,7 @@ import pickle
 import re
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from fastgpt.config import UserError, cache_folder
 EMBEDDED = "python-stdlib"
 
 
-def prepare(source, tokenizer_name, out, files=None):
+def prepare(source: str | Path, tokenizer_name: str, out: str | Path, files: list[Path] | None = None) -> None:
     """Write out/train.bin and out/val.bin (the last 10% of the characters), and meta.pkl, unless the tokenizer is GPT-2's.
 
     source is a UTF-8 text file or a folder of them; hidden files and `out` itself do not count. `files` overrides this choice.
@@ -33,6 +34,7 @@ def prepare(source, tokenizer_name, out, files=None):
         files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(source).parts)]
     if not files:
         raise UserError(f"--input={source}: no such file, or a folder without files")
+    tokenizer: tokenizers.Tiktoken | tokenizers.Chars
     if tokenizer_name != "chars":
         tokenizer = tokenizers.get_tokenizer(tokenizer_name)  # raises before any work
     files, n_chars, alphabet = survey(files, strict=source.is_file(), alphabet=tokenizer_name == "chars")
@@ -59,7 +61,9 @@ def prepare(source, tokenizer_name, out, files=None):
         print(f"{out / split}.bin: {count:,} tokens")
 
 
-def write_tokens(files, n_chars, tokenizer, out):
+def write_tokens(
+    files: list[Path], n_chars: int, tokenizer: tokenizers.Tiktoken | tokenizers.Chars, out: Path
+) -> dict[str, int]:
     """Tokenize files, n_chars characters in all, into out/train.bin and out/val.bin. Returns {split: number of tokens}."""
     end_mark = tokenizer.end_of_text if len(files) > 1 else None
     dtype = np.dtype("<u4" if tokenizer.n_vocab > 65536 else "<u2")
@@ -83,7 +87,7 @@ def write_tokens(files, n_chars, tokenizer, out):
     return counts
 
 
-def survey(files, strict, alphabet):
+def survey(files: list[Path], strict: bool, alphabet: bool) -> tuple[list[Path], int, set[str]]:
     """(files that are UTF-8 text, number of characters in them, set of the characters if `alphabet`), in one pass.
 
     Another file raises UserError if `strict`; else it is skipped, and the number of skipped files is printed.
@@ -116,7 +120,7 @@ def survey(files, strict, alphabet):
 SAFE_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
-def blocks(files, n_train, size=2**19):
+def blocks(files: list[Path], n_train: int, size: int = 2**19) -> Iterator[tuple[str, str, bool]]:
     """Yield the files' text as (split, text, whether a file ends here), cut at SAFE_CUT, and after n_train characters."""
     left = n_train  # characters still missing in train; -1 once val has begun
     for path in files:
@@ -144,12 +148,12 @@ def blocks(files, n_train, size=2**19):
                     text = text[cut:]
 
 
-def embedded_folder():
+def embedded_folder() -> Path:
     """The cache folder of the embedded corpus; one for each Python version."""
     return cache_folder() / f"{EMBEDDED}-{sysconfig.get_python_version()}"
 
 
-def prepare_embedded(folder):
+def prepare_embedded(folder: Path) -> None:
     """Tokenize the Python standard library's source, without tests and installed packages, into `folder`, once."""
     if (folder / "val.bin").exists():
         return

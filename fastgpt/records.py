@@ -5,13 +5,16 @@ holds the op's launch configuration, what its Triton kernels read and write, the
 step runs it. verify, choose, tune, `bench count`, `bench roofline` and the benchmarks read the records.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt import ops, reference
+from fastgpt.config import GPTConfig
 
 FP32 = 4  # bytes of an element; the dtype of the residual stream, the weights, their gradients and moments
 
@@ -31,7 +34,7 @@ class Shape:
     narrow_residual: bool = False  # the residual stream is in the compute dtype, not in fp32
 
     @classmethod
-    def of(cls, B, config, **others):
+    def of(cls, B: int, config: GPTConfig, **others: Any) -> "Shape":
         """The Shape of B sequences through a GPTConfig's model; `others` override fields."""
         c = config
         shape = dict(
@@ -69,7 +72,7 @@ class Part:
     bytes: float
     times: int = 1
 
-    def seconds(self, flops_per_s, bytes_per_s):
+    def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
         """The least time that all of its repetitions take."""
         return self.times * max(self.flops / flops_per_s, self.bytes / bytes_per_s)
 
@@ -100,7 +103,7 @@ class Record:
     halves: bool = True  # whether its outputs are of 16 bits under autocast
     by_row: bool = False  # runs one program for each row, which takes Triton's interpreter milliseconds
 
-    def cases(self, dtype, gpu):
+    def cases(self, dtype: torch.dtype, gpu: bool) -> Iterator[Shape]:
         """Yield the shapes at which `fastgpt verify` checks the op in a dtype. They use each of its options, and no shape comes twice."""
         shapes = GPU_SHAPES if gpu else INTERPRETER_SHAPES
         half = dtype != torch.float32
@@ -117,7 +120,7 @@ class Record:
             yield replace(shapes[0], narrow_residual=True)
             yield replace(shapes[-1], narrow_residual=True)
 
-    def parts_of_step(self, shape, n_layer, itemsize):
+    def parts_of_step(self, shape: Shape, n_layer: int, itemsize: int) -> list[Part]:
         """[Part] of all its calls in a step of n_layer blocks."""
         if self.step:
             return self.step(shape, n_layer, itemsize)
@@ -136,10 +139,10 @@ INTERPRETER_SHAPES = [
     Shape(1, 33, 130, 2, 517, bias=False),
     Shape(1, 40, 32, 2, 65, dropout=0.2),
 ]
-RECORDS = {}  # by op, in the order of ops.OPS
+RECORDS: dict[str, Record] = {}  # by op, in the order of ops.OPS
 
 
-def record(**facts):
+def record(**facts: Any) -> Callable:
     """A decorator that registers a function of a Draw as the problem of the op of its name. facts: the Record's other fields."""
 
     def register(problem):
@@ -149,12 +152,12 @@ def record(**facts):
     return register
 
 
-def problem(op, shape, dtype, device):
+def problem(op: str, shape: Shape, dtype: torch.dtype, device: str | torch.device) -> Problem:
     """The Problem of an op at a Shape, as in training under autocast to dtype (float32: without autocast)."""
     return RECORDS[op].problem(Draw(shape, dtype, device))
 
 
-def widened(x, dtype):
+def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in dtype; but fp64 stays fp64, so that the exact path rounds nowhere."""
     return x if x.dtype == torch.float64 else x.to(dtype)
 
@@ -162,33 +165,37 @@ def widened(x, dtype):
 class Draw:
     """Draws the random tensors of a Problem for a Shape, a compute dtype and a device. They are the same each time."""
 
-    def __init__(self, shape, dtype, device):
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str | torch.device):
         self.shape, self.dtype, self.device = shape, dtype, device
         self.residual_dtype = dtype if shape.narrow_residual else torch.float32
         self.seed = torch.tensor([0x1234567_89ABCDE], device=device) if shape.dropout else None
         self.generator = torch.Generator(device).manual_seed(1)
 
-    def randn(self, *size, dtype=torch.float32, scale=1.0, shift=0.0):
+    def randn(self, *size: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         """A tensor of normal values."""
         return (torch.randn(size, device=self.device, generator=self.generator) * scale + shift).to(dtype)
 
-    def randint(self, high, *size):
+    def randint(self, high: int, *size: int) -> Tensor:
         """Integers below high."""
         return torch.randint(high, size, device=self.device, generator=self.generator)
 
-    def bias(self, n):
+    def bias(self, n: int) -> Tensor | None:
         """A bias [n], or None if the shape has no biases."""
         return self.randn(n) if self.shape.bias else None
 
-    def dropped(self, x, mask):
+    def dropped(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x after dropout that keeps the elements of mask; None keeps all."""
         return x if mask is None else x * mask / (1 - self.shape.dropout)
 
-    def problem(self, inputs, outputs, grads, reference, kernel, by_ops, **others):
+    def problem(
+        self, inputs: dict[str, Any], outputs: tuple[str, ...], grads: tuple[Tensor | None, ...], reference: Callable,
+        kernel: Callable, by_ops: Callable, **others: Any,
+    ) -> Problem:  # fmt: skip
         """A Problem whose functions run under autocast."""
-        return Problem(inputs, outputs, grads, *map(self.autocast, (reference, kernel, by_ops)), **others)
+        reference, kernel, by_ops = map(self.autocast, (reference, kernel, by_ops))
+        return Problem(inputs, outputs, grads, reference, kernel, by_ops, **others)
 
-    def autocast(self, f):
+    def autocast(self, f: Callable) -> Callable:
         """f under autocast to the compute dtype, if that has 16 bits."""
 
         def call(*inputs, **how):
@@ -201,13 +208,16 @@ class Draw:
 # ---- parts that several ops share ----
 
 
-def gemm(op, direction, m, n, k, itemsize, out_itemsize=None, extra=0, times=1):
+def gemm(
+    op: str, direction: str, m: int, n: int, k: int, itemsize: int, out_itemsize: int | None = None, extra: float = 0,
+    times: int = 1,
+) -> Part:  # fmt: skip
     """The Part of [m, k] times [k, n]. extra: bytes that an epilogue moves in addition."""
     moved = (m * k + k * n) * itemsize + m * n * (out_itemsize or itemsize) + extra
     return Part(op, direction, 2 * m * n * k, moved, times)
 
 
-def linear_parts(op, m, n, k, itemsize, times=1):
+def linear_parts(op: str, m: int, n: int, k: int, itemsize: int, times: int = 1) -> list[Part]:
     """The Parts of a Linear [n, k] on m rows: the product, the input's gradient, and the weight's gradient in fp32."""
     return [
         gemm(op, "forward", m, n, k, itemsize, times=times),
@@ -219,7 +229,7 @@ def linear_parts(op, m, n, k, itemsize, times=1):
 # ---- the ops ----
 
 
-def embedding_parts(s, itemsize):
+def embedding_parts(s: Shape, itemsize: int) -> list[Part]:
     """Forward: reads each row of the table that can occur, and writes a row for each token. Backward: reads the stream's gradient
     once, and adds it to those rows."""
     M, C = s.B * s.T, s.n_embd
@@ -242,7 +252,7 @@ def embedding_parts(s, itemsize):
     times=lambda n_layer: 1,
     dropout=True, narrow_residual=True, halves=False, by_row=True,
 )  # fmt: skip
-def embedding(draw):
+def embedding(draw: Draw) -> Problem:
     s, p, seed, dtype = draw.shape, draw.shape.dropout, draw.seed, draw.residual_dtype
     idx = draw.randint(s.vocab_size, s.B, s.T)
     idx[:, ::3] = 0  # one token is frequent, as in a text
@@ -264,7 +274,7 @@ def embedding(draw):
     )  # fmt: skip
 
 
-def layer_norm_parts(s, itemsize):
+def layer_norm_parts(s: Shape, itemsize: int) -> list[Part]:
     """The first LayerNorm of a model: it has no branch to add."""
     n = s.B * s.T * s.n_embd
     return [
@@ -273,7 +283,7 @@ def layer_norm_parts(s, itemsize):
     ]
 
 
-def add_layer_norm_parts(s, itemsize, times=1):
+def add_layer_norm_parts(s: Shape, itemsize: int, times: int = 1) -> list[Part]:
     """Reads the stream and a branch, writes the new stream and its norm; backward the same for gradients. Branch: compute dtype."""
     n = s.B * s.T * s.n_embd
     return [
@@ -293,7 +303,7 @@ def add_layer_norm_parts(s, itemsize, times=1):
     times=lambda n_layer: 2 * n_layer + 1,
     dropout=True, narrow_residual=True, by_row=True,
 )  # fmt: skip
-def layer_norm(draw):
+def layer_norm(draw: Draw) -> Problem:
     """The problem of add_layer_norm; layer_norm is the same without a branch."""
     s, p, seed, size = draw.shape, draw.shape.dropout, draw.seed, (draw.shape.B, draw.shape.T, draw.shape.n_embd)
     mask = None
@@ -326,7 +336,7 @@ def layer_norm(draw):
     ],
     times=lambda n_layer: 2 * n_layer,
 )
-def linear(draw):
+def linear(draw: Draw) -> Problem:
     s, C = draw.shape, draw.shape.n_embd
     return draw.problem(
         dict(h=draw.randn(s.B, s.T, C, dtype=draw.dtype), weight=draw.randn(3 * C, C, scale=C**-0.5), bias=draw.bias(3 * C)),
@@ -337,7 +347,7 @@ def linear(draw):
     )  # fmt: skip
 
 
-def attention_parts(s, itemsize):
+def attention_parts(s: Shape, itemsize: int) -> list[Part]:
     """Causal: half of the scores count. Two products forward, five backward; 4 bytes of lse for each row and head."""
     M, C = s.B * s.T, s.n_embd
     return [
@@ -357,7 +367,7 @@ def attention_parts(s, itemsize):
     times=lambda n_layer: n_layer,
     dropout=True, doc_mask=True,
 )  # fmt: skip
-def attention(draw):
+def attention(draw: Draw) -> Problem:
     s, p, seed, H = draw.shape, draw.shape.dropout, draw.seed, draw.shape.n_head
     B, T, C = s.B, s.T, s.n_embd
     doc_ids = None
@@ -387,7 +397,7 @@ def attention(draw):
     )  # fmt: skip
 
 
-def gelu_mlp_parts(s, itemsize):
+def gelu_mlp_parts(s: Shape, itemsize: int) -> list[Part]:
     """Two Linears with the GELU in their epilogues. Forward also writes the pre-activation, and backward reads it."""
     M, C, F = s.B * s.T, s.n_embd, 4 * s.n_embd
     up, up_dx, up_dw = linear_parts("mlp up", M, F, C, itemsize)
@@ -407,7 +417,7 @@ def gelu_mlp_parts(s, itemsize):
     parts=gelu_mlp_parts,
     times=lambda n_layer: n_layer,
 )
-def gelu_mlp(draw):
+def gelu_mlp(draw: Draw) -> Problem:
     s, C = draw.shape, draw.shape.n_embd
     return draw.problem(
         dict(
@@ -421,7 +431,7 @@ def gelu_mlp(draw):
     )  # fmt: skip
 
 
-def linear_cross_entropy_parts(s, itemsize):
+def linear_cross_entropy_parts(s: Shape, itemsize: int) -> list[Part]:
     """The head's three GEMMs, and one pass over the logits: it reads them for the loss, and overwrites them with their gradient."""
     M, V = s.B * s.T, s.vocab_size
     head = linear_parts("head", M, V, s.n_embd, itemsize)
@@ -443,7 +453,7 @@ def linear_cross_entropy_parts(s, itemsize):
     parts=linear_cross_entropy_parts,
     times=lambda n_layer: 1,
 )
-def linear_cross_entropy(draw):
+def linear_cross_entropy(draw: Draw) -> Problem:
     s, C = draw.shape, draw.shape.n_embd
     targets = draw.randint(s.vocab_size, s.B, s.T)
     targets[:, ::7] = -1
@@ -461,7 +471,7 @@ def linear_cross_entropy(draw):
     )  # fmt: skip
 
 
-def update_parts(n_params, shadow=2):
+def update_parts(n_params: int, shadow: int = 2) -> list[Part]:
     """The gradients' norm, and AdamW. AdamW reads weight, gradient and two moments, and writes all but the gradient.
     shadow: bytes of a shadow's element, which it also writes."""
     return [
@@ -470,7 +480,7 @@ def update_parts(n_params, shadow=2):
     ]
 
 
-def n_params(s, n_layer):
+def n_params(s: Shape, n_layer: int) -> int:
     """Number of parameters of a GPT of a Shape, with the position embeddings."""
     C, F = s.n_embd, 4 * s.n_embd
     weights = 4 * C * C + 2 * C * F + 2 * C
@@ -485,7 +495,7 @@ def n_params(s, n_layer):
     step=lambda s, n_layer, itemsize: update_parts(n_params(s, n_layer)),
     times=lambda n_layer: 1,
 )
-def adamw(draw):
+def adamw(draw: Draw) -> Problem:
     """An update of the embedding's weight, with a shadow in the compute dtype, and of a bias."""
     V, C, device, half = draw.shape.vocab_size, draw.shape.n_embd, draw.device, draw.dtype != torch.float32
     inputs = {}

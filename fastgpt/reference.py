@@ -8,15 +8,19 @@ Shapes: B sequences, T tokens each, C = n_embd, V = vocab_size. Source: the GPT-
 """
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.adamw import adamw as functional_adamw
 
 EPS = 1e-5  # nanoGPT's and GPT-2's LayerNorm epsilon
 
 
-def embedding(idx, wte, wpe, dropout_p=0.0, dtype=None):
+def embedding(
+    idx: Tensor, wte: Tensor, wpe: Tensor, dropout_p: float = 0.0, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """(token plus position embeddings [B,T,C], wte).
 
     idx [B,T] int64; wte [V,C]; wpe [>=T,C], whose row t belongs to column t of idx. dtype: that of the sum; None: the weights'.
@@ -27,12 +31,14 @@ def embedding(idx, wte, wpe, dropout_p=0.0, dtype=None):
     return F.dropout(x, dropout_p, training=dropout_p > 0), wte
 
 
-def layer_norm(x, weight, bias=None, eps=EPS):
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = EPS) -> Tensor:
     """Normalise the last dimension of x [...,C] by weight [C] and bias [C] or None."""
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0):
+def add_layer_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None = None, eps: float = EPS, dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add a branch to the residual stream x, and normalise the sum: (new stream, normalised), each [B,T,C].
 
     Dropout applies to the branch before it is added. If branch is None, the stream is unchanged.
@@ -42,12 +48,14 @@ def add_layer_norm(x, branch, weight, bias=None, eps=EPS, dropout_p=0.0):
     return x, layer_norm(x, weight, bias, eps)
 
 
-def linear(x, weight, bias=None):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [...,K] times weight [N,K] transposed, plus bias [N] or None: [...,N]."""
     return F.linear(x, weight, bias)
 
 
-def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None):
+def attention(
+    qkv: Tensor, n_head: int, dropout_p: float = 0.0, cache: Any = None, doc_ids: Tensor | None = None
+) -> Tensor:
     """Causal self-attention of packed queries, keys and values: [B,T,3C] in (q, then k, then v), [B,T,C] out.
 
     The scale is 1/sqrt(C/n_head). Dropout applies to the attention probabilities. `cache` is None in training. In generation its
@@ -67,12 +75,12 @@ def attention(qkv, n_head, dropout_p=0.0, cache=None, doc_ids=None):
     return y.transpose(1, 2).contiguous().view(B, T, C3 // 3)
 
 
-def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj):
+def gelu_mlp(h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None) -> Tensor:
     """The MLP: up-projection [4C,C], exact-erf GELU, down-projection [C,4C]; biases may be None. [B,T,C] in and out."""
     return F.linear(F.gelu(F.linear(h, w_fc, b_fc)), w_proj, b_proj)
 
 
-def linear_cross_entropy(h, weight, targets, ignore_index=-1):
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
     """Mean cross entropy of the logits h weight^T against targets: a scalar, fp32 under autocast. The logits are not returned.
 
     h [B,T,C]; weight [V,C]; targets [B,T] int64; targets equal to ignore_index do not count. If none counts, the loss is nan.
@@ -80,13 +88,15 @@ def linear_cross_entropy(h, weight, targets, ignore_index=-1):
     return cross_entropy(F.linear(h, weight), targets, ignore_index)
 
 
-def cross_entropy(logits, targets, ignore_index=-1):
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
     """Mean cross entropy of logits [B,T,V] against targets [B,T]: a scalar."""
     return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=ignore_index)
 
 
 @torch.no_grad()
-def adamw(groups, grads, max_norm=None, found_inf=None):
+def adamw(
+    groups: list[dict[str, Any]], grads: list[Tensor], max_norm: float | None = None, found_inf: Tensor | None = None
+) -> Tensor | None:
     """Clip the gradients to a global norm of max_norm, and update by AdamW, in place. Returns the norm before clipping, [] fp32.
 
     max_norm: infinity only measures the norm; None does not, and returns None.
@@ -107,5 +117,6 @@ def adamw(groups, grads, max_norm=None, found_inf=None):
             maximize=False,
         )  # fmt: skip
         if pairs := [(s, p) for s, p in zip(g["shadows"], g["params"], strict=True) if s is not None]:
-            torch._foreach_copy_(*zip(*pairs, strict=True))
+            shadows, weights = zip(*pairs, strict=True)
+            torch._foreach_copy_(shadows, weights)
     return norm

@@ -3,15 +3,16 @@
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastgpt import checkpoint as checkpoints
 from fastgpt import data, distributed, tokenizer
-from fastgpt.config import UserError
+from fastgpt.config import SampleConfig, UserError
 
 
-def sample(cfg):
+def sample(cfg: SampleConfig) -> None:
     """Print num_samples continuations of the prompt of a SampleConfig. Raises UserError."""
     distributed.check_device(cfg.device)
     start = cfg.start
@@ -58,7 +59,7 @@ def sample(cfg):
             print(f"{tok.decode(y[0].tolist())}\n---------------", flush=True)
 
 
-def find_meta(saved):
+def find_meta(saved: dict[str, Any]) -> dict[str, Any] | None:
     """The meta in a checkpoint, else that of the dataset in its config. None means GPT-2's encoding."""
     if "meta" in saved.get("fastgpt", {}):
         return saved["fastgpt"]["meta"]

@@ -1,11 +1,14 @@
 """Shadow weights: copies of the Linears' fp32 weights in the compute dtype, so that no step casts them.
 
 A shadow is an attribute of its weight, `weight.shadow`. The kernels read it (kernels/common.py, cast), and `optim.AdamW` writes it
-together with the weight. A copied model, a replaced weight and a checkpoint have no shadow.
+together with the weight. A copied model, a replaced weight and a state_dict have no shadow. A model that is pickled as a whole takes its
+shadows along: `remove` them first.
 """
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Shadows:
@@ -15,20 +18,20 @@ class Shadows:
     forward. With DDP make the shadows after it: only then all processes have the same weights.
     """
 
-    def __init__(self, model, dtype):
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
         weights = {m.weight: None for m in model.modules() if type(m) is nn.Linear}  # a dict: a tied weight counts once
-        self.tensors = {w: torch.empty_like(w, dtype=dtype, requires_grad=False) for w in weights}
+        self.tensors: dict[Any, Tensor] = {w: torch.empty_like(w, dtype=dtype, requires_grad=False) for w in weights}
         self.refresh()
 
     @torch.no_grad()
-    def refresh(self):
+    def refresh(self) -> None:
         """Copy every weight to its shadow, and set `weight.shadow`."""
         if self.tensors:
             torch._foreach_copy_(list(self.tensors.values()), list(self.tensors))
         for weight, shadow in self.tensors.items():
             weight.shadow = shadow
 
-    def remove(self):
+    def remove(self) -> None:
         """Set `weight.shadow` to None for every weight."""
         for weight in self.tensors:
             weight.shadow = None

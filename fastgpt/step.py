@@ -1,13 +1,20 @@
 """One training step, from micro-batches to updated weights; and an evaluation."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastgpt import ops
+from fastgpt import ops, optim
+from fastgpt.data import Batches
 
 
-def train_step(model, optimizer, scaler, batches, accumulation, autocast, grad_clip, graphs=None):
+def train_step(
+    model: Any, optimizer: optim.AdamW, scaler: torch.amp.GradScaler, batches: Batches, accumulation: int,
+    autocast: AbstractContextManager, grad_clip: float, graphs: Callable | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run `accumulation` micro-steps and one update: (mean loss of the micro-steps, global gradient norm before clipping).
 
     Both are fp32 scalars on the device: nothing here waits for the GPU. `batches.prefetch` must have started the next batch, before
@@ -15,7 +22,7 @@ def train_step(model, optimizer, scaler, batches, accumulation, autocast, grad_c
     `optimizer` is an optim.AdamW. grad_clip 0 does not clip. `graphs`, a graphs.Graphs of `micro_step` on the model, runs the
     micro-steps in which DDP does not average gradients.
     """
-    total = 0.0
+    total: Any = 0.0
     for i in range(accumulation):
         x, y = batches.get()
         last = i == accumulation - 1
@@ -37,7 +44,10 @@ def train_step(model, optimizer, scaler, batches, accumulation, autocast, grad_c
     return total, optimizer.grad_norm
 
 
-def micro_step(model, x, y, scaler, accumulation, autocast, in_place=True, then=lambda: None):
+def micro_step(
+    model: Any, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler, accumulation: int, autocast: AbstractContextManager,
+    in_place: bool = True, then: Callable[[], Any] = lambda: None,
+) -> Tensor:  # fmt: skip
     """Forward and backward: returns this micro-step's share of the mean loss, and adds its gradients to the weights' `.grad`.
 
     in_place: the backward may add to `.grad` itself; not if DDP averages the gradients. `then` is called between forward and
@@ -53,7 +63,7 @@ def micro_step(model, x, y, scaler, accumulation, autocast, in_place=True, then=
 
 
 @torch.no_grad()
-def evaluate(model, batches, n, autocast):
+def evaluate(model: Any, batches: Batches, n: int, autocast: AbstractContextManager) -> float:
     """Mean loss of n batches, with dropout off: a float."""
     model.eval()
     losses = []

@@ -6,6 +6,9 @@ it. For bytes and chars it holds "vocab_size", "stoi" and "itos" as in nanoGPT, 
 "vocab_size" and "tokenizer". For GPT-2's encoding there is no meta.pkl, as in nanoGPT.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import tiktoken
 import torch
@@ -19,22 +22,22 @@ GPT2_END_OF_TEXT = 50256
 class Tiktoken:
     """One of tiktoken's encodings. "<|endoftext|>" is the end-of-text token in a prompt, and plain text elsewhere."""
 
-    def __init__(self, encoding):
+    def __init__(self, encoding: tiktoken.Encoding):
         self.encoding = encoding
         self.n_vocab = encoding.n_vocab
         self.end_of_text = encoding.eot_token if END_OF_TEXT in encoding.special_tokens_set else None
 
-    def encode_array(self, text):
+    def encode_array(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
-    def encode_prompt(self, text):
+    def encode_prompt(self, text: str) -> list[int]:
         allowed = {END_OF_TEXT} & self.encoding.special_tokens_set
         return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
 
-    def decodable(self, vocab_size):
+    def decodable(self, vocab_size: int) -> torch.Tensor:
         mask = torch.zeros(vocab_size, dtype=torch.bool)
         for i in range(min(vocab_size, self.n_vocab)):
             try:
@@ -44,7 +47,7 @@ class Tiktoken:
             mask[i] = True
         return mask
 
-    def meta(self):
+    def meta(self) -> dict[str, Any] | None:
         # None for gpt2: nanoGPT then pads the vocabulary to 50304, and samples with GPT-2's encoding.
         return None if self.encoding.name == "gpt2" else {"vocab_size": self.n_vocab, "tokenizer": self.encoding.name}
 
@@ -58,7 +61,7 @@ class Bytes(Tiktoken):
             tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", mergeable_ranks=ranks, special_tokens={})
         )
 
-    def meta(self):
+    def meta(self) -> dict[str, Any]:
         # One character for each byte (correct below 128), so that nanoGPT's sample.py can print these tokens too.
         itos = {i: chr(i) for i in range(256)}
         return {"vocab_size": 256, "tokenizer": "bytes", "itos": itos, "stoi": {c: i for i, c in itos.items()}}
@@ -69,23 +72,23 @@ class Chars:
 
     end_of_text = None
 
-    def __init__(self, itos):
+    def __init__(self, itos: dict[int, str]):
         self.itos = itos
         self.stoi = {c: i for i, c in itos.items()}
         self.n_vocab = len(itos)
 
     @classmethod
-    def of(cls, chars):
+    def of(cls, chars: Iterable[str]) -> "Chars":
         return cls(dict(enumerate(sorted(chars))))
 
-    def encode_array(self, text):
+    def encode_array(self, text: str) -> np.ndarray:
         """The ids of a text, uint32. Every character must be known (prepare has collected them)."""
         codes = [ord(c) for c in self.stoi]
         table = np.zeros(max(codes) + 1, dtype=np.uint32)
         table[codes] = list(self.stoi.values())
         return table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)]
 
-    def encode_prompt(self, text):
+    def encode_prompt(self, text: str) -> list[int]:
         unknown = sorted(set(text) - self.stoi.keys())
         if unknown:
             known = "".join(sorted(self.stoi))
@@ -94,17 +97,17 @@ class Chars:
             )
         return [self.stoi[c] for c in text]
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
         return "".join(self.itos[i] for i in ids)
 
-    def decodable(self, vocab_size):
+    def decodable(self, vocab_size: int) -> torch.Tensor:
         return torch.tensor([i in self.itos for i in range(vocab_size)])
 
-    def meta(self):
+    def meta(self) -> dict[str, Any]:
         return {"vocab_size": self.n_vocab, "tokenizer": "chars", "itos": self.itos, "stoi": self.stoi}
 
 
-def get_tokenizer(name):
+def get_tokenizer(name: str) -> Tiktoken:
     """The tokenizer "bytes", or one of tiktoken's encodings. Raises UserError if it is unknown or cannot be downloaded."""
     if name == "bytes":
         return Bytes()
@@ -121,7 +124,7 @@ def get_tokenizer(name):
         ) from None
 
 
-def separator(meta):
+def separator(meta: dict[str, Any] | None) -> int:
     """The token id between the documents of a dataset with this meta. Raises UserError if its tokenizer has none."""
     if meta is None:
         return GPT2_END_OF_TEXT  # needs no download of GPT-2's table
@@ -135,7 +138,7 @@ def separator(meta):
     return end_of_text
 
 
-def from_meta(meta):
+def from_meta(meta: dict[str, Any] | None) -> Tiktoken | Chars:
     """The tokenizer that a dataset's meta names; None means GPT-2's. Raises UserError."""
     if meta is None:
         return get_tokenizer("gpt2")

@@ -4,9 +4,11 @@ import math
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from fastgpt import checkpoint as checkpoints
 from fastgpt import data, distributed, graphs, metrics, ops, optim, tokenizer
 from fastgpt.choose import choose
-from fastgpt.config import RESIDUAL, UserError
+from fastgpt.config import RESIDUAL, TrainConfig, UserError
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
 from fastgpt.records import Shape
@@ -24,7 +26,7 @@ from fastgpt.shadows import Shadows
 from fastgpt.step import evaluate, micro_step, train_step
 
 
-def train(cfg, given=frozenset()):
+def train(cfg: TrainConfig, given: Collection[str] = frozenset()) -> None:
     """Train as a TrainConfig says. `given`: names of the settings that the user gave. Raises UserError, if possible before any work."""
     world = distributed.init(cfg.device, cfg.backend)
     run = None
@@ -42,13 +44,14 @@ def train(cfg, given=frozenset()):
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"--compile=True: torch.compile failed ({reason}); give --compile=False") from None
     finally:
+        run = None  # and with it DDP, which holds the process group
         distributed.finish(world)
 
 
 class Run:
     """One training run. The constructor makes and checks everything before the first iteration."""
 
-    def __init__(self, cfg, given, world):
+    def __init__(self, cfg: TrainConfig, given: Collection[str], world: distributed.World):
         self.began = time.perf_counter()
         self.world = world
         self.cuda = world.device.startswith("cuda")
@@ -63,7 +66,7 @@ class Run:
         check_residual(cfg, self.cuda)
         torch.manual_seed(cfg.seed + world.rank)
         self.dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32  # as in nanoGPT
-        self.autocast = nullcontext()
+        self.autocast: AbstractContextManager[Any] = nullcontext()
         if self.cuda:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
@@ -110,7 +113,7 @@ class Run:
             print("compiling the model... (takes a ~minute)")
         # Evaluations use smaller batches than merged micro-steps. Compile each size by itself, not one graph with dynamic sizes.
         dynamic = False if merged > 1 else None
-        self.compiled = torch.compile(self.model, dynamic=dynamic) if cfg.compile else self.model
+        self.compiled: Any = torch.compile(self.model, dynamic=dynamic) if cfg.compile else self.model
         self.parallel = distributed.wrap(self.compiled, world)
         if dtype := shadow_dtype(self.model.kernels, self.dtype):  # after DDP has copied rank 0's weights to all
             self.shadows = Shadows(self.model, dtype)
@@ -118,7 +121,8 @@ class Run:
         self.graphs = self.make_graphs() if cfg.cuda_graphs else None
 
         self.peak_flops = cfg.peak_flops or metrics.peak_flops(world.device, cfg.dtype)
-        self.mfu = self.saved = None
+        self.mfu: float | None = None
+        self.saved: Path | None = None
         self.clock = metrics.Clock(lambda: torch.cuda.synchronize(world.device) if self.cuda else None)
         if world.is_main:
             kept = float("inf") if cfg.eval_only else self.iter_num if saved else 0
@@ -127,7 +131,7 @@ class Run:
             self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=cfg.model_dump())
         self.batches.prefetch(offsets)
 
-    def merge_micro_batches(self):
+    def merge_micro_batches(self) -> int:
         """Decide how many of nanoGPT's micro-batches one micro-step computes, the same on all processes. Divides accumulation by it."""
         cfg, world = self.cfg, self.world
         c = self.model.config
@@ -145,7 +149,7 @@ class Run:
             print(f"activations: about {sequences * takes / 1e9:.1f} GB, of {free / 1e9:.1f} GB that are free")
         return merged
 
-    def make_graphs(self):
+    def make_graphs(self) -> graphs.Graphs | None:
         """The Graphs of the micro-steps; None if DDP averages in each of them."""
         if self.world.size > 1 and self.accumulation == 1:
             print("CUDA graphs: none, since DDP takes part in the only micro-step of an iteration")
@@ -153,7 +157,7 @@ class Run:
         settings = self.scaler, self.accumulation, self.autocast
         return graphs.Graphs(lambda x, y: micro_step(self.parallel, x, y, *settings), self.model.parameters())
 
-    def choose_kernels(self, merged):
+    def choose_kernels(self, merged: int) -> None:
         """Choose each op's implementation for this run's shapes. The main process measures, and the others read its result."""
         cfg = self.cfg
         modes = dict(doc_mask=cfg.doc_mask, narrow_residual=cfg.residual == "bf16")
@@ -161,7 +165,7 @@ class Run:
         with distributed.main_first(self.world):
             self.model.set_kernels(choose(cfg.kernels, shape, self.dtype, self.world.device, cfg.compile))
 
-    def build_model(self, saved, vocab_size):
+    def build_model(self, saved: dict[str, Any] | None, vocab_size: int) -> GPT:
         """The model of --init_from: new, from a checkpoint, or GPT-2's; cropped if block_size is smaller."""
         cfg = self.cfg
         if cfg.init_from == "scratch":
@@ -185,7 +189,7 @@ class Run:
             model.crop_block_size(cfg.block_size)
         return model
 
-    def restore_optimizer(self, saved, given):
+    def restore_optimizer(self, saved: dict[str, Any], given: Collection[str]) -> None:
         """Restore the optimizer and the counters. The checkpoint's betas and weight decay remain, unless the user gave them."""
         cfg = self.cfg
         try:
@@ -212,7 +216,7 @@ class Run:
         if "weight_decay" in given:
             decay["weight_decay"] = cfg.weight_decay
 
-    def random_state(self):
+    def random_state(self) -> list[Any] | None:
         """What a resumed run needs to draw the same random numbers: a list by process, on the main process."""
         return distributed.gather(
             {
@@ -223,7 +227,7 @@ class Run:
             self.world,
         )
 
-    def restore_random_state(self, extra):
+    def restore_random_state(self, extra: dict[str, Any] | None) -> torch.Tensor | None:
         """Restore the random state of a checkpoint. Returns the offsets of its next batch, or None.
 
         nanoGPT's checkpoints have no such state (`extra` is None): the batches then start again from the seed, as in nanoGPT.
@@ -249,7 +253,7 @@ class Run:
             path = checkpoints.checkpoint_path(self.cfg.out_dir)
             raise UserError(f"{path}: its key 'fastgpt' is damaged ({type(e).__name__}: {e}); remove it") from None
 
-    def loop(self):
+    def loop(self) -> None:
         """Train to max_iters. Evaluate and save every eval_interval iterations and at the end."""
         cfg, main = self.cfg, self.world.is_main
         live = main and sys.stderr.isatty() and sys.stdout.isatty()  # not for `| tee log`, which needs lines
@@ -283,16 +287,16 @@ class Run:
                 if self.iter_num % cfg.log_interval == 0:
                     loss = distributed.mean(loss, self.world)
                     if main:
-                        loss, took, speed = self.log(loss.item(), lr, grad_norm.item())
-                        bar.set_postfix_str(f"{loss}, {speed}")
+                        said, took, speed = self.log(loss.item(), lr, grad_norm.item())
+                        bar.set_postfix_str(f"{said}, {speed}")
                         if not live:
-                            say(f"iter {self.iter_num}: {loss}, {took}, {speed}")
+                            say(f"iter {self.iter_num}: {said}, {took}, {speed}")
                 self.iter_num += 1
                 bar.update()
         if main:
             self.finish()
 
-    def log(self, loss, lr, grad_norm):
+    def log(self, loss: float, lr: float, grad_norm: float) -> tuple[str, str, str]:
         """Write an iteration to the metrics. Returns its loss, time and speed as text."""
         dt = self.clock.lap()
         tokens_per_s = self.sequences * self.cfg.block_size / dt
@@ -304,12 +308,12 @@ class Run:
         mfu = "" if self.mfu is None else f"mfu {self.mfu * 100:.2f}%, "
         return f"loss {loss:.4f}", f"time {dt * 1000:.2f}ms", f"{mfu}{tokens_per_s:,.0f} tok/s"
 
-    def evaluate(self, lr, say):
+    def evaluate(self, lr: float, say: Callable[[str], Any]) -> None:
         """Measure the loss of both splits, print it, and write it to the metrics."""
         self.losses = {}
         for split, batches in self.eval_batches.items():
             if self.eval_generator is not None:
-                self.eval_generator.manual_seed(self.cfg.eval_seed)  # the same batches every time
+                self.eval_generator.manual_seed(self.cfg.eval_seed)  # type: ignore[arg-type]  # the same batches every time
             self.losses[split] = evaluate(self.compiled, batches, self.cfg.eval_iters, self.autocast)
         train_loss, val_loss = self.losses["train"], self.losses["val"]
         say(f"step {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
@@ -320,7 +324,7 @@ class Run:
                 {"iter": self.iter_num, "train/loss": train_loss, "val/loss": val_loss, "lr": lr, "mfu": mfu}
             )
 
-    def save(self, random_state, say):
+    def save(self, random_state: list[Any] | None, say: Callable[[str], Any]) -> None:
         """Save a checkpoint if this evaluation is the best, or with always_save_checkpoint. Never at iteration 0 or with eval_only."""
         best = self.losses["val"] < self.best_val_loss
         self.best_val_loss = min(self.best_val_loss, self.losses["val"])
@@ -339,7 +343,7 @@ class Run:
         checkpoints.save(checkpoint, self.cfg.out_dir)
         self.saved = checkpoints.checkpoint_path(self.cfg.out_dir)
 
-    def finish(self):
+    def finish(self) -> None:
         """Print the final losses, the speed, a sample and the paths of all files; draw the plot."""
         cfg, clock = self.cfg, self.clock
         self.metrics.close()
@@ -372,20 +376,20 @@ class Run:
             print(f"more text:  fastgpt sample --out_dir={cfg.out_dir}{device}")
 
 
-def shadow_dtype(kernels, dtype):
+def shadow_dtype(kernels: ops.Kernels, dtype: torch.dtype) -> torch.dtype | None:
     """The dtype of the shadow weights for an ops.Kernels and a compute dtype; None if no kernel would read them."""
     reads = "triton" in (kernels.linear, kernels.gelu_mlp, kernels.linear_cross_entropy)
     return dtype if reads and dtype != torch.float32 else None
 
 
-def check_residual(cfg, cuda):
+def check_residual(cfg: TrainConfig, cuda: bool) -> None:
     """Raise UserError if the residual stream cannot have its dtype: it must not be narrower than the branches added to it."""
     if cfg.residual == "bf16" and not (cuda and cfg.dtype == "bfloat16"):
         here = f"with --dtype={cfg.dtype}" if cuda else f"on --device={cfg.device}, which computes in float32"
         raise UserError(f"--residual=bf16: it needs a CUDA GPU and --dtype=bfloat16, and this is {here}; leave it out")
 
 
-def find_separator(meta, tokens):
+def find_separator(meta: dict[str, Any] | None, tokens: data.Tokens) -> int:
     """The token at which --doc_mask separates documents. Raises UserError if the dataset has none."""
     separator = tokenizer.separator(meta)
     if not tokens.holds(separator):
@@ -396,7 +400,7 @@ def find_separator(meta, tokens):
     return separator
 
 
-def check_writable(out_dir):
+def check_writable(out_dir: str) -> None:
     """Make out_dir. Raises UserError if it cannot be written."""
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -406,7 +410,7 @@ def check_writable(out_dir):
         raise UserError(f"--out_dir={out_dir}: cannot be written ({e.strerror}); give another folder") from None
 
 
-def import_wandb():
+def import_wandb() -> Any:
     """The module wandb. Raises UserError if it cannot be imported."""
     try:
         import wandb

@@ -10,15 +10,17 @@ cuBLAS and with cuBLASLt. PyTorch sets that library for the whole process, so tu
 import contextlib
 import functools
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import torch
 
 from fastgpt import ops, tuned
 from fastgpt.choose import check, is_cuda, prepared, time_rounds
-from fastgpt.config import UserError
+from fastgpt.config import TuneConfig, UserError
 from fastgpt.distributed import check_device
 from fastgpt.ops import Kernels
 from fastgpt.records import RECORDS, Shape, problem
@@ -30,7 +32,7 @@ GAIN = 0.99  # a row is kept if its time is at most this share of the shipped ro
 PRODUCTS = "products"  # not an op: the matrix products of cuBLAS
 
 
-def tune(cfg, measure=time_rounds):
+def tune(cfg: TuneConfig, measure: Callable = time_rounds) -> None:
     """Search as a TuneConfig says, print a line for each op, and write the file. Raises UserError if it cannot."""
     c, dtype, device = cfg.gpt_config(), getattr(torch, cfg.dtype), cfg.device
     times = {op: record.times(c.n_layer) for op, record in RECORDS.items() if record.row}
@@ -87,7 +89,7 @@ def tune(cfg, measure=time_rounds):
     print(f"{file}: {'runs do not read this folder' if cfg.out else 'runs of this shape use it'}")
 
 
-def needs_gpu(device):
+def needs_gpu(device: str) -> None:
     """Make device the current one. Raises UserError if the compiled kernels cannot run there."""
     if not (is_cuda(device) and torch.cuda.is_available() and ops.triton and not torch.version.hip):
         raise UserError("tune: needs an NVIDIA GPU and Triton")
@@ -99,10 +101,10 @@ def needs_gpu(device):
     torch.backends.cuda.matmul.allow_tf32 = True  # as the trainer does
 
 
-def shipped_ms(op, shape, dtype, device, measure):
+def shipped_ms(op: str, shape: Shape, dtype: torch.dtype, device: str, measure: Callable) -> float:
     """Milliseconds of an op with its shipped row, which tell how much of a step it takes. Raises UserError if memory is too small."""
     try:
-        f = prepared(problem(op, shape, dtype, device), Kernels(**{op: "triton"}), compiled=False)
+        f = prepared(problem(op, shape, dtype, device), Kernels(**{op: "triton"}, rows=()), compiled=False)
         return statistics.median(measure({"shipped": f})["shipped"])
     except torch.OutOfMemoryError:
         raise UserError(
@@ -110,9 +112,11 @@ def shipped_ms(op, shape, dtype, device, measure):
         ) from None
 
 
-def search(op, shape, dtype, device, deadline, measure):
+def search(
+    op: str, shape: Shape, dtype: torch.dtype, device: str, deadline: float, measure: Callable
+) -> dict[str, Any]:
     """Search an op's rows, and return the result as the file stores it. `measure` has `time_rounds`' interface."""
-    shipped = RECORDS[op].row(shape, dtype, device)
+    shipped = RECORDS[op].row(shape, dtype, device)  # type: ignore[misc]
     if shape.dropout and op == "attention":  # it then uses gated_inner: let the search set the field that runs
         shipped = replace(shipped, inner=shipped.gated_inner or shipped.inner, gated_inner=None)
     it = problem(op, shape, dtype, device)
@@ -150,15 +154,16 @@ def search(op, shape, dtype, device, deadline, measure):
     }  # fmt: skip
 
 
-def significantly_faster(times, others):
+def significantly_faster(times: list[float], others: list[float]) -> bool:
     """Whether `times` are below `others` in every round, and by 1% in the median. Both: [time of a round]."""
     by_median = statistics.median(times) <= GAIN * statistics.median(others)
     return by_median and all(a < b for a, b in zip(times, others, strict=True))
 
 
-def products(shape, n_layer, dtype, device):
+def products(shape: Shape, n_layer: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """{name: (calls in a step, function)} of each Linear's matrix products at a Shape: forward, dx, and dw in fp32."""
-    M, C, mm, found = shape.B * shape.T, shape.n_embd, ops.triton.common.mm, {}
+    M, C, mm = shape.B * shape.T, shape.n_embd, ops.triton.common.mm
+    found: dict[str, Any] = {}
     sizes = {"c_attn": (3 * C, C), "attn.c_proj": (C, C), "c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
     for name, (N, K) in {**sizes, "lm_head": (shape.vocab_size, C)}.items():
         times = n_layer if name in sizes else 1
@@ -170,7 +175,7 @@ def products(shape, n_layer, dtype, device):
     return found
 
 
-def libraries(shape, n_layer, dtype, device, measure):
+def libraries(shape: Shape, n_layer: int, dtype: torch.dtype, device: str, measure: Callable) -> dict[str, Any]:
     """Time a step's matrix products with cuBLAS and cuBLASLt. Returns their ms, and whether cuBLASLt is faster, as the file stores it."""
     prefer, names = torch.backends.cuda.preferred_blas_library, ("cublas", "cublaslt")
     before, found = prefer(), products(shape, n_layer, dtype, device)
@@ -196,7 +201,7 @@ def libraries(shape, n_layer, dtype, device, measure):
     }  # fmt: skip
 
 
-def difference(row, shipped):
+def difference(row: Any, shipped: Any) -> str:
     """The fields in which a row differs from the shipped one, as text."""
     values = ((f.name, getattr(row, f.name), getattr(shipped, f.name)) for f in fields(row))
     return " ".join(f"{name}={value}" for name, value, other in values if value != other)

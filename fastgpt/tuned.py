@@ -10,22 +10,23 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastgpt import ops
 from fastgpt.config import cache_folder
-from fastgpt.records import RECORDS
+from fastgpt.records import RECORDS, Shape
 from fastgpt.verify import versions
 
 
-def environment(device):
+def environment(device: str | torch.device) -> dict[str, str]:
     """What every measured time depends on: the GPU, the sources, the versions, and the precision of fp32 products."""
     gpu = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
     return {"gpu": gpu, "source": source_hash(), **versions(), "fp32": ops.triton.common.precision()}
 
 
-def conditions(shape, dtype, device):
+def conditions(shape: Shape, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
     """Everything that a file depends on."""
     return {
         **environment(device), "architecture": ops.triton.configs.architecture(torch.device(device)), "dtype": str(dtype)[6:],
@@ -34,7 +35,7 @@ def conditions(shape, dtype, device):
     }  # fmt: skip
 
 
-def path(shape, dtype, device):
+def path(shape: Shape, dtype: torch.dtype, device: str | torch.device) -> Path:
     """The path of a run's file."""
     c = conditions(shape, dtype, device)
     gpu = re.sub(r"[^a-z0-9]+", "-", c["gpu"].lower()).strip("-")
@@ -43,7 +44,9 @@ def path(shape, dtype, device):
     return cache_folder() / "tuned" / f"{gpu}-{c['dtype']}-{model}.json"
 
 
-def read(file, shape, dtype, device):
+def read(
+    file: Path, shape: Shape, dtype: torch.dtype, device: str | torch.device
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the file's contents, {op: row} for the ops with a row faster than the shipped one).
 
     Raises ValueError that says why this run cannot use the file, and OSError if it cannot be read.
@@ -54,7 +57,7 @@ def read(file, shape, dtype, device):
         rows = {}
         for op, found in saved["ops"].items() if not differs else ():
             if found["kept"]:
-                rows[op] = type(RECORDS[op].row(shape, dtype, device))(**found["row"])
+                rows[op] = type(RECORDS[op].row(shape, dtype, device))(**found["row"])  # type: ignore[misc]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("it is damaged") from None
     if differs:
@@ -62,7 +65,7 @@ def read(file, shape, dtype, device):
     return saved, rows
 
 
-def load_rows(shape, dtype, device):
+def load_rows(shape: Shape, dtype: torch.dtype, device: str | torch.device) -> tuple[tuple[str, str], ...]:
     """The rows of this run's file, as `ops.Kernels` takes them; () without a file. Prints the file's name, or why it is not used."""
     file = path(shape, dtype, device)
     try:
@@ -77,7 +80,7 @@ def load_rows(shape, dtype, device):
     return tuple((op, row.text) for op, row in rows.items())
 
 
-def save(file, contents):
+def save(file: Path, contents: dict[str, Any]) -> None:
     """Write JSON to a file, completely or not at all. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}")
@@ -88,7 +91,7 @@ def save(file, contents):
         part.unlink(missing_ok=True)
 
 
-def source_hash():
+def source_hash() -> str:
     """A hash of the sources that decide a result: the kernels, ops, reference, records, verify and choose."""
     files = [
         *sorted(Path(ops.triton.__file__).parent.glob("*.py")),

@@ -9,12 +9,15 @@ Repeated runs must give the same bits.
 import json
 import os
 import platform
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.config import UserError
@@ -34,18 +37,18 @@ class Comparison:
     floor: float
 
     @property
-    def ratio(self):
+    def ratio(self) -> float:
         """error / (torch_error + floor / 2). The rule allows at most 2."""
         allowed = self.torch_error + self.floor / 2
         return self.error / allowed if allowed else float(self.error > 0) * float("inf")
 
     @property
-    def holds(self):
+    def holds(self) -> bool:
         """Whether the rule holds. It never holds for nan."""
         return self.error <= 2 * self.torch_error + self.floor
 
 
-def compared(direction, what, kernel, same, exact):
+def compared(direction: str, what: str, kernel: Tensor | None, same: Tensor, exact: Tensor) -> Comparison:
     """The Comparison of one tensor: the kernel's, PyTorch's at the same dtypes (`same`), and fp64's (`exact`).
 
     Raises ArithmeticError if the kernel's is None, or has another dtype or shape.
@@ -62,7 +65,7 @@ def compared(direction, what, kernel, same, exact):
     return Comparison(direction, what, str(kernel.dtype).removeprefix("torch."), error, allowed, largest, floor)
 
 
-def run(f, inputs, grads, exact=False):
+def run(f: Callable, inputs: Iterable[Any], grads: Sequence[Tensor | None], exact: bool = False) -> list[Tensor]:
     """[f's outputs, then the gradients of its floating-point inputs], detached; computed in fp64 if `exact`.
 
     grads: the outputs' gradients; None for an output that is not differentiated. If all are None, only the outputs are returned.
@@ -73,16 +76,20 @@ def run(f, inputs, grads, exact=False):
     pairs = [(o, g.double() if exact else g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     if not pairs:
         return list(outputs)
-    torch.autograd.backward(*zip(*pairs, strict=True))
+    answers, given = zip(*pairs, strict=True)
+    torch.autograd.backward(answers, given)
     return [o.detach() for o in outputs] + [a.grad for a in args if is_floating(a)]
 
 
-def is_floating(x):
+def is_floating(x: Any) -> bool:
     """Whether x is a floating-point tensor, which can have a gradient."""
     return torch.is_tensor(x) and x.is_floating_point()
 
 
-def compare(kernel, same, inputs, outputs, grads, found=None):
+def compare(
+    kernel: Callable, same: Callable, inputs: dict[str, Any], outputs: Sequence[str], grads: Sequence[Tensor | None],
+    found: list[Tensor] | None = None,
+) -> list[Comparison]:  # fmt: skip
     """A Comparison of each output and of each input's gradient.
 
     kernel, same: the functions to compare. inputs: {name: tensor}. outputs: the names of their outputs. grads: as for `run`.
@@ -96,7 +103,7 @@ def compare(kernel, same, inputs, outputs, grads, found=None):
     return [compared(*name, *tensors) for name, *tensors in zip(names, found, *expected, strict=True)]
 
 
-def compile_all(dtypes):
+def compile_all(dtypes: list[torch.dtype]) -> None:
     """Run every case once on the GPU, in one thread for each CPU core: nearly all of the time is compiling."""
 
     def run_case(case):
@@ -110,11 +117,11 @@ def compile_all(dtypes):
         list(pool.map(run_case, all_cases))
 
 
-def verify(json_file=""):
+def verify(json_file: str = "") -> int:
     """Check every kernel on this machine, and print the table. Returns 1 if a row fails, else 0. Raises UserError if it cannot run."""
     gpu = torch.cuda.is_available()
     dtypes, place = where(gpu)
-    report = {"where": place, "versions": versions(), "rows": []}
+    report: dict[str, Any] = {"where": place, "versions": versions(), "rows": []}
     try:
         file = open(json_file, "w") if json_file else None  # opened before the work, to fail early
     except OSError as e:
@@ -136,7 +143,7 @@ def verify(json_file=""):
                     again = run(it.kernel, it.inputs.values(), it.grads)
                     same_bits &= all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
                 for c in compare(it.kernel, it.reference, it.inputs, it.outputs, it.grads, found):
-                    row = dict(
+                    row: dict[str, Any] = dict(
                         op=op, direction=c.direction, dtype=str(dtype)[6:], tensor=c.what, shape=asdict(shape), error=c.error,
                         torch_error=c.torch_error, largest=c.largest, ratio=c.ratio, holds=c.holds,
                     )  # fmt: skip
@@ -171,7 +178,7 @@ def verify(json_file=""):
     return int(failed > 0)
 
 
-def where(gpu):
+def where(gpu: bool) -> tuple[list[torch.dtype], str]:
     """(the dtypes to check, the machine in words). Raises UserError if the kernels cannot run here."""
     if ops.triton is None:
         raise UserError("verify: Triton is not installed; pip install triton")
@@ -195,7 +202,7 @@ def where(gpu):
     return dtypes[:2], place + "bfloat16 is not checked: this Triton's interpreter computes it wrongly"
 
 
-def versions():
+def versions() -> dict[str, str]:
     """{name: version} of what a report depends on."""
     found = {"python": platform.python_version()}
     for name in ("fastgpt", "torch", "triton"):

@@ -5,15 +5,17 @@ gradient can add it with one more read. Likewise the loss's gradient of the tied
 embedding's backward can add its rows to it in place. torch.compile does neither: there an op must declare what it writes into.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 allowed = False  # a global, not a context variable: backwards run in autograd's threads, which would not see that
 
 
 @contextmanager
-def in_place():
+def in_place() -> Iterator[None]:
     """A context in which a backward may add a weight's gradient to its `.grad` itself.
 
     Use it only for a `loss.backward()` whose gradients all go to `.grad`. Hooks on these gradients, such as DDP's, would not be called.
@@ -26,7 +28,7 @@ def in_place():
         allowed = before
 
 
-def weight_gradient(weight, dtype):
+def weight_gradient(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """(the tensor that a GEMM writes a weight's gradient into, whether it must add to what is there).
 
     The tensor is the weight's fp32 `.grad` if a backward may add to it, else a new tensor of `dtype`.
@@ -38,15 +40,15 @@ def weight_gradient(weight, dtype):
     return torch.empty(weight.shape, dtype=dtype, device=weight.device), False
 
 
-def mark_owned(grad):
+def mark_owned(grad: Tensor) -> Tensor:
     """Mark a new gradient: the op that receives it in the backward may write into it. Returns it."""
-    grad.is_owned = True
+    grad.is_owned = True  # type: ignore[attr-defined]
     return grad
 
 
-def is_owned(grad):
+def is_owned(grad: Tensor) -> bool:
     """Whether a gradient is marked as owned, and nothing else holds it. (The backward of a sum gives one tensor to both terms.)
 
     References that Python code keeps, for example in a hook, are not counted.
     """
-    return getattr(grad, "is_owned", False) and grad.is_contiguous() and grad._use_count() == 1
+    return getattr(grad, "is_owned", False) and grad.is_contiguous() and grad._use_count() == 1  # type: ignore[attr-defined]

@@ -14,10 +14,12 @@ clip_grad_norm_, fused AdamW and a copy of the shadows move 4 + 8, 28 and 6.
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastgpt.kernels import configs
 from fastgpt.kernels.common import can_run, on_device
@@ -151,21 +153,21 @@ def _adamw_update(
 # ---- launchers ----
 
 
-def lists(group):
+def lists(group: dict[str, Any]) -> dict[str, list[Any]]:
     """{column of the table: list of a group's tensors}. A shadow may be None."""
     names = ("grads", "params", "exp_avgs", "exp_avg_sqs", "steps", "shadows")
     return {column: group[name] for column, name in zip(COLUMNS[2:], names, strict=True)}
 
 
 @functools.lru_cache(maxsize=4)
-def chunks_of(sizes, chunk, device):
+def chunks_of(sizes: tuple[int, ...], chunk: int, device: torch.device) -> tuple[list[int], Tensor]:
     """(number of chunks of each tensor, index of each chunk's tensor on the device) for tensors of `sizes` elements."""
     counts = [triton.cdiv(n, chunk) for n in sizes]
     rows = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(counts))
     return counts, rows.to(device)
 
 
-def table_of(groups, counts, device):
+def table_of(groups: list[dict[str, Any]], counts: list[int], device: torch.device) -> tuple[Tensor, bool]:
     """(the table, copied to the device without a wait; whether all addresses are multiples of 16 bytes and all sizes of 16)."""
     rows, first, aligned = [], 0, True
     for group in groups:
@@ -181,7 +183,9 @@ def table_of(groups, counts, device):
 
 
 @on_device
-def update(grad, groups, max_norm, found_inf, row):
+def update(
+    grad: Tensor, groups: list[dict[str, Any]], max_norm: float | None, found_inf: Tensor | None, row: str
+) -> Tensor | None:
     """See `adamw`. grad is one of the gradients: `on_device` reads its device."""
     config, device = configs.adamw(row), grad.device
     sizes = tuple(p.numel() for group in groups for p in group["params"])
@@ -214,7 +218,7 @@ def update(grad, groups, max_norm, found_inf, row):
     return norm
 
 
-def log(beta):
+def log(beta: float) -> float:
     """log(beta). For 0 a value at which beta^t is 0: t is at least 1."""
     return math.log(beta) if beta > 0 else -1e4
 
@@ -222,7 +226,7 @@ def log(beta):
 # ---- the public op ----
 
 
-def takes(p, groups):
+def takes(p: Tensor, groups: list[dict[str, Any]]) -> bool:
     """Whether the kernels can take these tensors.
 
     They must be dense, fp32, on one device, and of their parameter's shape; a group's shadows must have one dtype.
@@ -245,7 +249,10 @@ def takes(p, groups):
 
 
 @torch.no_grad()
-def adamw(groups, grads, max_norm=None, found_inf=None, row=""):
+def adamw(
+    groups: list[dict[str, Any]], grads: list[Tensor], max_norm: float | None = None, found_inf: Tensor | None = None,
+    row: str = "",
+) -> Tensor | None:  # fmt: skip
     """Clip to a global norm of max_norm, and update in place. Returns the norm before clipping, [] fp32.
 
     max_norm: infinity only measures the norm; None does not, and returns None.

@@ -446,7 +446,7 @@ def attention_backward(
         )  # fmt: skip
 
 
-def dropout_mask(B, n_head, T, dropout_p, seed):
+def dropout_mask(B: int, n_head: int, T: int, dropout_p: float, seed: Tensor) -> Tensor:
     """The mask of `attention`'s dropout, bool [B, n_head, T, T]; True: the element is kept. seed: as for `attention`."""
     mask = torch.empty((B, n_head, T, T), dtype=torch.bool, device=seed.device)
     if mask.numel():
@@ -485,12 +485,14 @@ class _Attention(torch.autograd.Function):
         return dqkv, *(None,) * 5
 
 
-def takes(qkv, n_head):
+def takes(qkv: Tensor, n_head: int) -> bool:
     """Whether these kernels can take qkv: on a GPU from sm_80 on or in the interpreter, with heads of at most 128."""
     return can_run(qkv) and qkv.size(-1) // 3 // n_head <= MAX_HEAD_SIZE
 
 
-def attention(qkv, n_head, dropout_p=0.0, seed=None, doc_ids=None, row=""):
+def attention(
+    qkv: Tensor, n_head: int, dropout_p: float = 0.0, seed: Tensor | None = None, doc_ids: Tensor | None = None, row: str = "",
+) -> Tensor:  # fmt: skip
     """Causal self-attention of qkv [B, T, 3 C] (q, then k, then v): [B, T, C], in autocast's dtype if that is on, else in qkv's.
 
     The scale is 1/sqrt(C / n_head); heads have at most 128 elements. Dropout applies to the probabilities, and needs a seed, an int64

@@ -1,10 +1,13 @@
 """What several ops share: registration with torch, autocast's dtype, cuBLAS's matrix products, strides, dropout."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # read once: later changes of it have no effect
 if INTERPRETED:
@@ -15,15 +18,8 @@ if INTERPRETED:
 
 LIBRARY = torch.library.Library("fastgpt", "FRAGMENT")  # torch.ops.fastgpt
 
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-    # Inductor formats an error text for each op that it does not know. The text contains everything that the op was computed from: its
-    # size grows exponentially with the layers. PyTorch 2.13 fixed this. Here the text is only the op's name.
-    from torch._inductor.exc import OperatorIssue
 
-    OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: str(target))
-
-
-def kernel_op(*writes):
+def kernel_op(*writes: str) -> Callable[[Callable], Any]:
     """A decorator that makes a launcher an op, which torch.compile does not trace. `writes`: names of the arguments that it writes.
 
     A launcher gets its outputs as arguments and returns nothing, so no fake implementation must describe them. In eager mode a call runs
@@ -48,7 +44,7 @@ def kernel_op(*writes):
     return register
 
 
-def forbid_double_backward(name):
+def forbid_double_backward(name: str) -> Callable[[Callable], Callable]:
     """A decorator of an autograd.Function's backward, which then raises RuntimeError under create_graph=True.
 
     Without it autograd would silently treat the backward's result as a constant.
@@ -68,7 +64,7 @@ def forbid_double_backward(name):
     return decorate
 
 
-def on_device(launcher):
+def on_device(launcher: Callable) -> Callable:
     """The launcher, run on its first argument's GPU. Triton itself launches on the current GPU."""
 
     @functools.wraps(launcher)
@@ -84,7 +80,7 @@ def on_device(launcher):
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def can_run(x):
+def can_run(x: Tensor) -> bool:
     """Whether the kernels can run on x: fp32, fp16 or bf16, on an NVIDIA GPU from sm_80 on or, with the interpreter, on the CPU."""
     return x.dtype in DTYPES and _device_can_run(x.device.type, x.device.index)
 
@@ -96,25 +92,25 @@ def _device_can_run(kind, index):
     return kind == "cpu" and INTERPRETED
 
 
-def check_dtype(x):
+def check_dtype(x: Tensor) -> None:
     """Raise ValueError if the kernels cannot compute in x's dtype."""
     if x.dtype not in DTYPES:
         raise ValueError(f"{x.dtype}: the kernels take float32, float16 and bfloat16")
 
 
-def compute_dtype(x):
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of an op's output: autocast's if that is on for x's device, else x's. Raises ValueError as check_dtype."""
     check_dtype(x)
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def rows(x):
+def rows(x: Tensor) -> Tensor:
     """x [..., C] as [B, T, C], for kernels that take three strides. Copies only if x has more dimensions and no such view."""
     return x[(None,) * (3 - x.dim())] if x.dim() <= 3 else x.reshape(-1, *x.shape[-2:])
 
 
-def check_seed(dropout_p, seed):
+def check_seed(dropout_p: float, seed: Tensor | None) -> None:
     """Raise ValueError if dropout_p is not in [0, 1], or lacks its seed, an int64 tensor of one element.
 
     The seed is on the device, so that each replay of a CUDA graph can use another.
@@ -125,22 +121,22 @@ def check_seed(dropout_p, seed):
         raise ValueError("dropout_p > 0 needs a seed: an int64 tensor of one element")
 
 
-def kept_scale(dropout_p):
+def kept_scale(dropout_p: float) -> float:
     """The factor of the elements that dropout keeps: 1 / (1 - dropout_p); 0 if it keeps none."""
     return 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
 
 
-def needs_grad(*tensors):
+def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a backward may follow. If not, forwards do not write what only a backward needs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def like(x, dtype):
+def like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An uninitialised, contiguous tensor of x's shape."""
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def mm(a, b, out, accumulate=False):
+def mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """Write a @ b into out by cuBLAS: summed in fp32, rounded once to out's dtype. accumulate: add it to out, which must be fp32.
 
     All products use `out=`: autocast does not change such calls. It would round an fp32 product to 16 bits.
@@ -158,7 +154,7 @@ def mm(a, b, out, accumulate=False):
         torch.mm(a, b, out_dtype=torch.float32, out=out) if half else torch.mm(a.float(), b.float(), out=out)
 
 
-def project(x, weight, bias, out):
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Write x weight^T + bias into out by cuBLAS: x [M, K], weight [N, K], bias [N] or None, out [M, N]."""
     if bias is None:
         torch.mm(x, weight.t(), out=out)
@@ -166,7 +162,7 @@ def project(x, weight, bias, out):
         torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
 
 
-def sum_rows(x, out):
+def sum_rows(x: Tensor, out: Tensor | None) -> None:
     """Write the sum over the rows of x [M, N], computed in fp32, into out [N]: a bias's gradient. If out is None, do nothing."""
     if out is not None and out.dtype == torch.float32:
         torch.sum(x, 0, dtype=torch.float32, out=out)
@@ -174,7 +170,7 @@ def sum_rows(x, out):
         out.copy_(x.sum(0, dtype=torch.float32))
 
 
-def cast(weight, dtype, shadow=None):
+def cast(weight: Tensor, dtype: torch.dtype, shadow: Tensor | None = None) -> Tensor:
     """A weight in the compute dtype, detached: the op's gradient goes to the weight itself, in full precision.
 
     A shadow in that dtype (fastgpt.shadows) is used instead of a copy. `shadow`: the shadow of the parameter, if weight is only an alias
@@ -186,7 +182,7 @@ def cast(weight, dtype, shadow=None):
     return weight.detach().to(dtype)
 
 
-def precision(dtype=torch.float32):
+def precision(dtype: torch.dtype = torch.float32) -> str:
     """How tl.dot multiplies fp32: "tf32" if torch is allowed to use TF32, else "ieee". Other dtypes ignore it."""
     if dtype != torch.float32:
         return "ieee"

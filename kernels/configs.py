@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +18,7 @@ import triton
 ANY_COUNT = ("stages", "backward_stages", "programs_per_sm", "min_chunk")  # all other integers must be powers of two
 
 
+@dataclass(frozen=True)
 class Config:
     """Base of the rows. The constructor raises ValueError for values with which a kernel cannot be launched."""
 
@@ -31,13 +33,13 @@ class Config:
                 raise ValueError(f"{type(self).__name__}: {field.name}={value!r}")
 
     @property
-    def text(self):
+    def text(self) -> str:
         """The row as text (JSON): an op can take text, but no dataclass."""
         return json.dumps(asdict(self))
 
     @classmethod
     @functools.cache
-    def of(cls, text):
+    def of(cls, text: str) -> Any:
         """The row with this `text`. Raises ValueError for a text that is not a row."""
         try:
             return cls(**json.loads(text))
@@ -192,7 +194,7 @@ ATTENTION = {
 }
 
 
-def architecture(device):
+def architecture(device: torch.device) -> int:
     """The architecture of a device: 90 for sm_90; 0 for the CPU."""
     if device.type != "cuda":
         return 0
@@ -200,7 +202,7 @@ def architecture(device):
     return major * 10 + minor
 
 
-def multiprocessors(device):
+def multiprocessors(device: torch.device) -> int:
     """The number of SMs of a GPU. For the CPU 2^16: every tile then has its own program."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2**16
 
@@ -210,7 +212,7 @@ def multiprocessors(device):
 FENCED = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= (3, 7, 1)
 
 
-def pipeline(device, stages):
+def pipeline(device: torch.device, stages: int) -> int:
     """The stages of a loop that loads a matrix product's operands by pointers. 1, which loads via registers, if the fence is missing."""
     return stages if FENCED or architecture(device) not in (90, 100, 103) else 1
 
@@ -218,17 +220,17 @@ def pipeline(device, stages):
 # Each function returns the table's row for its arguments; or, if `row` is given, the row with that text (such as `fastgpt tune` found).
 
 
-def gelu_mlp(device, dtype, aligned, row=""):
+def gelu_mlp(device: torch.device, dtype: torch.dtype, aligned: bool, row: str = "") -> MLPConfig:
     """The MLPConfig for a device and a compute dtype. aligned: all rows begin at multiples of 16 bytes; if not, `row` is ignored."""
     sm = architecture(device)
     if sm and not aligned:
         return UNALIGNED
-    if row:
+    if row and aligned:
         return MLPConfig.of(row)
     return next(config for (least, size), config in GELU_MLP.items() if least <= sm and size == dtype.itemsize)
 
 
-def attention(device, dtype, head_size, row=""):
+def attention(device: torch.device, dtype: torch.dtype, head_size: int, row: str = "") -> AttentionConfig:
     """The AttentionConfig for a device, a compute dtype and a head size up to 128."""
     if row:
         return AttentionConfig.of(row)
@@ -240,7 +242,7 @@ def attention(device, dtype, head_size, row=""):
     )
 
 
-def layer_norm(width, row=""):
+def layer_norm(width: int, row: str = "") -> NormConfig:
     """The NormConfig for rows of `width` elements. Raises ValueError if they are too wide."""
     for config in LAYER_NORM:
         if width <= config.max_width:
@@ -248,23 +250,23 @@ def layer_norm(width, row=""):
     raise ValueError(f"layer_norm: rows of {width} are wider than {LAYER_NORM[-1].max_width}")
 
 
-def embedding(row=""):
+def embedding(row: str = "") -> EmbeddingConfig:
     """The EmbeddingConfig."""
     return EmbeddingConfig.of(row) if row else EMBEDDING
 
 
-def linear_cross_entropy(row=""):
+def linear_cross_entropy(row: str = "") -> LossConfig:
     """The LossConfig."""
     return LossConfig.of(row) if row else LINEAR_CROSS_ENTROPY
 
 
-def adamw(row=""):
+def adamw(row: str = "") -> AdamWConfig:
     """The AdamWConfig."""
     return AdamWConfig.of(row) if row else ADAMW
 
 
 # What `fastgpt tune` tries, grid by grid. The fields outside a grid keep the best values so far. Forward and backward share few fields.
-GRIDS = {
+GRIDS: dict[type, tuple[dict[str, tuple[Any, ...]], ...]] = {
     MLPConfig: (
         dict(block_m=(64, 128, 256), block_n=(64, 128, 256), warps=(4, 8), stages=(2, 3)),  # the largest fit with 2
         dict(block_k=(32, 64, 128), stages=(2, 3, 4)),
@@ -296,7 +298,7 @@ GRIDS = {
 }
 
 
-def neighbours(row, grid):
+def neighbours(row: Any, grid: dict[str, tuple[Any, ...]]) -> list[Any]:
     """The list of valid rows that result from applying every combination of a grid's values to `row`."""
     rows = []
     for values in itertools.product(*grid.values()):

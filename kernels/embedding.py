@@ -252,12 +252,15 @@ class _Embedding(torch.autograd.Function):
         return None, dwte, dwpe, *(None,) * 4
 
 
-def takes(wte, wpe):
+def takes(wte: Tensor, wpe: Tensor) -> bool:
     """Whether these kernels can take the weights: on a GPU from sm_80 on or in the interpreter, both of one dtype."""
     return can_run(wte) and wte.dtype == wpe.dtype
 
 
-def embedding(idx, wte, wpe, dropout_p=0.0, seed=None, dtype=None, row=""):
+def embedding(
+    idx: Tensor, wte: Tensor, wpe: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None, dtype: torch.dtype | None = None,
+    row: str = "",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x = dropout(wte[idx] + wpe[:T]) [B, T, C], wte for the tied head). idx [B, T] int64; wte [V, C]; wpe [>=T, C].
 
     dtype: that of x; None: the weights'. Dropout needs a seed, an int64 tensor of one element. row: a launch configuration

@@ -274,7 +274,9 @@ class _GeluMLP(torch.autograd.Function):
 takes = can_run  # any h
 
 
-def gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute=False, row=""):
+def gelu_mlp(
+    h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, recompute: bool = False, row: str = "",
+) -> Tensor:  # fmt: skip
     """GELU(h w_fc^T + b_fc) w_proj^T + b_proj, [..., C], in autocast's dtype if that is on, else in h's.
 
     h [..., C]; w_fc [F, C], w_proj [C, F]; b_fc [F] and b_proj [C], or None. `recompute` saves half of the memory between forward

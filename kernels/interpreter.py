@@ -8,6 +8,8 @@ Not corrected: atomics, fp8, and fp_downcast_rounding="rtz". A bf16 constant oth
 """
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,23 +18,23 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
-def is_bf16(x):
+def is_bf16(x: Any) -> bool:
     """Whether x is one of the interpreter's bf16 tensors."""
     return isinstance(x, interpreter.TensorHandle) and x.dtype.scalar == tl.bfloat16
 
 
-def widened(x):
+def widened(x: Any) -> Any:
     """x in fp32 if it is a bf16 tensor; else x."""
     return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if is_bf16(x) else x
 
 
-def rounded(x):
+def rounded(x: Any) -> Any:
     """An fp32 tensor rounded to bf16: to nearest, ties to even; nan stays nan."""
     bits = np.where(np.isnan(x.data), np.float32("nan"), x.data).view(np.uint32)
     return interpreter.TensorHandle((bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16), tl.bfloat16)
 
 
-def in_fp32(method):
+def in_fp32(method: Callable) -> Callable:
     """A builder's method, run on widened operands. Its result has the last operand's dtype; a comparison's stays as it is."""
 
     def call(self, *args):
@@ -43,7 +45,7 @@ def in_fp32(method):
     return call
 
 
-def through_fp32(cast):
+def through_fp32(cast: Callable) -> Callable:
     """A builder's cast, which goes through fp32 if it is to or from bf16."""
 
     def call(self, x, dtype):
@@ -53,7 +55,7 @@ def through_fp32(cast):
     return call
 
 
-def step_by_step(total):
+def step_by_step(total: Callable) -> Callable:
     """A reduction's sum, which for bf16 uses the corrected addition."""
 
     def call(self, x):
@@ -80,7 +82,7 @@ def _probe(x_ptr, y_ptr):
     tl.store(y_ptr + at, tl.dot(x, x) + tl.where(x < 0, x * x, x + x))
 
 
-def computes_bf16():
+def computes_bf16() -> bool:
     """Whether a small bf16 kernel gives PyTorch's bits in the interpreter."""
     x = ((torch.arange(256, device="cpu") * 37 % 256 - 128) / 16).view(16, 16)  # its products are exact in fp32
     y = torch.empty((16, 16), dtype=torch.bfloat16, device="cpu")
@@ -93,7 +95,7 @@ def computes_bf16():
     return torch.equal(y, (x.double() @ x.double() + part).bfloat16())
 
 
-def mend():
+def mend() -> None:
     """Correct the interpreter if it computes bf16 wrongly. If that fails, leave it unchanged, and warn."""
     if computes_bf16():
         return

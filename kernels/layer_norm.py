@@ -208,10 +208,13 @@ def layer_norm_backward(
 
 
 class _AddLayerNorm(torch.autograd.Function):
-    """(the stream, its LayerNorm). Without a branch the stream is x. The backward adds the stream's gradient when it computes dx."""
+    """(the stream, its LayerNorm). Without a branch the stream is x. The backward adds the stream's gradient when it computes dx.
+
+    With `last` the output is the LayerNorm alone: for a stream that nobody reads, torch.compile would fill a gradient with zeros.
+    """
 
     @staticmethod
-    def forward(ctx, x, branch, weight, bias, eps, p, seed, dtype, row):
+    def forward(ctx, x, branch, weight, bias, eps, p, seed, dtype, row, last):
         stream, h = None if branch is None else like(x, x.dtype), like(x, dtype)
         stats = torch.empty((2, x.numel() // x.size(-1)), dtype=torch.float32, device=x.device)
         layer_norm_forward(x, branch, weight, bias, eps, p, seed, row, stream, h, stats)
@@ -219,14 +222,17 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx.has_bias, ctx.p, ctx.row = bias is not None, p, row
         ctx.branch_dtype = None if branch is None else branch.dtype
         ctx.set_materialize_grads(False)
+        if last:
+            return h
         return x.view_as(x) if branch is None else stream, h
 
     @staticmethod
     @forbid_double_backward("layer_norm")
-    def backward(ctx, dstream, dh):
+    def backward(ctx, *grads):
+        dstream, dh = grads if len(grads) == 2 else (None, *grads)
         stream, stats, weight, seed = ctx.saved_tensors
         if dh is None and ctx.branch_dtype is None:
-            return dstream, *(None,) * 8
+            return dstream, *(None,) * 9
         if dh is None:  # h was not used: zeros with stride 0 cost nothing
             dh = stream.new_zeros(1).expand(stream.shape)
         same = ctx.p == 0 and ctx.branch_dtype == stream.dtype  # then dbranch is dx
@@ -235,29 +241,33 @@ class _AddLayerNorm(torch.autograd.Function):
         sums = torch.empty((1 + ctx.has_bias, stream.size(-1)), dtype=torch.float32, device=stream.device)
         layer_norm_backward(dh, dstream, stream, stats, weight, ctx.p, seed, ctx.row, dx, dbranch, sums)
         dweight, *dbias = sums.to(weight.dtype)
-        return dx, dx if same else dbranch, dweight, dbias[0] if ctx.has_bias else None, *(None,) * 5
+        return dx, dx if same else dbranch, dweight, dbias[0] if ctx.has_bias else None, *(None,) * 6
 
 
-def takes(x, branch=None):
+def takes(x: Tensor, branch: Tensor | None = None) -> bool:
     """Whether these kernels can take x: on a GPU from sm_80 on or in the interpreter, rows not too wide, branch of x's shape."""
     fits = branch is None or branch.shape == x.shape
     return can_run(x) and x.dim() > 0 and 0 < x.size(-1) <= configs.LAYER_NORM[-1].max_width and fits
 
 
-def layer_norm(x, weight, bias=None, eps=1e-5, row=""):
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, row: str = "") -> Tensor:
     """LayerNorm over the last dimension of x [..., C], C at most 8192; weight [C], bias [C] or None.
 
     The output is in autocast's dtype if that is on, else in x's. row: a launch configuration (configs.NormConfig.text); "" means the
     table's. Raises ValueError for an unsupported shape.
     """
-    return add_layer_norm(x, None, weight, bias, eps, row=row)[1]
+    return add_layer_norm(x, None, weight, bias, eps, row=row, last=True)[1]
 
 
-def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, dropout_p=0.0, seed=None, row=""):
+def add_layer_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, dropout_p: float = 0.0,
+    seed: Tensor | None = None, row: str = "", last: bool = False,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """(stream = x + dropout(branch), its LayerNorm), each [..., C].
 
     The stream has the wider of x's and branch's dtypes; the LayerNorm has the dtype of `layer_norm`. If branch is None, the stream is x.
-    Dropout needs a seed, an int64 tensor of one element. row: as for `layer_norm`. Raises ValueError for shapes that do not match.
+    With `last` nobody reads the stream, and None is returned for it. Dropout needs a seed, an int64 tensor of one element. row: as for
+    `layer_norm`. Raises ValueError for shapes that do not match.
     """
     if x.dim() < 1 or any(t is not None and t.shape != x.shape[-1:] for t in (weight, bias)):
         shapes = [None if t is None else tuple(t.shape) for t in (weight, bias)]
@@ -271,4 +281,5 @@ def add_layer_norm(x, branch, weight, bias=None, eps=1e-5, dropout_p=0.0, seed=N
     check_seed(dropout_p, seed)
     # The kernel reads weight and bias without strides.
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    return _AddLayerNorm.apply(x, branch, weight, bias, eps, dropout_p, seed, compute_dtype(x), row)
+    outputs = _AddLayerNorm.apply(x, branch, weight, bias, eps, dropout_p, seed, compute_dtype(x), row, last)
+    return (None, outputs) if last else outputs

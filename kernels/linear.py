@@ -75,7 +75,7 @@ class _Linear(torch.autograd.Function):
 takes = can_run  # any x
 
 
-def linear(x, weight, bias=None):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, [..., N], in autocast's dtype if that is on, else in x's.
 
     x [..., K]; weight [N, K]; bias [N] or None. A weight with a shadow is read from it (fastgpt.shadows). Raises ValueError for

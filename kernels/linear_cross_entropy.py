@@ -79,8 +79,8 @@ def _loss_rows(
 def _loss_mean(
     losses_ptr,  # [M] fp32
     targets_ptr,  # [M] int64
-    loss_ptr,  # [] fp32 out: the mean; nan if all are ignored
-    share_ptr,  # [] fp32 out: 1 / n; 0 if all are ignored
+    loss_ptr,  # [1] fp32 out: the mean; nan if all are ignored
+    share_ptr,  # [1] fp32 out: 1 / n; 0 if all are ignored
     M,
     stride_y,
     ignore_index,
@@ -100,8 +100,8 @@ def _loss_mean(
 @triton.jit
 def _loss_scale(
     x_ptr,  # [n]
-    dloss_ptr,  # [] the loss's gradient
-    share_ptr,  # [] fp32, 1 / n
+    dloss_ptr,  # [1] the loss's gradient
+    share_ptr,  # [1] fp32, 1 / n
     out_ptr,  # [n] out
     n,
     BLOCK: tl.constexpr,
@@ -115,7 +115,7 @@ def _loss_scale(
 # ---- launchers ----
 
 
-def chunk_rows(M, V, itemsize, memory, config):
+def chunk_rows(M: int, V: int, itemsize: int, memory: int, config: configs.LossConfig) -> int:
     """Rows of a chunk: its logits take at most a share of the device's memory; min_chunk rows at least; all chunks about equal."""
     most = max(config.min_chunk, int(memory * config.memory_share) // (V * itemsize))
     return triton.cdiv(M, triton.cdiv(M, most)) if M else 1
@@ -126,7 +126,7 @@ def linear_cross_entropy_forward(
     h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, row: str,
     loss: Tensor, share: Tensor, dh: Tensor | None, dweight: Tensor | None,
 ) -> None:  # fmt: skip
-    """Compute loss, the mean, and share, 1/n, both [] fp32; and, unless None, dh like h and dweight [V, C] fp32, both without 1/n.
+    """Compute loss, the mean, and share, 1/n, both [1] fp32; and, unless None, dh like h and dweight [V, C] fp32, both without 1/n.
 
     h [..., C] and weight [V, C] are in the compute dtype.
     """
@@ -177,8 +177,8 @@ def linear_cross_entropy_backward(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, cast_weight, targets, ignore_index, grad, row):
-        """cast_weight is the weight in h's dtype."""
-        loss, share = (torch.empty((), dtype=torch.float32, device=h.device) for _ in range(2))
+        """cast_weight is the weight in h's dtype. The loss is [1]: torch.compile fills an empty tensor without dimensions."""
+        loss, share = (torch.empty(1, dtype=torch.float32, device=h.device) for _ in range(2))
         dh = like(h, h.dtype) if grad else None
         dweight = like(weight, torch.float32) if grad else None
         linear_cross_entropy_forward(h, cast_weight, targets, ignore_index, row, loss, share, dh, dweight)
@@ -199,7 +199,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 takes = can_run  # any h
 
 
-def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None, row=""):
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, shadow: Tensor | None = None, row: str = ""
+) -> Tensor:
     """Mean cross entropy of logits h weight^T against targets: a scalar, fp32. h [..., C]; weight [V, C]; targets [...] int64.
 
     Targets equal to ignore_index do not count. If none counts, the loss is nan, as in PyTorch. A target outside the vocabulary also gives
@@ -218,4 +220,5 @@ def linear_cross_entropy(h, weight, targets, ignore_index=-1, shadow=None, row="
             f"{targets.dtype}"
         )
     dtype, grad = compute_dtype(h), needs_grad(h, weight)
-    return _LinearCrossEntropy.apply(h.to(dtype), weight, cast(weight, dtype, shadow), targets, ignore_index, grad, row)
+    low = cast(weight, dtype, shadow)
+    return _LinearCrossEntropy.apply(h.to(dtype), weight, low, targets, ignore_index, grad, row).view(())
