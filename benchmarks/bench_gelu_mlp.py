@@ -4,7 +4,7 @@ import torch
 
 from fastgpt import ops
 from fastgpt.benchmarks.harness import Op, needs_gpu
-from fastgpt.verify import Shape
+from fastgpt.records import Shape
 
 SHAPES = [Shape(32, 1024, 768, 1, 1, bias=False), Shape(16, 1024, 1600, 1, 1, bias=False)]
 
@@ -23,7 +23,7 @@ def recompute(it):
 
     def f(*inputs):
         with torch.autocast("cuda", it.grads[0].dtype):
-            return (ops.kernels("gelu_mlp").gelu_mlp(*inputs, recompute=True),)
+            return (ops.triton.gelu_mlp.gelu_mlp(*inputs, recompute=True),)
 
     return f
 

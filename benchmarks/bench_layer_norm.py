@@ -1,67 +1,71 @@
 """LayerNorm, alone and with the residual add before it, against eager, Inductor, Liger and quack."""
 
+import functools
 from dataclasses import replace
 
 import torch
 
-from fastgpt import ops, reference, verify
+from fastgpt import ops, records, reference
 from fastgpt.benchmarks.harness import Op, importable, needs_gpu
-from fastgpt.verify import Shape
+from fastgpt.records import Shape
 
 SHAPES = [Shape(32, 1024, 768, 1, 1, bias=False), Shape(16, 1024, 1600, 1, 1, bias=False)]
 TOY = Shape(4, 64, 64, 1, 1, bias=False)
 
-
-def add_problem(shape, dtype, device):
-    """verify's: add+LayerNorm."""
-    return verify.problem("layer_norm", shape, dtype, device)
+add_problem = functools.partial(records.problem, "layer_norm")
 
 
 def plain_problem(shape, dtype, device):
-    """LayerNorm of the stream alone."""
+    """The Problem of LayerNorm alone: that of add+LayerNorm without the branch and the stream."""
     it = add_problem(shape, dtype, device)
-    inputs = {k: v for k, v in it.inputs.items() if k != "branch"}
 
-    def answer(f):
-        def call(x, weight, bias):
-            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-                return (f(x, weight, bias),)
+    def alone(f):
+        f = records.Draw(shape, dtype, device).autocast(f)
+        return lambda *inputs, **how: (f(*inputs, **how),)
 
-        return call
-
-    def plain(x, weight, bias):
-        return verify.widened(reference.layer_norm(x, weight, bias), dtype)
-
-    kernel = answer(lambda *inputs: ops.kernels("layer_norm").layer_norm(*inputs))
     return replace(
-        it, inputs=inputs, outputs=("h",), grads=it.grads[1:], kernel=kernel, reference=answer(plain),
-        chosen=answer(ops.layer_norm),
+        it, inputs={k: v for k, v in it.inputs.items() if k != "branch"}, outputs=("h",), grads=it.grads[1:],
+        reference=alone(lambda *inputs: records.widened(reference.layer_norm(*inputs), dtype)),
+        kernel=alone(lambda *inputs: ops.triton.layer_norm.layer_norm(*inputs)), by_ops=alone(ops.layer_norm),
     )  # fmt: skip
 
 
-layer_norm = Op("layer_norm", SHAPES, TOY, plain_problem)
-add_layer_norm = Op("add_layer_norm", SHAPES, TOY, add_problem)
+layer_norm = Op("layer_norm", SHAPES, TOY, problem=plain_problem, parts=records.layer_norm_parts)
+add_layer_norm = Op("add_layer_norm", SHAPES, TOY, problem=add_problem, parts=records.add_layer_norm_parts)
 
 
-def for_both(name):
-    """Register a provider of both ops: the decorated function takes a Problem, and whether there is a branch to add."""
+def norm_provider(name):
+    """Register the decorated function for both ops; it gives norm(x, weight, bias). PyTorch adds the branch before it."""
 
     def register(make):
-        layer_norm.provider(name)(lambda it: make(it, False))
-        add_layer_norm.provider(name)(lambda it: make(it, True))
+        def alone(it):
+            norm, dtype = make(), it.grads[-1].dtype
+            return lambda x, *rest: (norm(x, *rest).to(dtype),)
+
+        def with_add(it):
+            norm, dtype = make(), it.grads[-1].dtype
+
+            def f(x, branch, *rest):
+                x = x + branch
+                return x, norm(x, *rest).to(dtype)
+
+            return f
+
+        layer_norm.provider(name)(alone)
+        add_layer_norm.provider(name)(with_add)
 
     return register
 
 
-@for_both("liger")
-def liger(it, add):
+@norm_provider("liger")
+def liger():
     needs_gpu("Liger-Kernel")
     norm = importable("liger_kernel.transformers.functional").liger_layer_norm
-    return with_add(lambda x, w, b: norm(x, w, torch.zeros_like(w) if b is None else b, reference.EPS), it, add)
+    return lambda x, w, b: norm(x, w, torch.zeros_like(w) if b is None else b, reference.EPS)
 
 
-@for_both("quack")
-def quack(it, add):
+@norm_provider("quack")
+def quack():
     module = importable("quack.rmsnorm")
 
     class Norm(torch.autograd.Function):
@@ -79,20 +83,7 @@ def quack(it, add):
             dx, dw, db = module.layernorm_bwd(x, weight, dy2, rstd, mean, ctx.has_bias)
             return dx.view(dy.shape), dw, db
 
-    return with_add(Norm.apply, it, add)
-
-
-def with_add(norm, it, add):
-    """norm, with PyTorch's add before it where `add`, its answer in the dtype of the Problem's."""
-    dtype = it.grads[-1].dtype
-
-    def f(x, *rest):
-        if not add:
-            return (norm(x, *rest).to(dtype),)
-        x = x + rest[0]
-        return x, norm(x, *rest[1:]).to(dtype)
-
-    return f
+    return Norm.apply
 
 
 test_layer_norm = layer_norm.benchmark()

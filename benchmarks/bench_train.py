@@ -1,56 +1,42 @@
 """The step: full iterations (micro-steps, clip, AdamW, zero_grad) of every arm, from the same weights, on the same tokens.
 
-Before anything is timed an arm shows that its weights are the initial ones bit for bit, and that its losses over the first steps
-agree with plain PyTorch's within rounding. Arms that nanoGPT's modules fit share one set of weights and moments, so that all are
-in memory at once and can take turns.
+Before it is timed, an arm shows that its weights are the initial ones bit for bit, and that its losses over the first steps agree with
+plain PyTorch's up to rounding. Arms of nanoGPT's modules share one set of weights and moments: all are in memory at once, and take turns.
 """
 
 import copy
 import functools
-import gc
-import math
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import pytest
 import torch
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgpt import graphs, metrics, ops, step
+from fastgpt import graphs, metrics, ops, optim, step
 from fastgpt.benchmarks import harness, profile
-from fastgpt.benchmarks.harness import (
-    CUDA,
-    DEVICE,
-    DTYPE,
-    Failed,
-    NotHere,
-    Timing,
-    ceilings,
-    clock,
-    needs_gpu,
-    replay,
-    sync,
-)
+from fastgpt.benchmarks.harness import CUDA, DEVICE, DTYPE, NotHere, Timing, ceilings, needs_gpu
 from fastgpt.benchmarks.peers.huggingface import HuggingFaceGPT
 from fastgpt.benchmarks.peers.liger import LigerGPT
 from fastgpt.benchmarks.peers.plain import PlainGPT
 from fastgpt.choose import choose
 from fastgpt.config import GPTConfig, preset
 from fastgpt.model import GPT
-from fastgpt.optim import adamw
+from fastgpt.records import Shape, n_params
+from fastgpt.shadows import Shadows
 from fastgpt.trainer import shadow_dtype
-from fastgpt.verify import Shape
 
-STEPS, MICRO_STEPS = 20, 2  # whose losses must agree: accumulation is held too
-AGAIN = 3  # steps that must agree after the timing as well
-STRESS = 8  # the factor on what feeds softmax and GELU: at nanoGPT's small initial weights both are nearly linear
+STEPS, MICRO_STEPS = 20, 2  # whose losses must agree; two micro-steps hold the accumulation too
+STEPS_AFTER = 3  # steps that must agree once more after the timing
+STRESS = (
+    8  # factor on the weights that feed softmax and GELU: at nanoGPT's small initial weights both are nearly linear
+)
 SEED = 1337
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model by preset, sequences of a micro-step (0: the best of each arm), micro-steps of an iteration, and when it is due."""
+    """A preset's model, sequences of a micro-step, micro-steps of an iteration, and when it is due."""
 
     model: str
     batch_size: int
@@ -58,29 +44,29 @@ class Case:
     importance: int
 
     def __str__(self):
-        times = f" x {self.accumulation}" if self.accumulation > 1 else ""
-        return f"{self.model} B={self.batch_size or 'best'}{times}"
+        return f"{self.model} B={self.batch_size} x {self.accumulation}"
 
     @property
     def config(self):
-        """The GPTConfig: nanoGPT's defaults, without biases; without a GPU a toy."""
-        shape = {k: v for k, v in preset(self.model).items() if k in ("n_layer", "n_head", "n_embd", "block_size")}
-        return GPTConfig(**shape, vocab_size=50304 if CUDA else 256, bias=False)
+        """The GPTConfig: the preset's sizes, without biases or dropout."""
+        sizes = {k: v for k, v in preset(self.model).items() if k in ("n_layer", "n_head", "n_embd", "block_size")}
+        return GPTConfig(**sizes, vocab_size=50304 if CUDA else 256, bias=False)
 
 
-MEMORY = torch.cuda.get_device_properties(0).total_memory if CUDA else 0
-CASES = (
-    [
+def cases():
+    """The Cases of this machine; without a GPU a toy."""
+    if not CUDA:
+        return [Case("tiny", 8, 2, 0)]
+    xl = 16 if torch.cuda.get_device_properties(0).total_memory > 100e9 else 8
+    return [
         Case("gpt2", 32, 1, 0),
         Case("gpt2", 12, 40, 20),
         Case("gpt2-medium", 32, 1, 50),
-        Case("gpt2-xl", 16 if MEMORY > 100e9 else 8, 1, 60),
-        Case("gpt2", 0, 1, 70),
+        Case("gpt2-xl", xl, 1, 60),
     ]
-    if CUDA
-    else [Case("tiny", 8, 2, 0)]
-)
-# Arms are measured in waves, each beside the baseline: what the budget cuts off is then the least that is missed.
+
+
+# Arms are measured wave by wave, each wave beside the baseline: a budget that ends cuts off the least important.
 WAVES = (
     ("eager", "compiled", "fastgpt"),
     ("strongest", "fastgpt-graphs"),
@@ -89,7 +75,7 @@ WAVES = (
 
 
 class Tokens:
-    """Batches that lie on the device: a few, over and over, of tokens as unequal in number as a text's (Zipf)."""
+    """A few batches that lie on the device, over and over. Their tokens are as unequal in number as a text's (Zipf's law)."""
 
     def __init__(self, config, batch_size, batches=8):
         generator = torch.Generator().manual_seed(SEED)
@@ -97,11 +83,7 @@ class Tokens:
         n = batches * batch_size * (config.block_size + 1)
         ids = torch.multinomial(weights, n, replacement=True, generator=generator)
         ids = ids.view(batches, batch_size, -1).to(DEVICE)
-        self.batches = [(b[:, :-1].contiguous(), b[:, 1:].contiguous()) for b in ids]
-        self.rewind()
-
-    def rewind(self):
-        self.at = 0
+        self.batches, self.at = [(b[:, :-1].contiguous(), b[:, 1:].contiguous()) for b in ids], 0
 
     def get(self):
         return self.batches[self.at % len(self.batches)]
@@ -110,26 +92,27 @@ class Tokens:
         self.at += 1
 
     def sliced(self, slices):
-        """The same tokens in the same order, each batch as so many."""
-        smaller = copy.copy(self)
-        smaller.batches = [pair for x, y in self.batches for pair in zip(x.chunk(slices), y.chunk(slices), strict=True)]
-        return smaller
+        """The same tokens in the same order, each batch cut into `slices`."""
+        cut = copy.copy(self)
+        cut.batches = [pair for x, y in self.batches for pair in zip(x.chunk(slices), y.chunk(slices), strict=True)]
+        return cut
 
 
 class Setup:
-    """What the arms of a case share: the shape, the initial weights, and one set of parameters with its optimizer."""
+    """What the arms of a case share: the initial weights, and one set of parameters with its optimizer."""
 
     def __init__(self, case):
         self.case, self.config = case, case.config
         torch.manual_seed(SEED)
-        # Where drawing billions takes no time; on the CPU the bits are nanoGPT's (tests/test_parity.py).
-        with torch.device(DEVICE):
+        with torch.device(DEVICE):  # on a GPU billions of weights are drawn at once; on the CPU the bits are nanoGPT's
             state = GPT(self.config).state_dict()
         shared = {}  # tied weights are one tensor under two names
         self.parameters = {n: shared.setdefault(t.data_ptr(), torch.nn.Parameter(t)) for n, t in state.items()}
         self.initial = {n: t.detach().to("cpu", copy=True) for n, t in self.parameters.items()}
-        self.optimizer = optimizer_of(list(shared.values()))
-        self.n_params = sum(p.numel() for p in shared.values())
+        # From these weights, losses show any maths that is not the model's.
+        stressed = ("c_attn.weight", "c_fc.weight")
+        self.stressed = {n: t * STRESS if n.endswith(stressed) else t for n, t in self.initial.items()}
+        self.optimizer = optimizer_of(shared.values())
 
     def adopt(self, make):
         """make(), a module with nanoGPT's names, on the shared parameters."""
@@ -140,24 +123,24 @@ class Setup:
             setattr(module.get_submodule(owner), leaf, self.parameters[name])
         return module
 
-    def flops_per_token(self):
-        """nanoGPT's count: 6 N + 12 L C T, position embeddings left out of N."""
-        c = self.config
-        n = self.n_params - c.block_size * c.n_embd
-        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+
+def optimizer_of(parameters):
+    """nanoGPT's AdamW, over the parameters that train."""
+    holder = torch.nn.ParameterList(p for p in parameters if p.requires_grad)
+    return optim.adamw(holder, 0.1, 6e-4, (0.9, 0.95), DEVICE)
 
 
 class Arm:
-    """A way to take the step: call(idx, targets) gives (anything, loss); module holds the parameters; picks are fastgpt's kernels.
+    """A way to take the step: call(idx, targets) gives (anything, loss), and `module` holds the parameters.
 
-    graphed: whether micro-steps are replays of CUDA graphs.
+    kernels: the ops.Kernels of fastgpt's arms, for the update too. graphed: whether micro-steps are replays of CUDA graphs.
     """
 
-    running = None  # the arm that went last: all use one table of kernels, and most one optimizer and its weights
+    running = None  # the arm that went last: most share one optimizer and its weights, on which its shadows hang
 
-    def __init__(self, module, call, optimizer, picks=None, graphed=False):
-        self.module, self.call, self.optimizer, self.picks = module, call, optimizer, picks
-        self.graphed, self.graphs = graphed, {}
+    def __init__(self, module, call, optimizer, kernels=ops.TORCH, shadows=None, graphed=False):
+        self.module, self.call, self.optimizer, self.kernels = module, call, optimizer, kernels
+        self.shadows, self.graphs = shadows, {} if graphed else None
 
     def __call__(self, idx, targets, return_logits=False):
         return self.call(idx, targets)
@@ -165,55 +148,55 @@ class Arm:
     def parameters(self):
         return self.module.parameters()
 
+    @staticmethod
+    def vacate():
+        """Take the shadows of the arm that went last off the weights: the next arm's update must not spend time on them."""
+        if Arm.running and Arm.running.shadows:
+            Arm.running.shadows.remove()
+        Arm.running = None
+
     def take_over(self):
-        """Where another arm went last: have this one's kernels, and shadows of the weights as they are now."""
+        """Where another arm went last: hang this one's shadows on the weights as they are now, and update by its kernels."""
         if Arm.running is not self:
-            Arm.running = self
-            ops.use(self.picks or "torch")
-            self.optimizer.keeper = self.module if self.picks else None
-            if self.picks:
-                self.module.refresh_shadows()
+            Arm.vacate()
+            Arm.running, self.optimizer.kernels = self, self.kernels
+            if self.shadows:
+                self.shadows.refresh()
 
     def graphs_of(self, shape, scaler, accumulation, context):
-        """The Graphs of micro-steps of a shape, which are so many to an iteration; None where none are wanted."""
-        if not self.graphed:
+        """The graphs.Graphs of micro-steps of a shape, `accumulation` to an iteration; None where none are wanted."""
+        if self.graphs is None:
             return None
         settings = scaler, accumulation, context
         made = graphs.Graphs(lambda x, y: step.micro_step(self, x, y, *settings), self.parameters(), self.say)
         return self.graphs.setdefault((shape, accumulation), made)
 
     def say(self, line):
-        """What graphs say: that there are none is a failure here, where they are what is measured."""
+        """Hear what graphs.Graphs says. Where it goes on without graphs, the arm fails."""
         if "goes on without" in line:
             raise RuntimeError(line)
 
     def weights(self):
-        """By nanoGPT's names."""
+        """The weights by nanoGPT's names."""
         return self.module.weights() if hasattr(self.module, "weights") else self.module.state_dict()
 
     @torch.no_grad()
-    def reset(self, initial):
-        """Take the initial weights, and forget the moments."""
-        Arm.running = None
+    def reset(self, weights):
+        """Take these weights, and forget the moments."""
+        Arm.vacate()
         if hasattr(self.module, "load"):
-            self.module.load(initial)
+            self.module.load(weights)
         else:
             for name, value in self.module.state_dict().items():
-                value.copy_(initial[name])
+                value.copy_(weights[name])
         self.optimizer.state.clear()
         self.optimizer.zero_grad(set_to_none=True)
 
     def resident(self):
         """Bytes of its weights, their shadows, and moments."""
         moments = [t for p in self.parameters() if p.requires_grad for t in self.optimizer.state[p].values()]
-        kept = [*self.parameters(), *self.module.buffers(), *moments]
-        return sum(t.numel() * t.element_size() for t in kept)
-
-
-def optimizer_of(parameters):
-    """nanoGPT's AdamW, over the parameters that train."""
-    holder = torch.nn.ParameterList(p for p in parameters if p.requires_grad)
-    return adamw(holder, 0.1, 6e-4, (0.9, 0.95), DEVICE)
+        shadows = self.shadows.tensors.values() if self.shadows else []
+        return sum(t.nbytes for t in [*self.parameters(), *self.module.buffers(), *shadows, *moments])
 
 
 # ---- the arms ----
@@ -222,29 +205,32 @@ ARMS = {}
 
 
 def arm(name):
-    """Register a function of a Setup that gives an Arm, or raises NotHere."""
+    """Register a function of a Setup that gives an Arm, or raises NotHere. The first one is the baseline."""
     return functools.partial(ARMS.setdefault, name)
 
 
-@arm("eager")
-def eager(setup):
-    """As nanoGPT writes it, without its compiler."""
-    module = setup.adopt(lambda: PlainGPT(setup.config))
-    return Arm(module, module, setup.optimizer)
+def compiled_arm(setup, module):
+    return Arm(module, torch.compile(module, dynamic=False), setup.optimizer)
 
 
 @arm("compiled")
 def compiled(setup):
-    """As nanoGPT trains by default: the baseline."""
+    """nanoGPT's model as it trains by default."""
+    return compiled_arm(setup, setup.adopt(lambda: PlainGPT(setup.config)))
+
+
+@arm("eager")
+def eager(setup):
+    """nanoGPT's model without the compiler."""
     module = setup.adopt(lambda: PlainGPT(setup.config))
-    return Arm(module, torch.compile(module, dynamic=False), setup.optimizer)
+    return Arm(module, module, setup.optimizer)
 
 
 @arm("strongest")
 def strongest(setup):
-    """The best that plain PyTorch has: loss alone, the fastest attention backend, tuned GEMMs."""
+    """The best of plain PyTorch: loss alone, the fastest attention backend, tuned GEMMs."""
     c = setup.config
-    backend = fastest_attention(c.n_head, c.n_embd, c.block_size, setup.case.batch_size or 32) if CUDA else None
+    backend = fastest_attention(c.n_head, c.n_embd, c.block_size, setup.case.batch_size) if CUDA else None
     module = setup.adopt(lambda: PlainGPT(c, loss_only=True, backend=backend))
     mode = "max-autotune-no-cudagraphs" if CUDA else None
     return Arm(module, torch.compile(module, dynamic=False, mode=mode), setup.optimizer)
@@ -252,37 +238,43 @@ def strongest(setup):
 
 @functools.cache
 def fastest_attention(n_head, n_embd, block_size, batch_size):
-    """The SDPA backend that takes least for forward and backward."""
+    """The SDPA backend that is fastest forward and backward."""
     shape = (batch_size, n_head, block_size, n_embd // n_head)
-    q, k, v, dout = (torch.randn(shape, device=DEVICE, dtype=DTYPE) for _ in range(4))
-    leaves = [t.requires_grad_() for t in (q, k, v)]
+    q, k, v, dout = (torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True) for _ in range(4))
 
-    def seconds(backend):
-        try:
-            with sdpa_kernel(backend):
-                for i in range(13):
-                    if i == 3:
-                        sync()
-                        start = time.perf_counter()
-                    y = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
-                    torch.autograd.grad(y, leaves, dout)
-        except RuntimeError:  # not on this GPU
-            return math.inf
-        sync()
-        return time.perf_counter() - start
+    def call(backend):
+        with sdpa_kernel(backend):
+            torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), dout)
 
-    return min((SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION), key=seconds)
+    backends = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+    found = harness.time_together({b: [functools.partial(call, b)] for b in backends}, 5, 0.01)
+    return min((b for b in backends if isinstance(found[b], Timing)), key=lambda b: found[b].median)
+
+
+def ours(setup, spec, compile_, graphed=False):
+    """The Arm of a GPT by a --kernels spec."""
+    c = setup.config
+    module = setup.adopt(lambda: GPT(c))
+    inner = torch.compile(module, dynamic=False) if compile_ else module
+    kernels = choose(spec, Shape.of(setup.case.batch_size, c), DTYPE, DEVICE, compile_)
+    module.set_kernels(kernels)
+    shadows = None
+    if dtype := shadow_dtype(kernels, DTYPE):
+        shadows = Shadows(module, dtype)
+        shadows.remove()  # until this arm takes over
+    call = lambda idx, targets: inner(idx, targets, return_logits=False)  # noqa: E731
+    return Arm(module, call, setup.optimizer, kernels, shadows, graphed)
 
 
 @arm("fastgpt")
 def fastgpt(setup):
-    """As train.py runs by default: exact, each op the fastest that is shown equal, compiled."""
+    """As train.py runs by default: each op by the fastest implementation that is equal, compiled."""
     return ours(setup, "auto", True)
 
 
 @arm("fastgpt-eager")
 def fastgpt_eager(setup):
-    """The same without a compiler."""
+    """The same without the compiler."""
     return ours(setup, "auto", False)
 
 
@@ -295,52 +287,40 @@ def fastgpt_triton(setup):
 
 @arm("fastgpt-graphs")
 def fastgpt_graphs(setup):
-    """Without a compiler, each micro-step the replay of a CUDA graph."""
+    """Without the compiler; each micro-step replays a CUDA graph."""
     needs_gpu("a CUDA graph")
     if setup.case.model != "gpt2":
-        raise NotHere("its graphs' memory beside the other arms' is for the smallest model")
+        raise NotHere("only the smallest model leaves its graphs room beside the other arms")
     return ours(setup, "auto", False, graphed=True)
-
-
-def ours(setup, spec, compile_, graphed=False):
-    c = setup.config
-    module = setup.adopt(lambda: GPT(c))
-    inner = torch.compile(module, dynamic=False) if compile_ else module
-    picks = choose(spec, Shape.of(setup.case.batch_size or 32, c), DTYPE, DEVICE, compile_)
-    if dtype := shadow_dtype(picks, DTYPE):
-        module.keep_shadows(dtype)
-    return Arm(module, lambda idx, targets: inner(idx, targets, return_logits=False), setup.optimizer, picks, graphed)
 
 
 @arm("liger")
 def liger(setup):
     """The compiled model with Liger-Kernel's LayerNorm and loss."""
     needs_gpu("Liger-Kernel")
-    module = setup.adopt(lambda: LigerGPT(setup.config))
-    return Arm(module, torch.compile(module, dynamic=False), setup.optimizer)
+    return compiled_arm(setup, setup.adopt(lambda: LigerGPT(setup.config)))
 
 
 @arm("huggingface")
 def huggingface(setup):
-    """Hugging Face's GPT-2, compiled."""
+    """Hugging Face's GPT-2, compiled, on weights of its own."""
     with torch.device(DEVICE):
         module = HuggingFaceGPT(setup.config)
-    return Arm(module, torch.compile(module, dynamic=False), optimizer_of(list(module.parameters())))
+    return Arm(module, torch.compile(module, dynamic=False), optimizer_of(module.parameters()))
 
 
-# ---- equality, then time ----
+# ---- equality ----
 
 
-def autocast(dtype=DTYPE):
-    """What the trainer runs in on this machine."""
-    return torch.autocast("cuda", dtype=dtype) if CUDA and dtype != torch.float32 else nullcontext()
+def autocast():
+    """The context in which the trainer runs on this machine."""
+    return torch.autocast("cuda", dtype=DTYPE) if CUDA else nullcontext()
 
 
 def iterate(arm, tokens, accumulation, context=None):
     """One iteration of an arm: its loss, on the device."""
     arm.take_over()
-    scaler = torch.amp.GradScaler("cuda", enabled=False)
-    context = context or autocast()
+    scaler, context = torch.amp.GradScaler("cuda", enabled=False), context or autocast()
     replays = arm.graphs_of(tokens.get()[0].shape, scaler, accumulation, context)
     return step.train_step(arm, arm.optimizer, scaler, tokens, accumulation, context, 1.0, replays)[0]
 
@@ -354,13 +334,8 @@ def micro_step(arm, tokens):
     arm.optimizer.zero_grad(set_to_none=True)
 
 
-def held_from(setup):
-    """Weights from which any maths that is not the model's shows in the losses."""
-    return {n: t * STRESS if n.endswith(("c_attn.weight", "c_fc.weight")) else t for n, t in setup.initial.items()}
-
-
 def begins_equal(arm, initial):
-    """Raise ArithmeticError where an arm's weights are not the initial ones, bit for bit."""
+    """Raise ArithmeticError unless an arm's weights are the initial ones, bit for bit."""
     arm.reset(initial)
     for name, value in arm.weights().items():
         if name in initial and not torch.equal(value.cpu(), initial[name]):
@@ -368,33 +343,35 @@ def begins_equal(arm, initial):
 
 
 def losses(arm, weights, tokens, steps, slices=1, context=None):
-    """The losses of the first steps of MICRO_STEPS micro-steps from the weights; tokens are in so many slices of a batch."""
+    """The losses of an arm's first steps from these weights; tokens has each batch in `slices`."""
     arm.reset(weights)
-    tokens.rewind()
+    tokens.at = 0
     return torch.stack([iterate(arm, tokens, MICRO_STEPS * slices, context) for _ in range(steps)]).double().cpu()
 
 
 def plain_and_exact(setup, tokens):
-    """The losses of the plain model, and those in a higher precision: fp64 on the CPU; on a GPU fp32 with products in TF32, which
-    has eight times bf16's digits. On a GPU in slices of a batch, since fp32 may not fit whole."""
+    """The losses of the plain model, and those in a higher precision.
+
+    On the CPU that is fp64. On a GPU it is fp32 with products in TF32, which has eight times bf16's digits; batches are sliced there,
+    since in fp32 a whole one may not fit.
+    """
     slices = max(1, tokens.batches[0][0].size(0) // 4) if CUDA else 1
-    tokens, weights = tokens.sliced(slices), held_from(setup)
+    tokens, weights = tokens.sliced(slices), setup.stressed
     plain = losses(eager(setup), weights, tokens, STEPS, slices)
-    if CUDA:
-        before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
-        try:
-            return plain, losses(eager(setup), weights, tokens, STEPS, slices, nullcontext())
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
-    module = PlainGPT(setup.config).double()
-    double = {n: t.double() for n, t in weights.items()}
-    arm = Arm(module, module, optimizer_of(list(module.parameters())))
-    return plain, losses(arm, double, tokens, STEPS)
+    if not CUDA:
+        module = PlainGPT(setup.config).double()
+        arm = Arm(module, module, optimizer_of(module.parameters()))
+        return plain, losses(arm, {n: t.double() for n, t in weights.items()}, tokens, STEPS)
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
+        return plain, losses(eager(setup), weights, tokens, STEPS, slices, nullcontext())
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def agree(found, plain, exact):
-    """The three-way rule on loss curves: no further from the exact losses than twice plain PyTorch's, plus one unit in the last
-    place of the compute dtype for a step's rounding. Raises ArithmeticError."""
+    """The three-way rule on loss curves: found is no further from exact than twice plain is, plus the rounding of one step in the compute
+    dtype. Raises ArithmeticError."""
     floor = torch.finfo(DTYPE).eps * exact.abs().max().item() * (0.05 if CUDA else 4)
     error, allowed = ((x - exact).abs().max().item() for x in (found, plain))
     if not error <= 2 * allowed + floor:
@@ -403,184 +380,74 @@ def agree(found, plain, exact):
         )
 
 
-class Group:
-    """The arms of a case: built once, held equal, and measured wave by wave."""
+# ---- the comparison ----
 
-    def __init__(self, case, rounds, seconds, trace_to=None):
-        self.case, self.rounds, self.seconds, self.trace_to = case, rounds, seconds, trace_to
-        self.arms, self.batch_sizes, self.data = {}, {}, {}
-        self.timings, self.bases, self.facts, self.failed = {}, {}, {}, {}
-        gc.collect()
-        torch._dynamo.reset()
-        self.setup = Setup(case)
-        self.tokens = Tokens(self.setup.config, case.batch_size or 8)
+
+class Step(harness.Comparison):
+    """The step with its arms as providers. Each arm is built once for a case, and measured in its wave."""
+
+    graph, full, quick = False, (7, 1.0), (5, 0.3) if CUDA else (7, 0.05)
+
+    def importance(self, case, provider):
+        return case.importance + WAVES.index(self.wave(provider))
+
+    def wave(self, provider):
+        return next(wave for wave in WAVES if provider in wave)
+
+    def begin(self, case):
+        self.arms, self.facts = {}, {}
+        self.setup, self.tokens = Setup(case), Tokens(case.config, case.batch_size)
         self.curves = plain_and_exact(self.setup, self.tokens)
-
-    def measure(self, wave):
-        """Measure a wave's arms beside the baseline: timings, the baseline's timings of the same rounds, and facts; or why not."""
-        names = list(dict.fromkeys([*wave, "compiled"]))
-        # All are built before one is compiled: choosing kernels resets compilers.
-        for stage in (self.build, self.hold, self.warm):
-            for name in names:
-                if name not in self.failed:
-                    self.attempt(name, stage)
-        rounds = {name: Timing() for name in names if name not in self.failed}
-        with harness.watched():
-            for _ in range(self.rounds):
-                for name in [n for n in rounds if n not in self.failed]:
-                    self.attempt(name, lambda name: rounds[name].seconds.append(self.sample(name)))
-        for name in [n for n in wave if n not in self.failed]:
-            self.timings[name].seconds = rounds[name].seconds
-            self.bases[name] = rounds["compiled"] if "compiled" not in self.failed else None
-            self.attempt(name, self.look)
-
-    def attempt(self, name, stage):
-        """A stage of one arm; what stops it is kept, and the others go on."""
-        try:
-            stage(name)
-            return
-        except Exception as e:
-            self.failed[name] = Failed.by(e)
-        self.arms.pop(name, None)
-        self.setup.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        if CUDA:
-            torch.cuda.empty_cache()
+        self.stages = self.build, self.hold  # all are built before one is compiled: choosing kernels resets compilers
 
     def build(self, name):
         if name not in self.arms:
-            self.arms[name] = ARMS[name](self.setup)
+            self.arms[name] = self.providers[name](self.setup)
 
     def hold(self, name):
-        """Hold an arm equal, and find its batch size."""
-        if name not in self.batch_sizes:
+        """Hold an arm equal, and leave it at the initial weights."""
+        if name not in self.calls:
             begins_equal(self.arms[name], self.setup.initial)
             self.agree(name, STEPS)
             self.arms[name].reset(self.setup.initial)
-            size = self.case.batch_size or best_batch_size(self.arms[name], self.setup.config)
-            self.batch_sizes[name] = size
-            self.data.setdefault(size, Tokens(self.setup.config, size))
+            self.calls[name] = [functools.partial(iterate, self.arms[name], self.tokens, self.case.accumulation)]
 
     def agree(self, name, steps):
-        found = losses(self.arms[name], held_from(self.setup), self.tokens, steps)
+        found = losses(self.arms[name], self.setup.stressed, self.tokens, steps)
         agree(found, *(curve[:steps] for curve in self.curves))
 
-    def turn(self, name):
-        """One iteration of an arm, as a function."""
-        return functools.partial(iterate, self.arms[name], self.data[self.batch_sizes[name]], self.case.accumulation)
+    def fail(self, name, why):
+        self.arms.pop(name, None)
+        self.setup.optimizer.zero_grad(set_to_none=True)
+        super().fail(name, why)
 
-    def warm(self, name):
-        """Run an arm until nothing compiles; note the seconds of an iteration, and the peak of the memory."""
-        turn, timing = self.turn(name), Timing()
-        wall(turn, 2)
-        if CUDA:
-            timing.how = "wall clock around synchronised iterations"
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        timing.once = wall(turn, 1)
-        if CUDA:
-            timing.peak = torch.cuda.max_memory_allocated() - before + self.arms[name].resident()
-        self.timings.setdefault(name, timing)
+    def settle(self, name):
+        """One micro-step: it finds the allocator as another arm left it."""
+        iterate(self.arms[name], self.tokens, 1)
 
-    def sample(self, name):
-        """Mean seconds of an arm's iterations, as many as the sample is to last. One goes before: the allocator, left as another
-        arm needed it, is not to be timed."""
-        iterate(self.arms[name], self.data[self.batch_sizes[name]], 1)
-        return wall(self.turn(name), max(1, round(self.seconds / self.timings[name].once)))
+    def finish(self, name):
+        """Hold an arm equal again, now that it was timed; see what it launches and keeps; write its profile where one is wanted."""
+        arm, timing = self.arms[name], self.timings[name]
+        timing.peak = timing.peak and timing.peak + arm.resident()
+        self.agree(name, STEPS_AFTER)
+        self.facts[name] = profile.facts(functools.partial(micro_step, arm, self.tokens))
+        if self.profile_to:
+            path = f"{self.profile_to}/{self.case} {name}".replace(" ", "-")
+            shape = Shape.of(self.case.batch_size, self.case.config)
+            profile.write(functools.partial(iterate, arm, self.tokens, 1), shape, self.case.config.n_layer, path)
 
-    def look(self, name):
-        """Hold an arm equal again, now that it was timed; what it launches; its profile where one is wanted."""
-        self.agree(name, AGAIN)
-        batches = self.data[self.batch_sizes[name]]
-        self.facts[name] = profile.facts(functools.partial(micro_step, self.arms[name], batches))
-        if self.trace_to:
-            turn = functools.partial(iterate, self.arms[name], batches, 1)
-            path = f"{self.trace_to}/{self.case} {name}".replace(" ", "-")
-            profile.write(turn, self.setup.config, self.batch_sizes[name], path)
-
-
-def wall(turn, repeats):
-    """Mean seconds of repeats of an iteration."""
-    sync()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        turn()
-    sync()
-    return (time.perf_counter() - start) / repeats
+    def info(self, name, timing):
+        case, c = self.case, self.case.config
+        tokens_per_s = case.batch_size * case.accumulation * c.block_size / timing.median
+        # nanoGPT's count: 6 N + 12 L C T a token, N without the position embeddings.
+        n = n_params(Shape.of(1, c), c.n_layer) - c.block_size * c.n_embd
+        flops = tokens_per_s * (6 * n + 12 * c.n_layer * c.n_embd * c.block_size)
+        peak = metrics.peak_flops(DEVICE, str(DTYPE)[6:])
+        return dict(
+            kind="step", model=case.model, shape=f"B={case.batch_size} x {case.accumulation}, T={c.block_size}",
+            batch_size=case.batch_size, tokens_per_s=tokens_per_s, mfu=peak and flops / peak,
+            mfu_of_ceiling=flops / ceilings()["flops"], **self.facts[name],
+        )  # fmt: skip
 
 
-def best_batch_size(arm, config):
-    """The batch size of most tokens a second, doubling from 16 until it is no faster or no longer fits."""
-    best, speed = None, 0.0
-    for batch_size in (16, 32, 64, 128, 256):
-        try:
-            turn = functools.partial(iterate, arm, Tokens(config, batch_size, 2), 1)
-            wall(turn, 3)
-            now = batch_size / wall(turn, 5)
-        except Exception:  # memory runs out under many names: the allocator's, the compiler's, cuBLAS's
-            if best is None:
-                raise
-            arm.optimizer.zero_grad(set_to_none=True)
-            break
-        if now < speed * 1.01:
-            break
-        best, speed = batch_size, now
-    gc.collect()
-    torch.cuda.empty_cache()
-    return best
-
-
-groups = {}
-
-
-def group_of(config, items, case, provider):
-    """The Group of a case with the provider's wave measured, of which the selected arms take part."""
-    if case not in groups:
-        groups.clear()  # one model at a time
-        quick = config.getoption("--quick") or not CUDA
-        rounds, seconds = (7, 0.05) if not CUDA else (5, 0.3) if quick else (7, 1.0)
-        try:
-            groups[case] = Group(case, rounds, seconds, config.getoption("--profile-to"))
-        except Exception as e:  # not for each arm anew
-            groups[case] = Failed.by(e)
-    group = groups[case]
-    if isinstance(group, Failed):
-        group.report(provider)
-    if provider not in group.failed and provider not in group.bases:
-        wave = next(w for w in WAVES if provider in w)
-        group.measure([n for n in wave if n == provider or any(harness.has(i, case=case, provider=n) for i in items)])
-    return group
-
-
-@pytest.mark.parametrize(
-    ("case", "provider"),
-    [
-        pytest.param(
-            case, name, id=f"step {case} {name}",
-            marks=[pytest.mark.benchmark(group=f"step {case}", timer=clock), pytest.mark.importance(case.importance + wave)],
-        )
-        for case in CASES for wave, names in enumerate(WAVES) for name in names
-    ],
-)  # fmt: skip
-def test_step(benchmark, request, case, provider):
-    group = group_of(request.config, request.session.items, case, provider)
-    if provider in group.failed:
-        group.failed[provider].report(provider)
-    timing, batch_size = group.timings[provider], group.batch_sizes[provider]
-    tokens_per_s = batch_size * case.accumulation * group.setup.config.block_size / timing.median
-    flops = tokens_per_s * group.setup.flops_per_token()
-    peak = metrics.peak_flops(DEVICE, str(DTYPE)[6:])
-    replay(benchmark, timing, kind="step", provider=provider, baseline=provider == "compiled")
-    benchmark.extra_info.update(
-        model=case.model, batch_size=batch_size, accumulation=case.accumulation, block_size=group.setup.config.block_size,
-        dtype=str(DTYPE)[6:], ms=timing.median * 1e3, tokens_per_s=tokens_per_s,
-        mfu=None if peak is None else flops / peak, mfu_of_ceiling=flops / ceilings()["flops"],
-        **group.facts[provider],
-    )  # fmt: skip
-    if base := group.bases[provider]:
-        # Of tokens a second, since arms may run at batch sizes of their own.
-        scale = batch_size / group.batch_sizes["compiled"]
-        median, least, greatest = (r * scale for r in timing.ratios_of(base))
-        benchmark.extra_info.update(
-            ratio_to_compiled=median, ratio_to_compiled_min=least, ratio_to_compiled_max=greatest
-        )
+test_step = Step("step", cases(), ARMS).benchmark()

@@ -1,4 +1,4 @@
-"""`fastgpt bench`: run the suite and write its report; compare, count, roofline and report beside it."""
+"""`fastgpt bench`: run the suite and write its report; and the commands compare, report, count and roofline."""
 
 import os
 import re
@@ -7,78 +7,63 @@ import sys
 import time
 from pathlib import Path
 
-from fastgpt.benchmarks import compare, harness, machine, report, roofline
-from fastgpt.config import BenchConfig, CompareConfig, ReportConfig, RooflineConfig, UserError, parse
+import torch
+from pydantic import Field
 
+from fastgpt.benchmarks import compare, report, roofline
+from fastgpt.config import Settings, UserError
+from fastgpt.parse import parse
+
+OPS = ("layer_norm", "attention", "gelu_mlp", "linear_cross_entropy", "embedding", "adamw")
+FILES = {"step": ["train"], "ops": OPS, **{op: [op] for op in OPS}}  # --only: the files bench_NAME.py
 USAGE = """usage: fastgpt bench [--key=value ...]                    measure this machine, and write a report
        fastgpt bench compare [A.json B.json] [--key=value ...]   exit status 1 if something became slower
        fastgpt bench report [FILE.json] [--key=value ...]        write a result's report again; --readme: the README's table
        fastgpt bench count [--key=value ...]                     launches and bytes of a micro-step, without a GPU
        fastgpt bench roofline [--key=value ...]                  the floor of a step on a GPU, by part
 
-`fastgpt bench --help`, and --help behind each of these, lists the flags.
+--help behind each of these lists its flags.
 """
-FILES = {  # what --only may be, and where it stands
-    "step": ["bench_train"],
-    "ops": [
-        "bench_layer_norm",
-        "bench_attention",
-        "bench_gelu_mlp",
-        "bench_cross_entropy",
-        "bench_embedding",
-        "bench_optimizer",
-    ],
-}
-FILES |= {name.removeprefix("bench_"): [name] for name in FILES["ops"]}
+
+
+class BenchConfig(Settings):
+    """Every flag of a benchmark run."""
+
+    budget: int = Field(480, gt=0, description="seconds for everything; the most important comes first")
+    only: str = Field("", description="step, ops, or one op: " + ", ".join(OPS))
+    quick: bool = Field(False, description="fewer cases and rounds; without a GPU sizes are toys either way")
+    out: str = Field(report.RESULTS, description="folder of the results; each GPU has a folder in it")
+    profile: bool = Field(False, description="a trace of each arm's step, and its time by op beside the roofline's")
 
 
 def bench(argv):
-    """A command line behind `fastgpt bench`: its exit status. Raises UserError."""
-    command = argv[0] if argv and not argv[0].startswith("-") and not argv[0].endswith(".json") else ""
-    rest = argv[1:] if command else argv
+    """Run the words behind `fastgpt bench`: the exit status. Raises UserError."""
+    command, rest = "", argv
+    if argv and not argv[0].startswith("-"):
+        command, *rest = argv
     files = [word for word in rest if word.endswith(".json") and not word.startswith("-")]
-    flags = [word for word in rest if word not in files]
-    if not command and files:
-        raise UserError(f"bench: {files[0]}? `fastgpt bench compare` and `fastgpt bench report` take files")
+    flags, prog = [word for word in rest if word not in files], f"fastgpt bench {command}".rstrip()
+    if command.endswith(".json"):
+        raise UserError(f"bench: {command}? `fastgpt bench compare` and `fastgpt bench report` take files")
     if command == "count":
         return count(rest)
     if command == "roofline":
-        return roofline.roofline(parse(RooflineConfig, flags, "fastgpt bench roofline")[0])
+        return roofline.roofline(parse(roofline.RooflineConfig, rest, prog)[0])
     if command == "compare":
-        cfg, _ = parse(CompareConfig, flags, "fastgpt bench compare")
-        if len(files) not in (0, 2):
-            raise UserError("bench compare: give two result files, or none for the newest two")
-        return compare.compare(*(files or compare.newest_two(cfg.out)), cfg.threshold)
+        return compare.run(parse(compare.CompareConfig, flags, prog)[0], files)
     if command == "report":
-        return write_report(parse(ReportConfig, flags, "fastgpt bench report")[0], files)
+        return report.run(parse(report.ReportConfig, flags, prog)[0], files)
     if command:
         raise UserError(f"bench: there is no command {command!r}; they are compare, report, count and roofline")
     if rest[:1] in (["-h"], ["--help"]):
         print(USAGE)
-    return run(parse(BenchConfig, flags, "fastgpt bench")[0])
+    return run(parse(BenchConfig, rest, prog)[0])
 
 
 def count(argv):
-    """The count in a process of its own: it takes the CPU for a GPU, and kernels must be recorded, not interpreted."""
+    """The count, in a process of its own: it takes the CPU for a GPU, and records the kernels instead of running them."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([sys.executable, "-m", "fastgpt.benchmarks.count", *argv], env=env).returncode
-
-
-def write_report(cfg, files):
-    """The report beside a result file, or the README's table."""
-    if cfg.readme and files:
-        raise UserError(f"bench report --readme: takes the newest result under --out, not {files[0]}")
-    if cfg.readme:
-        report.update_readme(Path("README.md"), Path(cfg.out))
-        said = next((f"is of {path}" for path in report.newest(cfg.out)), "says that nothing was measured on a GPU yet")
-        print(f"README.md: the table {said}")
-        return 0
-    found = [Path(f) for f in files] or report.newest(cfg.out) or report.newest(cfg.out, device="cpu")
-    if not found:
-        raise UserError(f"bench report: no result under {cfg.out}; give a file")
-    for path in found:
-        print(report.write(path))
-    return 0
 
 
 def run(cfg):
@@ -92,20 +77,18 @@ def run(cfg):
         raise UserError("bench: pytest and pytest-benchmark are not installed; pip install 'fastgpt[bench]'") from None
     from fastgpt.benchmarks.progress import Progress
 
-    folder = Path(__file__).parent
-    target = result_path(Path(cfg.out))
+    folder, target = Path(__file__).parent, result_path(Path(cfg.out))
+    names = FILES[cfg.only] if cfg.only else ("train", *OPS)
     part = target.with_suffix(".part")
-    names = [name for names in FILES.values() for name in names] if not cfg.only else FILES[cfg.only]
     words = [
-        *dict.fromkeys(f"{folder / name}.py" for name in names), f"--rootdir={folder}", "-o", "addopts=", "-p", "no:terminal",
-        "-p", "no:cacheprovider",
-        f"--benchmark-json={part}", "--benchmark-quiet", f"--budget={cfg.budget}", *["--quick"] * cfg.quick,
-        *[f"--profile-to={target.parent / (target.stem + '-profile')}"] * cfg.profile,
+        *(f"{folder}/bench_{name}.py" for name in names), f"--rootdir={folder}", "-o", "addopts=", "-p", "no:terminal",
+        "-p", "no:cacheprovider", f"--benchmark-json={part}", "--benchmark-quiet", f"--budget={cfg.budget}",
+        *["--quick"] * cfg.quick, *[f"--profile-to={target.with_suffix('')}-profile"] * cfg.profile,
     ]  # fmt: skip
-    progress = Progress(cfg.budget)
+    start = time.monotonic()
     try:
-        status = pytest.main(words, plugins=[progress])
-        progress.finish()
+        status = pytest.main(words, plugins=[Progress(cfg.budget)])
+        print(f"\n{time.monotonic() - start:.0f} s")
         if part.is_file() and part.stat().st_size:
             part.replace(target)
             print(f"results: {target}\nreport:  {report.write(target)}")
@@ -120,8 +103,10 @@ def run(cfg):
 
 
 def result_path(out):
-    """out/GPU/DATE-COMMIT.json of a run that begins now, its folder made. Raises UserError where it cannot be."""
-    name = ("" if harness.CUDA else "cpu ") + machine.gpu_name().lower()
+    """out/GPU/DATE-COMMIT.json of a run that begins now; its folder is made. Raises UserError where it cannot be written."""
+    from fastgpt.benchmarks import machine
+
+    name = ("" if torch.cuda.is_available() else "cpu ") + machine.gpu_name().lower()
     folder = out / re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a benchmark run is: its options, its order, its budget, and what the result file says of the machine."""
+"""A benchmark run under pytest: its options, its order, its budget, and what the result file says of the machine."""
 
 import signal
 import time
@@ -19,10 +19,16 @@ def pytest_addoption(parser):
     group.addoption("--profile-to", metavar="DIR", help="write a trace of each arm's step here, and its time by op")
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers(config):
+    """None: what is timed has the machine to itself."""
+    return 0
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "importance(n): when a benchmark is due; 0 comes first")
     config.fastgpt_start = time.monotonic()
-    config.fastgpt_left_out = {}
+    config.fastgpt_left_out = {}  # name of a case: why it has no time
     config.fastgpt_watch = machine.Watch()
 
 
@@ -33,9 +39,7 @@ def pytest_unconfigure(config):
 def pytest_collection_modifyitems(config, items):
     items.sort(key=importance)  # stable
     if config.getoption("--quick"):
-        late = [i for i in items if importance(i) > QUICK]
-        config.hook.pytest_deselected(items=late)
-        items[:] = [i for i in items if i not in late]
+        items[:] = [i for i in items if importance(i) <= QUICK]
 
 
 def importance(item):
@@ -43,41 +47,27 @@ def importance(item):
     return marker.args[0] if marker else 50
 
 
-def remaining(config):
-    """Seconds of the budget that are left, or None without one."""
-    budget = config.getoption("--budget")
-    return None if budget is None else budget - (time.monotonic() - config.fastgpt_start)
-
-
 def pytest_collection_finish(session):
-    session.config.fastgpt_left_out.update(
-        dict.fromkeys(map(name_of, session.items), "not reached: the run was interrupted")
-    )
+    names = map(name_of, session.items)
+    session.config.fastgpt_left_out.update(dict.fromkeys(names, "not reached: the run was interrupted"))
     if session.items and not session.config.option.collectonly:
-        harness.ceilings()  # on an empty machine
-
-
-def pytest_runtest_setup(item):
-    left = remaining(item.config)
-    if left is not None and left <= 0:
-        pytest.skip(spent(item.config))
-
-
-def spent(config):
-    return f"the budget of {config.getoption('--budget'):g} s is spent"
+        harness.ceilings()  # while nothing else is in the GPU's memory
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item):
-    """Stop a benchmark where the budget ends, wherever it is."""
-    left = remaining(item.config)
+    """Skip a benchmark that begins after the budget's end, and stop it where it reaches that."""
+    budget = item.config.getoption("--budget")
 
     def stop(*_):
-        raise pytest.skip.Exception(spent(item.config))  # no Exception: what catches those goes on
+        raise pytest.skip.Exception(
+            f"the budget of {budget:g} s is spent"
+        )  # no Exception: `except Exception` lets it pass
 
     before = signal.signal(signal.SIGALRM, stop)
-    if left is not None:
-        signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), 1.0)  # and again: in a destructor it would be lost
+    if budget is not None:
+        left = item.config.fastgpt_start + budget - time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), 1.0)  # again each second: a destructor would swallow it
     try:
         yield
     finally:
@@ -86,30 +76,28 @@ def pytest_runtest_call(item):
 
 
 def name_of(item):
-    """What a case is called: its parameters."""
+    """The parameters of a benchmark, which are its case's name."""
     return item.callspec.id if hasattr(item, "callspec") else item.name
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
+    left_out = item.config.fastgpt_left_out
     if report.when != "teardown" and report.outcome in ("skipped", "failed"):
-        why = report.longrepr[2] if report.outcome == "skipped" else str(call.excinfo.value).strip()
-        lines = why.removeprefix("Skipped: ").splitlines() or [type(call.excinfo.value).__name__]
-        kind = "" if report.outcome == "skipped" else f"FAILED: {type(call.excinfo.value).__name__}: "
-        item.config.fastgpt_left_out[name_of(item)] = kind + lines[0]
+        why = report.longrepr[2] if report.skipped else f"FAILED: {call.excinfo.typename}: {call.excinfo.value}"
+        left_out[name_of(item)] = why.removeprefix("Skipped: ").splitlines()[0]
     elif report.when == "call":
-        item.config.fastgpt_left_out.pop(name_of(item), None)
+        left_out.pop(name_of(item), None)
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    step = [b["extra_info"] for b in output_json["benchmarks"] if b["extra_info"].get("kind") == "step"]
-    kernels = [x["attention_kernel"] for x in step if x["provider"] == "compiled" and x.get("attention_kernel")]
+    baselines = (b["extra_info"] for b in output_json["benchmarks"] if b["extra_info"].get("provider") == "compiled")
     output_json["fastgpt"] = {
         "device": harness.DEVICE, "gpu": machine.gpu_name(), "driver": machine.driver(),
         "versions": {**versions(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
         "ceilings": harness.ceilings(), "clocks": config.fastgpt_watch.stop(),
-        "attention_kernel": kernels[0] if kernels else None,
+        "attention_kernel": next((x["attention_kernel"] for x in baselines), None),
         "budget_s": config.getoption("--budget"), "seconds": time.monotonic() - config.fastgpt_start,
         "quick": bool(config.getoption("--quick")),
         "left_out": [{"name": name, "why": why} for name, why in config.fastgpt_left_out.items()],

@@ -1,75 +1,66 @@
 """`fastgpt bench count`: the launches and the bytes of one micro-step, forward and backward, counted without a GPU.
 
-Nothing is run: every tensor is fake. Four arms are counted, all with nanoGPT's maths under autocast to bfloat16 and with the
-update left out:
+Nothing is computed: every tensor is fake. Four arms are counted. Each is nanoGPT's maths under autocast to bfloat16, without the update.
 
-    eager            the plain model of peers/, an aten operator at a time
-    compiled         the same as torch.compile would run it, the baseline: traced by AOTAutograd, then fused by Inductor as for an
-                     H200; each node of its schedule is a kernel
-    fastgpt          GPT with every Triton kernel, compiled as `train.py` does by default: Inductor around the ops
+    eager            the plain model of peers/, one aten operator at a time
+    compiled         the same under torch.compile: the baseline. A node of Inductor's schedule for an H200 is a kernel
+    fastgpt          GPT with every Triton kernel, compiled as `train.py` does by default
     fastgpt-eager    the same without the compiler
 
-A kernel's bytes are what it must move through memory: each tensor that it reads once, each that it writes once, no more than
-the rows that it gathers. GEMMs and attention are launches like all others, but their bytes stand apart; of a GEMM with an epilogue
-only its operands and one result are the GEMM's. What a Triton kernel reads and writes stands in TRAFFIC, which a test holds to
-what the interpreter sees it touch.
+A kernel's bytes are what it must move through memory: each tensor that it reads once, each that it writes once, and of a gather the
+rows that it reads. The bytes of GEMMs and of attention stand in columns of their own. A GEMM with an epilogue counts its operands and
+one result as GEMM, the rest as the epilogue's. `Record.kernels` (fastgpt/records.py) says what a Triton kernel reads and writes.
 
-This is for a process of its own, which then takes the CPU for a GPU.
+This module runs in a process of its own: it makes torch take the CPU for a GPU.
 """
 
 import contextlib
-import copy
-import inspect
+import functools
 import io
 import json
 import logging
 import math
-import os
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from pydantic import Field
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from fastgpt import ops
 from fastgpt.benchmarks.peers.plain import PlainGPT
-from fastgpt.config import RESIDUAL, CountConfig, UserError, parse
+from fastgpt.config import RESIDUAL, Residual, StepShape, UserError
 from fastgpt.model import GPT
+from fastgpt.parse import parse
+from fastgpt.records import RECORDS
+from fastgpt.shadows import Shadows
 
 ARMS = ("eager", "compiled", "fastgpt", "fastgpt-eager")
 
-# What a kernel reads -> what it writes, by parameter, `_ptr` left out; a:b is as many rows of a as b has elements. Arguments that
-# are None take no part. Of mlp_gemm the first three are the GEMM itself.
-TRAFFIC = {
-    "embed_forward": "idx wte:idx wpe:idx seed -> x",
-    "embed_backward_wpe": "dx seed -> dwpe",
-    "embed_keys": "idx -> keys",
-    "embed_backward_wte": "dx ids places seed dwte:ids -> dwte:ids",
-    "norm_forward": "x branch weight bias seed -> stream h stats",
-    "norm_backward": "dh dstream stream stats weight seed -> dx dbranch partial",
-    "norm_reduce": "partial -> dweight dbias",
-    "attention_forward": "qkv docs seed -> out lse",
-    "attention_delta": "out dout -> delta",
-    "attention_backward": "qkv dout docs seed lse delta -> dqkv",
-    "mlp_gemm forward": "a b bias -> post pre",
-    "mlp_gemm backward": "a b pre -> dpre post partial",
-    "mlp_column_sums": "partial -> out",
-    "loss_rows": "logits targets -> loss logits",
-    "loss_mean": "losses targets -> loss share",
-    "loss_scale": "x dloss share -> out",
-}
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # pydantic has a deprecated method `json`, which nobody calls here
 
-# aten operators by what they are for, the first match of all that were fused into a kernel
+    class CountConfig(StepShape):
+        """Every flag of counting a micro-step's launches and bytes."""
+
+        arms: str = Field(",".join(ARMS), description="which arms to count")
+        residual: Residual = Field("fp32", description="dtype of the residual stream in fastgpt's arms: fp32 or bf16")
+        by_kernel: bool = Field(False, description="a row for each kernel instead of for each op")
+        json: bool = Field(False, description="print JSON instead of the tables")
+
+
+# What aten operators are for. Of a fused kernel's operators the first match in this order names it.
 GROUPS = {
     "layer_norm": r"layer_norm",
-    "gelu": r"gelu",
-    "cross_entropy": r"log_softmax|nll_loss",
+    "gelu_mlp": r"gelu",
+    "linear_cross_entropy": r"log_softmax|nll_loss",
     "embedding": r"embedding|arange|sort",
     "dropout": r"dropout|bernoulli|rand",
     "cat": r"cat|split|slice|stack",
@@ -79,13 +70,12 @@ GROUPS = {
     "cast": r"_to_copy|convert",
     "copy": r"clone|copy_|contiguous|view|permute|transpose|t\b",
 }
-# Operators that launch nothing: they answer with a view, or memory as it lies.
-NOTHING = re.compile(r"empty|_unsafe_view|detach|alias|expand|lift_fresh")
+NO_LAUNCH = re.compile(r"empty|_unsafe_view|detach|alias|expand|lift_fresh")  # views, and memory as it lies
 
 
 @dataclass
 class Launch:
-    """One kernel: what it is for, its direction and name, its bytes by what they belong to."""
+    """One kernel: the op that it serves, its direction and name, and its bytes by what they belong to."""
 
     op: str
     direction: str
@@ -95,13 +85,13 @@ class Launch:
     attention_bytes: int = 0
 
 
-def size(t):
-    """Bytes of a tensor's elements; those that a stride of 0 repeats count once."""
-    return math.prod(n for n, s in zip(t.shape, t.stride(), strict=True) if s) * t.element_size()
-
-
-def tensors(tree):
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+def library_launch(direction, name, moved):
+    """The Launch of a kernel of a library, by its operator's name."""
+    if re.search(r"mm\b", name):
+        return Launch("gemm", direction, name, gemm_bytes=moved)
+    if "scaled_dot_product" in name:
+        return Launch("attention", direction, name, attention_bytes=moved)
+    return Launch(group([name]), direction, name, moved)
 
 
 def group(names):
@@ -109,78 +99,95 @@ def group(names):
     return next((g for g, pattern in GROUPS.items() if any(re.search(pattern, n) for n in names)), "other")
 
 
-class Recorder(TorchDispatchMode):
-    """Records a Launch for each operator that is dispatched, and for each Triton kernel that is launched, while it is active."""
+def size(t):
+    """Bytes of a tensor's elements; those that a stride of 0 repeats count once."""
+    return math.prod(n for n, s in zip(t.shape, t.stride(), strict=True) if s) * t.element_size()
 
-    def __init__(self):
+
+def sizes(tree):
+    """Bytes of all tensors in a nest of them."""
+    return sum(size(t) for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor))
+
+
+class Recorder(TorchDispatchMode):
+    """While active, records a Launch for each aten operator that is dispatched and each Triton kernel that is launched."""
+
+    def __init__(self, direction="forward"):
         super().__init__()
-        self.launches = []
-        self.direction = "forward"
+        self.launches, self.direction = [], direction
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        name = func._schema.name
-        returns = func._schema.returns
+        name, returns = func._schema.name, func._schema.returns
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        if name.startswith("aten::") and not view and not NOTHING.search(name):
-            self.dispatched(func, name, args, kwargs, out)
+        if name.startswith("aten::") and not view and not NO_LAUNCH.search(name):
+            self.launches.append(library_launch(self.direction, name, dispatched_bytes(func, args, kwargs, out)))
         return out
 
-    def dispatched(self, func, name, args, kwargs, out):
-        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        only_written = written if re.search(r"fill|zero|copy_|\.out", f"{name}.{func._overloadname}") else []
-        moved = sum(size(t) for t in tensors([v for k, v in given.items() if k not in only_written]))
-        moved += sum(size(t) for t in tensors([given[k] for k in written] if written else out))
-        # What is gathered is not all of what is there, and a backward may be handed what it does not read.
-        if name == "aten::embedding":
-            moved = 2 * size(out) + size(given["indices"])
-        elif name == "aten::nll_loss_forward":
-            moved = 2 * size(given["target"])
-        elif name == "aten::nll_loss_backward":
-            moved = size(out) + size(given["target"])
-        if name in ("aten::mm", "aten::addmm", "aten::bmm"):
-            launch = Launch("gemm", self.direction, name, gemm_bytes=moved)
-        elif "scaled_dot_product" in name:
-            launch = Launch("attention", self.direction, name, attention_bytes=moved)
-        else:
-            launch = Launch(group([name]), self.direction, name, moved)
-        self.launches.append(launch)
 
-    def launched(self, kernel, *args, grid, warmup, **options):
-        """In place of JITFunction.run."""
-        names = [n for n in kernel.arg_names if n not in options]
-        given = dict(zip(names, args, strict=True)) | options
-        self.launches.append(triton_launch(kernel, given, self.direction))
+def launch(kernel, *args, grid, warmup, **options):
+    """Stands in for JITFunction.run."""
+    recorder = next(m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Recorder))
+    names = [n for n in kernel.arg_names if n not in options]
+    given = dict(zip(names, args, strict=True)) | options
+    recorder.launches.append(triton_launch(kernel, given, recorder.direction))
+
+
+def dispatched_bytes(func, args, kwargs, out):
+    """Bytes that an aten operator moves."""
+    name, arguments = func._schema.name, func._schema.arguments
+    given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+    # What is gathered is not all of the table, and a backward may be handed what it does not read.
+    if name == "aten::embedding":
+        return 2 * size(out) + size(given["indices"])
+    if name == "aten::nll_loss_forward":
+        return 2 * size(given["target"])
+    if name == "aten::nll_loss_backward":
+        return size(out) + size(given["target"])
+    written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    only_written = written if re.search(r"fill|zero|copy_|\bout$|_out$", f"{name}.{func._overloadname}") else []
+    read = [v for k, v in given.items() if k not in only_written]
+    return sizes(read) + sizes([given[k] for k in written] if written else out)
+
+
+# ---- Triton's kernels ----
+
+
+@functools.cache
+def kernels():
+    """{Triton kernel: (its op, what it reads -> what it writes)} of all records."""
+    return {kernel: (op, words) for op, record in RECORDS.items() for kernel, words in record.kernels.items()}
+
+
+def kernel_name(kernel, given):
+    """A Triton kernel's name as the records have it."""
+    direction = {True: " backward", False: " forward", None: ""}[given.get("BACKWARD")]
+    return kernel.__name__.strip("_") + direction
 
 
 def triton_launch(kernel, given, direction):
     """The Launch of a Triton kernel with arguments by name."""
-    name = kernel.__name__.strip("_")
-    if "BACKWARD" in given:
-        name += " backward" if given["BACKWARD"] else " forward"
-    moved = {side: traffic(name, given, side) for side in (0, 1)}
-    op, total = kernel.__module__.rpartition(".")[2], sum(sum(m.values()) for m in moved.values())
-    if op == "flash_attention":
-        return Launch("attention", direction, name, attention_bytes=total)
-    if name.startswith("mlp_gemm"):
-        gemm = moved[0]["a"] + moved[0]["b"] + next(iter(moved[1].values()))
-        return Launch(op, direction, name, total - gemm, gemm_bytes=gemm)
-    return Launch(op, direction, name, total)
+    name = kernel_name(kernel, given)
+    op = kernels()[name][0]
+    reads, writes = (traffic(name, given, side) for side in (0, 1))
+    moved = sum(reads.values()) + sum(writes.values())
+    if op == "attention":
+        return Launch(op, direction, name, attention_bytes=moved)
+    gemm = reads["a"] + reads["b"] + next(iter(writes.values())) if name.startswith("mlp_gemm") else 0
+    return Launch(op, direction, name, moved - gemm, gemm_bytes=gemm)
 
 
 def traffic(name, given, side):
-    """{parameter: bytes} that a kernel reads (side 0) or writes (side 1), by TRAFFIC."""
+    """{parameter: bytes} that a kernel reads (side 0) or writes (side 1), by its record."""
     found = {}
-    for word in TRAFFIC[name].split(" -> ")[side].split():
+    for word in kernels()[name][1].split(" -> ")[side].split():
         parameter, _, index = word.partition(":")
         tensor = argument(given, parameter)
         if tensor is not None:
             found[parameter] = size(tensor)
             if index:
-                rows = argument(given, index).numel()
-                found[parameter] = min(size(tensor), rows * size(tensor[0]))
+                found[parameter] = min(size(tensor), argument(given, index).numel() * size(tensor[0]))
     return found
 
 
@@ -188,6 +195,12 @@ def argument(given, parameter):
     """The tensor behind a kernel's parameter, or None."""
     value = given[parameter if parameter in given else parameter + "_ptr"]
     return getattr(value, "base", value)  # a TMA descriptor's
+
+
+def launchers():
+    """{opaque op: its launcher} of all kernels."""
+    found = (f for module in vars(ops.triton).values() for f in getattr(module, "__dict__", {}).values())
+    return {f.opaque: f.__wrapped__ for f in found if hasattr(f, "opaque")}
 
 
 # ---- taking the CPU for a GPU ----
@@ -204,47 +217,30 @@ def always(value):
     return lambda *args, **kwargs: value
 
 
-def pretend_gpu(recorder):
-    """Have torch, Inductor and the kernels' launchers see an H200, and Triton's launches go to recorder(). For good.
+def pretend_gpu():
+    """Make torch, Inductor and the launchers see an H200 for the rest of this process, and record Triton's launches.
 
     Raises UserError without Triton.
     """
-    os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are first imported
-    try:
-        from triton.runtime.jit import JITFunction
-
-        from fastgpt.kernels import common, configs
-    except ImportError:
-        raise UserError("bench count: Triton is not installed; pip install triton") from None
+    if ops.triton is None:
+        raise UserError("bench count: Triton is not installed; pip install triton")
     import torch._inductor.config
     from torch._dynamo.device_interface import CudaInterface
     from torch.utils import _triton
+    from triton.runtime.jit import JITFunction
 
-    for place in (CudaInterface, CudaInterface.Worker):
+    for place in (torch.cuda, CudaInterface, CudaInterface.Worker):
         place.get_device_properties = staticmethod(always(H200))
-        place.current_device = staticmethod(always(0))
-    for name, value in (
-        ("get_compute_capability", 90), ("is_available", True), ("device_count", 1), ("is_triton_capable", True),
-        ("raise_if_triton_unavailable", None),
-    ):  # fmt: skip
-        setattr(CudaInterface, name, staticmethod(always(value)))
-    for name, value in (
-        ("get_device_properties", H200), ("get_device_capability", (9, 0)), ("device_count", 1), ("_lazy_init", None),
-        ("current_device", None),  # the index of a CPU tensor's device: no launcher has to change it
-    ):  # fmt: skip
-        setattr(torch.cuda, name, always(value))
+    torch.cuda.current_device = always(None)  # as the index of a CPU tensor's device: no launcher has to change it
     _triton.has_triton = always(True)
-    _triton.triton_hash_with_backend = always("")
-    _triton.triton_backend = always(None)
-    torch.version.cuda = torch.version.cuda or "13.0"
-    # Whether to pad a product is measured, on a GPU alone: of an odd vocabulary the copies for it are not counted.
+    # Inductor measures whether to pad a product, on a GPU alone. The copies for an odd vocabulary are therefore not counted.
     torch._inductor.config.shape_padding = False
-    # Autograd wants a driver for CUDA tensors, so all are the CPU's; Python code that asks them is told otherwise.
+    # Autograd wants a driver for CUDA tensors, so all tensors are the CPU's. Python code that asks them is told otherwise.
     FakeTensor.is_cuda = property(lambda t: True)
     FakeTensor.data_ptr = always(0)  # fresh memory begins on 16 bytes
-    common._device_can_run = always(True)
-    configs.architecture = always(90)
-    JITFunction.run = lambda kernel, *args, **options: recorder().launched(kernel, *args, **options)
+    ops.triton.common._device_can_run = always(True)
+    ops.triton.configs.architecture = always(90)
+    JITFunction.run = launch
 
 
 class AsOnCuda(TorchFunctionMode):
@@ -264,94 +260,81 @@ class AsOnCuda(TorchFunctionMode):
 
 
 def build(arm, config, residual):
-    """(module, call) of an arm: call(module, idx, targets) gives the outputs that its training step's forward has."""
-    if arm.startswith("fastgpt"):
-        ops.use("triton")
-        model = GPT(config)
-        model.keep_shadows(torch.bfloat16)
-        model.set_residual(residual)
-        return model, lambda model, idx, targets: model(idx, targets, return_logits=False)[1:]
-    return PlainGPT(config), lambda model, idx, targets: model(idx, targets)
+    """call(idx, targets) of an arm: the outputs of a training step's forward, the loss last."""
+    if not arm.startswith("fastgpt"):
+        return PlainGPT(config)
+    model = GPT(config)
+    model.set_kernels(ops.all_triton())
+    model.set_residual(residual)
+    Shadows(model, torch.bfloat16)
+    return lambda idx, targets: model(idx, targets, return_logits=False)[1:]
 
 
-def count_eager(arm, config, residual, batch_size, recorders):
-    """The launches of an arm, an operator at a time."""
-    with FakeTensorMode():
-        model, call = build(arm, config, residual)
-        idx = torch.zeros((batch_size, config.block_size), dtype=torch.int64)
-        with Recorder() as recorder:
-            recorders.append(recorder)
-            with torch.autocast("cpu", dtype=torch.bfloat16), AsOnCuda():
-                loss = call(model, idx, idx.clone())[-1]
-            recorder.launches.pop(0)  # the copy that stands for the targets
-            recorder.direction = "backward"
-            loss.backward()
-            recorders.pop()
-    return recorder.launches
-
-
-def count_compiled(arm, config, residual, batch_size, recorders):
-    """The launches of an arm as Inductor schedules them."""
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-    from torch._functorch.aot_autograd import aot_module_simplified
-    from torch._guards import TracingContext, tracing
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-
+def count_arm(arm, config, residual, batch_size):
+    """The Launches of an arm: as they are dispatched, or as Inductor schedules them."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        call = build(arm, config, residual)
+        idx, targets = (torch.zeros((batch_size, config.block_size), dtype=torch.int64) for _ in range(2))
+        if arm.endswith("eager"):
+            with Recorder() as recorder:
+                loss = as_on_cuda(call, idx, targets)[-1]
+                recorder.direction = "backward"
+                loss.backward()
+            return recorder.launches
     found = []
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def compiler(direction):
-        def compile_graph(graph, inputs):
-            outputs = next(n for n in graph.graph.nodes if n.op == "output").args[0]
-            answers = [o.meta["val"] if isinstance(o, torch.fx.Node) else None for o in outputs]
-            found.extend(scheduled(copy.deepcopy(graph), inputs, direction, fake, recorders))
-            return make_boxed_func(lambda *args: answers)
-
-        return compile_graph
-
-    def partition(graph, inputs, **kwargs):
-        joint_graph_passes(graph)
-        return min_cut_rematerialization_partition(graph, inputs, compiler="inductor", **kwargs)
-
-    class Step(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model, self.call = build(arm, config, residual)
-
-        def forward(self, idx, targets):
-            return self.call(self.model, idx, targets)
-
-    with fake:
-        step = Step()
-        idx = torch.zeros((batch_size, config.block_size), dtype=torch.int64)
-        torch.compiler._is_compiling_flag = True  # Op asks it
-        try:
-            with torch.autocast("cpu", dtype=torch.bfloat16), AsOnCuda(), tracing(TracingContext(fake)):
-                run = aot_module_simplified(
-                    step, (idx, idx.clone()), compiler("forward"), compiler("backward"), partition, select_decomp_table()
-                )  # fmt: skip
-                outputs = run(idx, idx.clone())
-            outputs[-1].backward()
-        finally:
-            torch.compiler._is_compiling_flag = False
-        # What the loss does not differentiate comes to the backward as zeros, which the runtime fills.
-        found += [Launch("fill", "backward", "zeros for the logits' gradient", size(o)) for o in outputs[:-1]]
-    return found
+    outputs = as_on_cuda(torch.compile(call, fullgraph=True, dynamic=False, backend=inductor(found)), idx, targets)
+    outputs[-1].backward()
+    # What the loss does not differentiate comes to the backward as zeros, which the runtime fills.
+    return found + [Launch("fill", "backward", "zeros for the logits' gradient", size(o)) for o in outputs[:-1]]
 
 
-def scheduled(graph, inputs, direction, fake, recorders):
+def as_on_cuda(call, idx, targets):
+    """call(idx, targets) under autocast to bf16, as it would be on CUDA."""
+    with torch.autocast("cpu", dtype=torch.bfloat16), AsOnCuda():
+        return call(idx, targets)
+
+
+def inductor(found):
+    """A backend for torch.compile: Inductor up to its schedule, whose Launches are added to `found`. It computes nothing."""
+    from torch._guards import TracingContext
+    from torch._inductor.compile_fx import compile_fx
+
+    def inner_compile(graph, inputs, is_backward=False, **options):
+        outputs = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+        answers = [o.meta["val"] if isinstance(o, torch.fx.Node) else None for o in outputs]
+        found.extend(scheduled(graph, inputs, "backward" if is_backward else "forward"))
+
+        def run(args):
+            return [torch.empty_like(a) if isinstance(a, torch.Tensor) else a for a in answers]
+
+        run._boxed_call = True
+        return run
+
+    def backend(graph, inputs):
+        # Before PyTorch 2.13 AOTAutograd takes fake tensors of Dynamo's own mode alone.
+        with TracingContext.get().fake_mode:
+            fakes = [
+                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, requires_grad=t.requires_grad) for t in inputs
+            ]
+        return compile_fx(graph, fakes, inner_compile)
+
+    return backend
+
+
+def scheduled(graph, inputs, direction):
     """The Launches of an aten graph: Inductor's passes and schedule, with the graph's tensors on CUDA."""
+    from torch._dynamo.utils import detect_fake_mode
+    from torch._inductor.compile_fx import _recursive_record_original_output_strides
     from torch._inductor.debug import DebugContext
     from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    fake = detect_fake_mode(inputs)
+
     def on_cuda(t):
-        if not isinstance(t, torch.Tensor):
-            return t
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda:0")
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") if torch.is_tensor(t) else t
 
     with fake, torch.no_grad():
         for node in graph.graph.nodes:
@@ -362,117 +345,91 @@ def scheduled(graph, inputs, direction, fake, recorders):
         graph.recompile()
         inputs = [on_cuda(t) for t in inputs]
     view_to_reshape(graph)
+    _recursive_record_original_output_strides(graph)
     with V.set_fake_mode(fake), torch.no_grad():
         post_grad_passes(graph, is_inference=False)
+        backward = direction == "backward"
         lowering = GraphLowering(
-            graph, example_inputs=inputs, shape_env=ShapeEnv(), is_inference=False, is_backward=direction == "backward"
+            graph, example_inputs=inputs, shape_env=ShapeEnv(), is_inference=False, is_backward=backward
         )
         with V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
             lowering.run(*inputs)
             lowering.init_wrapper_code()
             lowering._update_scheduler()
-            return [x for node in lowering.scheduler.nodes for x in node_launches(node, direction, fake, recorders)]
+            return [launch for node in lowering.scheduler.nodes for launch in node_launches(node, direction, fake)]
 
 
-def node_launches(node, direction, fake, recorders):
-    """The Launches of one node of Inductor's schedule: a fused kernel, a GEMM, attention, one of our ops, or none."""
+def node_launches(node, direction, fake):
+    """The Launches of one node of Inductor's schedule: a fused kernel, a library's, one of our ops, or none."""
     from torch._inductor import ir, scheduler
 
     if isinstance(node, scheduler.NopKernelSchedulerNode):
         return []
-    if isinstance(node, scheduler.ExternKernelSchedulerNode):
-        inner = node.node
-        if isinstance(inner, ir.MultiOutput):  # an output of a node before, whose bytes it has
-            return []
-        overload = getattr(inner, "op_overload", None)
-        if overload is not None and overload.namespace == "fastgpt":
-            return op_launches(inner, overload, direction, fake, recorders)
-        name = str(getattr(inner, "python_kernel_name", None) or overload)
-        moved = sum(accesses(node)) + sum(size_of(user) for user in outputs_of(node))
-        if "scaled_dot_product" in name:
-            return [Launch("attention", direction, name, attention_bytes=moved)]
-        if re.search(r"mm\b", name):
-            return [Launch("gemm", direction, name, gemm_bytes=moved)]
-        return [Launch(group([name]), direction, name, moved)]
-    origins = {str(o.meta.get("original_aten", o.target)) for s in node.get_nodes() for o in s.node.origins}
-    return [Launch(group(sorted(origins)), direction, "triton " + " ".join(sorted(origins)), sum(accesses(node)))]
+    if not isinstance(node, scheduler.ExternKernelSchedulerNode):
+        origins = sorted({str(o.meta.get("original_aten", o.target)) for s in node.get_nodes() for o in s.node.origins})
+        return [Launch(group(origins), direction, " ".join(["triton", *origins]), accessed(node))]
+    kernel = node.node
+    if isinstance(kernel, ir.MultiOutput):  # an output of the node before, which has its bytes
+        return []
+    overload = getattr(kernel, "op_overload", None)
+    if overload is not None and overload.namespace == "fastgpt":
+        return op_launches(kernel, overload, direction, fake)
+    # Of several outputs each is a node of its own, a user of this one.
+    users = (getattr(u.node, "node", None) for b in node.get_outputs() for u in b.users)
+    outputs = (math.prod(u.get_size()) * u.get_dtype().itemsize for u in users if isinstance(u, ir.MultiOutput))
+    name = str(getattr(kernel, "python_kernel_name", None) or overload)
+    return [library_launch(direction, name, int(accessed(node) + sum(outputs)))]
 
 
-def accesses(node):
-    """Bytes of each buffer that a node reads and of each that it writes, what lives only within a fused kernel left out."""
+def accessed(node):
+    """Bytes of each buffer that a node reads and of each that it writes, apart from what lives only within a fused kernel.
+
+    Inductor's own count, get_read_write_buffers_sizes, takes a buffer that is read and overwritten once.
+    """
     from torch._inductor.dependencies import MemoryDep, StarDep
     from torch._inductor.virtualized import V
 
-    inside = set(node.get_nodes())
-    known = node.scheduler.name_to_buf
+    inside, known, total = set(node.get_nodes()), node.scheduler.name_to_buf, 0
     for dependencies in (node.read_writes.reads, node.read_writes.writes):
         moved = {}
         for d in dependencies:
-            if d.name in known and known[d.name].defining_op in inside:
-                users = {u.node for u in known[d.name].users}
-                if users and users <= inside:
-                    continue
-            if isinstance(d, MemoryDep) and d.is_indirect():  # as many elements as are looked up
+            users = {u.node for u in known[d.name].users} if d.name in known else set()
+            if users and users <= inside and known[d.name].defining_op in inside:
+                continue
+            if isinstance(d, MemoryDep) and d.is_indirect():  # a gather reads as many elements as it looks up
                 n = math.prod(map(int, d.size)) * V.graph.get_dtype(d.name).itemsize
             else:
                 n = V.graph.get_dep_size_hint(d)
-            whole = V.graph.get_dep_size_hint(StarDep(d.name))
-            moved[d.name] = min(moved.get(d.name, 0) + n, whole)
-        yield from moved.values()
+            moved[d.name] = min(moved.get(d.name, 0) + n, V.graph.get_dep_size_hint(StarDep(d.name)))
+        total += sum(moved.values())
+    return total
 
 
-def outputs_of(node):
-    """The buffers that a kernel of several outputs writes: nodes of their own to Inductor."""
-    from torch._inductor import ir
-
-    users = (u.node for b in node.get_outputs() for u in b.users)
-    return [u.node for u in users if isinstance(getattr(u, "node", None), ir.MultiOutput)]
-
-
-def size_of(buffer):
-    """Bytes of one of Inductor's buffers."""
-    return math.prod(map(int, buffer.get_size())) * buffer.get_dtype().itemsize
-
-
-def op_launches(node, overload, direction, fake, recorders):
-    """The Launches within one of our custom ops, its launcher called on fake tensors."""
-    name = overload._schema.name.removeprefix("fastgpt::")
-    launcher = launchers()[name]
-    origin = next(o for o in node.origins if o.target is overload)
+def op_launches(kernel, overload, direction, fake):
+    """The Launches within one of our ops: its launcher is called on fake tensors."""
+    origin = next(o for o in kernel.origins if o.target is overload)
 
     def value(x):
-        if not isinstance(x, torch.fx.Node):
-            return x
-        t = x.meta["val"]
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) if isinstance(t, torch.Tensor) else t
+        t = x.meta["val"] if isinstance(x, torch.fx.Node) else x
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) if torch.is_tensor(t) else t
 
-    with fake, torch.no_grad(), Recorder() as recorder:
-        args, kwargs = pytree.tree_map(value, (origin.args, dict(origin.kwargs)))
-        given = inspect.signature(launcher).bind(*args, **kwargs)
-        recorder.launches.clear()
-        recorder.direction = direction
-        recorders.append(recorder)
-        launcher(*given.args, **given.kwargs)
-        recorders.pop()
+    with fake, torch.no_grad():
+        args, kwargs = pytree.tree_map(value, (origin.args, origin.kwargs))
+        names = [a.name for a in overload._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        with Recorder(direction) as recorder:
+            launchers()[overload](*given.values())
     return recorder.launches
-
-
-def launchers():
-    """{name: launcher} of all our custom ops."""
-    from fastgpt.kernels.common import Op
-
-    every = [o for op in ops.KERNELS for o in vars(ops.kernels(op)).values() if isinstance(o, Op)]
-    return {o.name: o.forward for o in every} | {o.name + "_backward": o.backward for o in every}
 
 
 # ---- the command ----
 
 
-def summary(launches, by_name=False):
+def summary(launches, by_kernel=False):
     """The sums of Launches, and a row an op (or a kernel) and direction, most bytes first."""
     rows = {}
     for x in launches:
-        key = {"op": x.op, "direction": x.direction} | ({"kernel": x.name} if by_name else {})
+        key = {"op": x.op, "direction": x.direction} | ({"kernel": x.name} if by_kernel else {})
         row = rows.setdefault(tuple(key.values()), key | dict(launches=0, bytes=0, gemm_bytes=0, attention_bytes=0))
         row["launches"] += 1
         for kind in ("bytes", "gemm_bytes", "attention_bytes"):
@@ -492,12 +449,10 @@ def count(cfg):
     if unknown := set(arms) - set(ARMS):
         raise UserError(f"--arms={cfg.arms}: {sorted(unknown)[0]!r} is none of {', '.join(ARMS)}")
     config = cfg.gpt_config()
-    recorders = []
-    pretend_gpu(lambda: recorders[-1])
+    pretend_gpu()
     found = {"config": {**vars(config), "preset": cfg.preset, "batch_size": cfg.batch_size}, "torch": torch.__version__}
     for arm in arms:
-        counted = count_eager if arm.endswith("eager") else count_compiled
-        found[arm] = summary(counted(arm, config, RESIDUAL[cfg.residual], cfg.batch_size, recorders), cfg.by_kernel)
+        found[arm] = summary(count_arm(arm, config, RESIDUAL[cfg.residual], cfg.batch_size), cfg.by_kernel)
     return found
 
 
@@ -514,10 +469,10 @@ def show(found, arms):
         gb = (a[k] / 1e9 for k in ("non_gemm_bytes", "gemm_bytes", "attention_bytes"))
         print(f"{arm:16}{a['launches']:10,}" + "".join(f"{x:{w}.2f}" for x, w in zip(gb, (32, 13, 14), strict=True)))
     for arm in arms:
-        print(f"\n{arm}\n  {'op':18}{'direction':10}{'launches':>9}{'GB':>9}")
+        print(f"\n{arm}\n  {'op':22}{'direction':10}{'launches':>9}{'GB':>9}")
         for r in found[arm]["ops"]:
             gb = f"{r['bytes'] / 1e9:9.3f}" if r["op"] not in ("gemm", "attention") else f"{'-':>9}"
-            print(f"  {r['op']:18}{r['direction']:10}{r['launches']:9,}{gb}  {r.get('kernel', '')[:100]}".rstrip())
+            print(f"  {r['op']:22}{r['direction']:10}{r['launches']:9,}{gb}  {r.get('kernel', '')[:100]}".rstrip())
 
 
 def main(argv):

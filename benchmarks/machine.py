@@ -1,7 +1,6 @@
-"""What a result says of the machine that made it."""
+"""What a result says of the machine and the source that made it."""
 
 import platform
-import shutil
 import statistics
 import subprocess
 import threading
@@ -12,13 +11,22 @@ import torch
 from fastgpt.benchmarks import harness
 
 
+def output(*words):
+    """What a program prints, stripped; "" where it fails or is not there."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 class Watch:
-    """The clock of the SMs and the power of the GPU, five times a second while something is timed, where nvidia-smi tells."""
+    """The SMs' clock and the GPU's power, five times a second while something is timed, from nvidia-smi."""
 
     def __init__(self):
-        self.process, self.rows = None, []
-        if torch.cuda.is_available() and shutil.which("nvidia-smi"):
-            gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"  # CUDA_VISIBLE_DEVICES counts otherwise than nvidia-smi
+        self.process, self.columns = None, {"sm_mhz": [], "power_w": []}
+        if harness.CUDA and driver():
+            gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"  # nvidia-smi does not heed CUDA_VISIBLE_DEVICES
             query = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "200", "-i", gpu]
             pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             self.process = subprocess.Popen(["nvidia-smi", *query], **pipes)
@@ -26,57 +34,36 @@ class Watch:
 
     def read(self):
         for line in self.process.stdout:
-            if harness.busy:
-                self.rows.append(line.split(","))
+            for values, word in zip(self.columns.values(), line.split(","), strict=False):
+                if harness.busy.is_set() and word.strip().replace(".", "", 1).isdigit():  # else [N/A]
+                    values.append(float(word))
 
     def stop(self):
-        """{"sm_mhz": [least, median, greatest], "power_w": ...}, or None. Ends the watch."""
+        """End the watch: {"sm_mhz": [least, median, greatest], "power_w": ...}, or None."""
         if self.process is not None:
             self.process.terminate()
             self.process.wait()
             self.process = None
-        columns = {"sm_mhz": [], "power_w": []}
-        for row in self.rows:
-            for name, word in zip(columns, row, strict=False):
-                try:
-                    columns[name].append(float(word))
-                except ValueError:  # [N/A]
-                    continue
-        return {k: [min(v), statistics.median(v), max(v)] for k, v in columns.items() if v} or None
+        return {k: [min(v), statistics.median(v), max(v)] for k, v in self.columns.items() if v} or None
 
 
 def gpu_name():
     """The GPU's name, or the CPU's."""
-    if torch.cuda.is_available():
+    if harness.CUDA:
         return torch.cuda.get_device_name()
-    try:
-        lines = open("/proc/cpuinfo").read().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
 
 
 def driver():
     """The version of NVIDIA's driver, or None."""
-    if not (torch.cuda.is_available() and shutil.which("nvidia-smi")):
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0].strip() or None
+    return output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
 
 
 def commit():
-    """{"id", "dirty"} of the source's commit; "unknown" outside a checkout."""
-
-    def git(*words):
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(Path(__file__).resolve().parent), *words], capture_output=True, text=True
-            )
-        except OSError:
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    return {
-        "id": git("rev-parse", "HEAD") or "unknown",
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-    }
+    """{"id", "dirty"} of the source's commit; "unknown" outside of a checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    dirty = output(*git, "status", "--porcelain", "--untracked-files=no")
+    return {"id": output(*git, "rev-parse", "HEAD") or "unknown", "dirty": bool(dirty)}

@@ -5,16 +5,12 @@ from torch.nn import functional as F
 
 from fastgpt.benchmarks.harness import importable
 
-TRANSPOSED = (
-    "attn.c_attn.weight",
-    "attn.c_proj.weight",
-    "mlp.c_fc.weight",
-    "mlp.c_proj.weight",
-)  # theirs are [in, out]
+# Its Conv1D holds a matrix as [in, out].
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 class HuggingFaceGPT(nn.Module):
-    """model(idx, targets) gives (logits, loss). Without biases (a GPTConfig's bias=False) theirs are zeros that do not train.
+    """model(idx, targets) gives (logits, loss). Where a GPTConfig has bias=False, its biases are zeros that do not train.
 
     Raises NotHere without transformers.
     """
@@ -22,7 +18,7 @@ class HuggingFaceGPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         hf = importable("transformers")
-        # Theirs makes a mask under torch.compile, and then misses the causal kernels; by another name it makes none.
+        # Under torch.compile transformers makes a mask, and SDPA then misses the causal kernels. By another name it makes none.
         attend = importable("transformers.integrations.sdpa_attention").sdpa_attention_forward
         hf.AttentionInterface.register("causal_sdpa", attend)
         p = config.dropout
@@ -41,7 +37,7 @@ class HuggingFaceGPT(nn.Module):
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
 
     def load(self, weights):
-        """Take nanoGPT's weights by name; biases that those lack are zeros."""
+        """Take nanoGPT's weights by name. A bias that they lack is zeros."""
         theirs = self.model.state_dict()
         for name, value in theirs.items():
             if name in weights:
@@ -50,5 +46,5 @@ class HuggingFaceGPT(nn.Module):
                 value.zero_()
 
     def weights(self):
-        """Its weights by nanoGPT's names."""
+        """The weights by nanoGPT's names."""
         return {n: v.t() if n.endswith(TRANSPOSED) else v for n, v in self.model.state_dict().items()}

@@ -7,7 +7,7 @@ from fastgpt.benchmarks.peers import plain
 
 
 class LayerNorm(plain.LayerNorm):
-    """Liger's takes a bias always."""
+    """Liger's LayerNorm, which always takes a bias."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -27,7 +27,7 @@ class LigerGPT(plain.PlainGPT):
 
     def head(self, h, targets):
         rows, weight = h.view(-1, h.size(-1)), self.lm_head.weight
-        if torch.is_autocast_enabled(h.device.type):  # which does not reach into Liger's function
+        if torch.is_autocast_enabled(h.device.type):  # autocast does not reach into Liger's function
             dtype = torch.get_autocast_dtype(h.device.type)
             rows, weight = rows.to(dtype), weight.to(dtype)
         return None, self.loss(rows, weight, targets.view(-1), ignore_index=-1)

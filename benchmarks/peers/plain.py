@@ -1,8 +1,8 @@
 """GPT-2 in plain PyTorch modules, as nanoGPT writes it: the peer that fastgpt is measured against.
 
-Parameter names, shapes and order are nanoGPT's, so that one set of weights serves every arm. It has no init of its own
-and shares no line with fastgpt's model or ops. `loss_only` leaves out the logits that nanoGPT's forward hands back: without
-it, torch.compile fills a gradient of zeros for them.
+Parameter names, shapes and order are nanoGPT's, so that one set of weights serves every arm. It has no init of its own, and shares no
+line with fastgpt's model or ops. nanoGPT's forward hands the logits back, and torch.compile then fills a gradient of zeros for them;
+`loss_only` leaves the logits out.
 """
 
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from torch.nn.attention import sdpa_kernel
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias, which nn.LayerNorm had not when nanoGPT was written. [..., C] in and out."""
+    """LayerNorm with an optional bias, as nanoGPT writes it. [..., C] in and out."""
 
     def __init__(self, n_embd, bias):
         super().__init__()
@@ -26,7 +26,7 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, by PyTorch's choice of backend or by one. [B, T, C] in and out."""
+    """Causal self-attention, by an SDPBackend, or for None by PyTorch's choice. [B, T, C] in and out."""
 
     def __init__(self, config, backend):
         super().__init__()

@@ -1,14 +1,14 @@
 """The head with its loss, against eager, Inductor and Liger's fused linear cross entropy."""
 
 from fastgpt.benchmarks.harness import Op, importable, needs_gpu
-from fastgpt.verify import Shape
+from fastgpt.records import Shape
 
 SHAPES = [Shape(16, 1024, 768, 1, 50304), Shape(8, 1024, 1600, 1, 50304)]
 
-cross_entropy = Op("linear_cross_entropy", SHAPES, Shape(4, 64, 64, 1, 256))
+linear_cross_entropy = Op("linear_cross_entropy", SHAPES, Shape(4, 64, 64, 1, 256))
 
 
-@cross_entropy.provider("liger")
+@linear_cross_entropy.provider("liger")
 def liger(it):
     needs_gpu("Liger-Kernel")
     loss = importable("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
@@ -19,4 +19,4 @@ def liger(it):
     return f
 
 
-test_cross_entropy = cross_entropy.benchmark()
+test_linear_cross_entropy = linear_cross_entropy.benchmark()
