@@ -1,22 +1,21 @@
 """Compile every configuration of every kernel for NVIDIA's architectures, without a GPU.
 
-    python tests/codegen.py              a JSON object for each kernel and architecture, a line each
+    python tests/codegen.py [SM ...]     a JSON object for each kernel and architecture, a line each
     python tests/codegen.py --markdown   docs/codegen.md
     python tests/codegen.py --record     tests/sass_figures.json, to which tests/test_codegen.py holds the compiled code
-    python tests/codegen.py --candidates [N]   of all that `fastgpt tune` may try, or every N-th, what spills or does not fit
+    python tests/codegen.py --candidates [N [SM ...]]   of all that `fastgpt tune` may try, or every N-th, what spills or does not fit
 
 The ops run on CPU tensors whose launches are recorded instead of carried out, so what is compiled is what would be launched:
 the same constants, and the same knowledge of what is 1 or a multiple of 16. Run as a script in a process of its own:
 TRITON_INTERPRET is read when kernels are first imported.
 """
 
+import functools
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,11 +30,10 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt import metrics
-from fastgpt.kernels import adamw, configs, cross_entropy, embedding, flash_attention, gelu_mlp, layer_norm
+from fastgpt.kernels import adamw, attention, configs, embedding, gelu_mlp, layer_norm, linear_cross_entropy
 from fastgpt.tune import difference
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Of an SM: shared memory in KiB, warps, and blocks. CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SM = {80: (164, 64, 32), 89: (100, 48, 24), 90: (228, 64, 32), 100: (228, 64, 32), 120: (100, 48, 24)}
 LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory that one block may have
@@ -45,21 +43,22 @@ COUNTED = (
     "layer_norm C=1024",
     "layer_norm C=1024 bf16 stream",
     "embedding",
-    "cross_entropy",
+    "linear_cross_entropy",
     "adamw",
     "gelu_mlp bf16",
     "gelu_mlp bf16 recompute",
-    "flash_attention bf16 D=64",
-    "flash_attention bf16 D=64 dropout",
-    "flash_attention bf16 D=64 documents",
-    "flash_attention bf16 D=128",
+    "attention bf16 D=64",
+    "attention bf16 D=64 dropout",
+    "attention bf16 D=64 documents",
+    "attention bf16 D=128",
 )
 GPU = {80: "A100", 90: "H100", 100: "B200"}
 TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32", "bool": "i1"}
 
 
 def cases():
-    """(what, function that launches it) of all that a table can choose, for the architecture that is set at the call."""
+    """(what, function that launches it) of all that a table can choose, for the architecture that is set at the call. The function takes a
+    row, the text of a configuration to launch by in place of the table's."""
     bf16, seed = torch.bfloat16, torch.zeros(1, dtype=torch.int64)
 
     def ones(*shape, dtype=torch.float32):
@@ -68,38 +67,43 @@ def cases():
     def backward(*outputs):
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
 
-    for row in configs.LAYER_NORM:
+    for config in configs.LAYER_NORM:
         for what, p, stream in (
             ("", 0.0, torch.float32),
             (" dropout", 0.1, torch.float32),
             (" bf16 stream", 0.0, bf16),
         ):
-            C = row.max_width
+            C = config.max_width
 
-            def norm(C=C, p=p, stream=stream):
+            def norm(row="", C=C, p=p, stream=stream):
                 x, branch = ones(1, 64, C, dtype=stream), ones(1, 64, C, dtype=bf16)
                 with torch.autocast("cpu", dtype=bf16):
-                    backward(*layer_norm.add_layer_norm(x, branch, ones(C), ones(C), 1e-5, p, seed))
+                    backward(*layer_norm.add_layer_norm(x, branch, ones(C), ones(C), 1e-5, p, seed, row))
 
             yield f"layer_norm C={C}{what}", norm
     ids = torch.zeros(16, 64, dtype=torch.int64)
     for what, p, stream in (("", 0.0, None), (" dropout", 0.1, None), (" bf16 stream", 0.0, bf16)):
         yield (
             f"embedding{what}",
-            lambda p=p, stream=stream: backward(
-                embedding.embedding(ids, ones(128, 768), ones(64, 768), p, seed, stream)[0]
+            lambda row="", p=p, stream=stream: backward(
+                embedding.embedding(ids, ones(128, 768), ones(64, 768), p, seed, stream, row)[0]
             ),
         )
     targets = torch.zeros(1, 64, dtype=torch.int64)
-    loss = cross_entropy.linear_cross_entropy
-    yield "cross_entropy", lambda: backward(loss(ones(1, 64, 16, dtype=bf16), ones(50304, 16), targets))
+    loss = linear_cross_entropy.linear_cross_entropy
+    yield (
+        "linear_cross_entropy",
+        lambda row="": backward(loss(ones(1, 64, 16, dtype=bf16), ones(50304, 16), targets, row=row)),
+    )
     for what, n in (("", 4096), (" odd", 4099)):
 
-        def update(n=n):
+        def update(row="", n=n):
             p = torch.ones(n)
             tensors = {name: [p] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
             settings = dict(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-            adamw.adamw([{**tensors, "steps": [torch.zeros(())], "shadows": [p.to(bf16)], **settings}], [p], 1.0)
+            adamw.adamw(
+                [{**tensors, "steps": [torch.zeros(())], "shadows": [p.to(bf16)], **settings}], [p], 1.0, row=row
+            )
 
         yield f"adamw{what}", update
     for what, dtype, C, recompute in (
@@ -109,10 +113,10 @@ def cases():
         ("fp32", torch.float32, 64, False),
     ):
 
-        def mlp(dtype=dtype, C=C, recompute=recompute):
+        def mlp(row="", dtype=dtype, C=C, recompute=recompute):
             h = ones(2048, C, dtype=dtype)
             with torch.autocast("cpu", dtype=bf16, enabled=dtype == bf16):
-                backward(gelu_mlp.gelu_mlp(h, ones(4 * C, C), ones(4 * C), ones(C, 4 * C), ones(C), recompute))
+                backward(gelu_mlp.gelu_mlp(h, ones(4 * C, C), ones(4 * C), ones(C, 4 * C), ones(C), recompute, row))
 
         yield f"gelu_mlp {what}", mlp
     for dtype in (bf16, torch.float32):
@@ -125,44 +129,37 @@ def cases():
                 if what and (D, dtype) != (64, bf16):
                     continue
                 yield (
-                    f"flash_attention {TYPES[str(dtype)[6:]]} D={D}{what}",
-                    lambda dtype=dtype, D=D, p=p, docs=docs: backward(
-                        flash_attention.flash_attention(ones(1, 256, 3 * 12 * D, dtype=dtype), 12, p, seed, docs)
+                    f"attention {TYPES[str(dtype)[6:]]} D={D}{what}",
+                    lambda row="", dtype=dtype, D=D, p=p, docs=docs: backward(
+                        attention.attention(ones(1, 256, 3 * 12 * D, dtype=dtype), 12, p, seed, docs, row)
                     ),
                 )
 
 
-TUNED = {  # case: the lookup whose rows `fastgpt tune` tries around the shipped one
-    "gelu_mlp bf16": ("gelu_mlp", torch.device("cpu"), torch.bfloat16, True),
-    "flash_attention bf16 D=64": ("attention", torch.device("cpu"), torch.bfloat16, 64),
+CPU = torch.device("cpu")
+TUNED = {  # case: its op, and what that asks its table by: `fastgpt tune` tries rows around the answer
+    "gelu_mlp bf16": ("gelu_mlp", CPU, torch.bfloat16, True),
+    "attention bf16 D=64": ("attention", CPU, torch.bfloat16, 64),
     "layer_norm C=1024": ("layer_norm", 1024),
-    "cross_entropy": ("cross_entropy",),
+    "linear_cross_entropy": ("linear_cross_entropy",),
     "embedding": ("embedding",),
     "adamw": ("adamw",),
 }
 
 
-def candidate_cases():
-    """As `cases`, of every row of every grid around the shipped rows."""
+def candidate_cases(every=1):
+    """As `cases`, of the rows of every grid around the shipped rows, or of every so-many-th of an op's."""
     for case, launch in cases():
         if case in TUNED:
-            name, *args = key = TUNED[case]
-            shipped = getattr(configs, name)(*args)
-            for row in dict.fromkeys(
-                row for grid in configs.GRIDS[type(shipped)] for row in configs.around(shipped, grid)
-            ):
-
-                def tried(launch=launch, key=key, row=row):
-                    configs.use({key: row})
-                    launch()
-                    configs.use({})
-
-                if row != shipped:
-                    yield f"{name} {difference(row, shipped)}", tried
+            op, *by = TUNED[case]
+            shipped = getattr(configs, op)(*by)
+            rows = (row for grid in configs.GRIDS[type(shipped)] for row in configs.neighbours(shipped, grid))
+            for row in [row for row in dict.fromkeys(rows) if row != shipped][::every]:
+                yield f"{op} {difference(row, shipped)}", functools.partial(launch, row.text)
 
 
-def recorded(architecture, cases=cases):
-    """{(what, kernel): (its arguments by name, its options)} of all launches for an architecture."""
+def recorded(architecture, cases):
+    """{(what, kernel): (itself, its arguments by name, its options)} of all launches of cases for an architecture."""
     found = {}
     what = None
 
@@ -172,33 +169,28 @@ def recorded(architecture, cases=cases):
 
     JITFunction.run = record
     configs.architecture = lambda device: architecture
-    for case, launch in cases():
+    for case, launch in cases:
         what = case
         launch()
     return found
 
 
-def compiled(what, name, architecture, kernel, arguments, options):
-    """Registers, spilled bytes, shared memory, blocks per SM and matrix instructions of one kernel on one architecture; of what is
-    COUNTED its `parts` too."""
+def compiled(counted, architecture, kernel, src, arguments, options):
+    """Registers, spilled bytes, shared memory, blocks per SM and matrix instructions of one kernel on one architecture; where it is to be
+    counted its `parts` too."""
     options = {"num_warps": 4, **options}
-    binary = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", architecture, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(binary.asm["cubin"])
-        f.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", f.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    binary = triton.compile(src, target=GPUTarget("cuda", architecture, 32), options=options)
+    registers, stack = sass.resources(binary.asm["cubin"])
     warps, shared = options["num_warps"], binary.metadata.shared
     kib, most_warps, most_blocks = SM[architecture]
     per_warp = -(-registers // 8) * 8 * 32  # registers are given by 256 to a warp
     blocks = min(most_blocks, most_warps // warps, 65536 // (per_warp * warps), kib * 1024 // (shared + 1024))
     ptx, parts = binary.asm["ptx"], []
-    if what in COUNTED and architecture in GPU:
+    if counted:
         text, file = sass.disassembled(binary.asm["cubin"]), Path(kernel.fn.__code__.co_filename)
         parts = sass.parts(text, warps, architecture, file)
     return dict(
-        op=what, kernel=name, architecture=architecture, warps=warps, registers=registers, spilled=stack, shared=shared,
+        architecture=architecture, warps=warps, registers=registers, spilled=stack, shared=shared,
         limit=LIMIT[architecture] * 1024, blocks_per_sm=blocks, warps_per_sm=blocks * warps,
         dot="tl.dot" in kernel.src or "_step(" in kernel.src,
         tma=any(isinstance(v, TensorDescriptor) for v in arguments.values()),
@@ -207,49 +199,50 @@ def compiled(what, name, architecture, kernel, arguments, options):
     )  # fmt: skip
 
 
-def rows(only=""):
-    """All of them, in order; `only` keeps those whose op contains it."""
+def jobs(pool, architecture, cases):
+    """{(what, kernel): the future of what `compiled` gives} of cases. Launches of the same code share one."""
+    found, same = {}, {}
+    for (what, name), (kernel, arguments, options) in recorded(architecture, cases).items():
+        src, counted = source(kernel, arguments), what in COUNTED and architecture in GPU
+        key = repr((kernel.__name__, src.signature, src.constants, src.attrs, options, counted))
+        if key not in same:
+            same[key] = pool.submit(compiled, counted, architecture, kernel, src, arguments, options)
+        found[what, name] = same[key]
+    return found
+
+
+def rows(*architectures):
+    """All of them, in order, of some architectures or of all."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [
-            pool.submit(compiled, what, name, sm, *launch)
-            for sm in ARCHITECTURES
-            for (what, name), launch in recorded(sm).items()
-            if only in what
-        ]
-        for job in jobs:
-            yield job.result()
+        for of_architecture in [jobs(pool, sm, cases()) for sm in architectures or ARCHITECTURES]:
+            for (what, name), job in of_architecture.items():
+                yield dict(op=what, kernel=name, **job.result())
 
 
-def candidates(every=1):
+def candidates(every=1, *architectures):
     """Print for each op and architecture how many of the candidates compile, and which spill or do not fit; a JSON object each."""
-    for sm in (80, 90, 100, 120):
-        found, seen = {}, set()
-        launches = recorded(sm, candidate_cases)
-        of = {}
-        for what, _ in launches:
-            of.setdefault(what.split()[0], {})[what] = None
-        taken = {what for rows in of.values() for what in list(rows)[::every]}
+    for sm in architectures or (80, 90, 100, 120):
+        configs.architecture = lambda device, sm=sm: sm  # its rows are those that the candidates are around
+        found, shown = {}, set()
+        wanted = list(candidate_cases(every))
+        for what, _ in wanted:
+            op = what.split()[0]
+            found.setdefault(op, dict(op=op, architecture=sm, candidates=0, spill={}, no_fit=[], fail={}))[
+                "candidates"
+            ] += 1
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = {}
-            for (what, name), (kernel, arguments, options) in launches.items():
-                src = source(kernel, arguments)
-                same = repr((kernel.__name__, src.signature, src.constants, src.attrs, options))
-                if what in taken and same not in seen:  # what a grid of the backward leaves as it is, is compiled once
-                    jobs[what, name] = pool.submit(compiled, what, name, sm, kernel, arguments, options)
-                    seen.add(same)
-        for what in sorted(taken):
-            op, _, row = what.partition(" ")
-            of_op = found.setdefault(op, dict(op=op, architecture=sm, candidates=0, spill={}, no_fit=[], fail={}))
-            of_op["candidates"] += 1
-            for (case, name), job in jobs.items():
-                if case != what:
+            for (what, name), job in jobs(pool, sm, wanted).items():
+                op, _, row = what.partition(" ")
+                of_op, kernel = found[op], f"{row}: {name}"
+                if job in shown:  # a grid of the backward leaves the forward as it is
                     continue
+                shown.add(job)
                 if job.exception():
-                    of_op["fail"][f"{row}: {name}"] = str(job.exception())
+                    of_op["fail"][kernel] = str(job.exception())
                 elif job.result()["spilled"]:
-                    of_op["spill"][f"{row}: {name}"] = job.result()["spilled"]
+                    of_op["spill"][kernel] = job.result()["spilled"]
                 elif job.result()["shared"] > job.result()["limit"]:
-                    of_op["no_fit"].append(f"{row}: {name}")
+                    of_op["no_fit"].append(kernel)
         for of_op in found.values():
             print(json.dumps(of_op), flush=True)
 
@@ -290,7 +283,7 @@ def case(r):
 def main_loops(rows):
     """The second half of the page: a table for each op and architecture. What an earlier case of the op has too is left out."""
     pipes = ("issue", "tensor", "fma", "alu", "xu", "shared", "global")
-    memory = {sm: sass.RATES[sm]["tensor"] * metrics.PEAK_BANDWIDTH[g] / metrics.PEAK_FLOPS[g] for sm, g in GPU.items()}
+    memory = {sm: sass.RATES[sm]["tensor"] * metrics.PEAKS[g][1] / metrics.PEAKS[g][0] for sm, g in GPU.items()}
     a_clock = ", ".join(f"{memory[sm]:.1f} on {gpu}" for sm, gpu in GPU.items())
     print(f"""
 ## Main loops
@@ -334,5 +327,5 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--candidates"]:
         candidates(*map(int, sys.argv[2:]))
     else:
-        for r in rows(*sys.argv[1:]):
+        for r in rows(*map(int, sys.argv[1:])):
             print(json.dumps(r))

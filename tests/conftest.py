@@ -1,18 +1,22 @@
-"""What the tests share: a folder of their own as the working directory, a small dataset, and the command line in-process."""
+"""What the tests share: a folder of their own as the working directory, a small dataset, the command line in this process and in two."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 # Without a GPU the kernels run in Triton's interpreter; it is chosen when they are first imported.
 if not torch.cuda.is_available():
@@ -23,6 +27,9 @@ from kernel_case import poisoned
 from fastgpt.cli import main
 
 torch.set_num_threads(1)  # models this small only lose by sharing their sums
+np.seterr(all="ignore")  # the interpreter computes masked lanes, too
+SECONDS = 300  # after which a process that does not end is ended
+LOOPBACK = {"GLOO_SOCKET_IFNAME": socket.if_nameindex()[0][1]}  # else gloo asks what the host's name resolves to
 
 
 def losses(out_dir):
@@ -31,13 +38,56 @@ def losses(out_dir):
     return [r["loss"] for r in map(json.loads, lines) if "loss" in r]
 
 
-def run_script(script, processes, *words):
-    """Run Python code with words as its arguments, in so many processes as torchrun starts them; what it prints. It must end well."""
-    Path("run.py").write_text(script)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    done = subprocess.run([sys.executable, *launch, "run.py", *words], capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
+def run_script(script, *words):
+    """Run Python code with words as its arguments in a process of its own; what it prints. It must end well."""
+    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def command(*words):
+    """Run a command line in this process, to success."""
+    assert main([str(w) for w in words]) == 0
+
+
+def as_rank(environment, folder, f, args):
+    """f(*args) in a process that is one of several, as torchrun tells it by the environment; it writes to rankN.log."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    log = os.open(f"rank{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    faulthandler.dump_traceback_later(SECONDS - 10)  # the log then shows where it hangs
+    torch.set_num_threads(1)
+    f(*args)
+
+
+def in_two_processes(f, *args):
+    """Run f(*args) in two processes, as torchrun would; what rank 0 prints. Both must end well. f is a function of a module.
+
+    The processes are forks of a server that has imported everything once, so they begin within milliseconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastgpt.trainer", "fastgpt.kernels", "pytest"])
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that nobody else has
+    world = dict(
+        WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True"
+    )
+    ranks = []
+    for r in "01":
+        environment = {**os.environ, **LOOPBACK, **world, "RANK": r, "LOCAL_RANK": r}
+        ranks.append(context.Process(target=as_rank, args=(environment, os.getcwd(), f, args)))
+        ranks[-1].start()
+    while (alive := [rank for rank in ranks if rank.exitcode is None]) and wait([a.sentinel for a in alive], SECONDS):
+        if any(rank.exitcode for rank in ranks):
+            break
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    logs = [Path(f"rank{r}.log").read_text() for r in "01"]
+    assert [rank.exitcode for rank in ranks] == [0, 0], "\n".join(logs)
+    return logs[0]
 
 
 @pytest.fixture

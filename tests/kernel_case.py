@@ -1,10 +1,12 @@
-"""What the tests of the kernels share: where they run, inputs, odd strides, a host's Philox."""
+"""What the tests of the kernels share: where they run, inputs, odd strides, the three-way rule, a host's Philox."""
 
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import numpy as np
 import torch
+
+from fastgpt.verify import compare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,18 +32,24 @@ def run_as(f, dtype):
 
     def call(*inputs):
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-            return (f(*inputs),)
+            found = f(*inputs)
+        return found if isinstance(found, tuple) else (found,)
 
     return call
 
 
+def hold(op, reference, inputs, outputs, grads):
+    """Hold op's outputs and every gradient of its inputs to `fastgpt verify`'s three-way rule.
+
+    op and reference take the same inputs and give a tuple of outputs, named by `outputs`; `grads` are the outputs' gradients,
+    None where one is not to be differentiated. inputs by name; one that is None, or no floating tensor, is passed as it is.
+    """
+    for c in compare(op, reference, inputs, outputs, grads):
+        assert c.holds, f"{c.what}: error {c.error:.3g}, PyTorch's {c.torch_error:.3g}, floor {c.floor:.3g}"
+
+
 def seed():
     return torch.tensor([SEED], device=DEVICE)
-
-
-def widen(x, dtype):
-    """x in dtype, or in fp64 where it is: a reference's own rounding."""
-    return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 def philox_uniform(seed, counter, rounds=7):
@@ -78,11 +86,12 @@ def same_bits(f, leaves, runs=None):
 
 @contextmanager
 def poisoned():
-    """What a kernel does not write is nan: `torch.empty` gives nan."""
+    """What a kernel does not write is nan: `torch.empty` gives nan. Numpy, in which the interpreter computes, says nothing of it."""
     fill = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
     nan = lambda make: lambda *a, **k: fill(make(*a, **k))  # noqa: E731
     makers = (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")
     with ExitStack() as stack:
+        stack.enter_context(np.errstate(all="ignore"))
         for of, name in makers:
             stack.enter_context(patch.object(of, name, nan(getattr(of, name))))
         yield

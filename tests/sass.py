@@ -26,6 +26,7 @@ import functools
 import json
 import math
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter, namedtuple
@@ -34,6 +35,8 @@ from pathlib import Path
 import triton
 
 NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+# In a cubin: the type of the sections .nv.info, and two of their attributes, by cuobjdump's names EIATTR_REGCOUNT and so on.
+NV_INFO, REGCOUNT, MIN_STACK_SIZE = 0x70000000, 0x2F, 0x12
 
 # Of an SM in a clock: results of threads; bytes of shared and global; FLOP of tensor. The sources, NVIDIA's:
 # - results: CUDA C++ Best Practices Guide, "Throughput of Native Arithmetic Instructions" (for a type conversion and for a special function
@@ -73,8 +76,34 @@ def disassembled(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        command = [NVDISASM, "--print-code", "--print-line-info", f.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [NVDISASM, "--no-dataflow", "--print-code", "--print-line-info", f.name]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvdisasm: exit status {done.returncode}: {done.stderr}")
+    return done.stdout
+
+
+def resources(cubin):
+    """(registers of a thread, bytes of its stack) of the kernel in a cubin, which is an ELF file. Raises ValueError where it does not say.
+
+    They are in sections .nv.info, lists of attributes. An attribute is a byte for its form, a byte for its name, and 16 bits: of form 4
+    these are the length of what follows, here a symbol and a number of 32 bits each.
+    """
+    if cubin[:4] != b"\x7fELF":
+        raise ValueError(f"no cubin: {len(cubin)} bytes that begin with {cubin[:4]}")
+    (sections,), (size, number) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 58)
+    found = {}
+    for header in range(sections, sections + size * number, size):
+        kind, at, length = struct.unpack_from("<4xI16xQQ", cubin, header)
+        end = at + length if kind == NV_INFO else 0
+        while at < end:
+            form, attribute, value = struct.unpack_from("<BBH", cubin, at)
+            if form == 4 and attribute in (REGCOUNT, MIN_STACK_SIZE):
+                found[attribute] = struct.unpack_from("<8xI", cubin, at)[0]
+            at += 4 + value * (form == 4)
+    if found.keys() != {REGCOUNT, MIN_STACK_SIZE}:
+        raise ValueError("a cubin that does not say how many registers and how much stack its kernel has")
+    return found[REGCOUNT], found[MIN_STACK_SIZE]
 
 
 def parsed(text):

@@ -10,8 +10,9 @@ import triton.runtime.interpreter as interpreter
 from kernel_case import DEVICE, HALVES
 
 from fastgpt import ops, optim
-from fastgpt.kernels import configs
+from fastgpt.kernels import adamw, configs
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.shadows import Shadows
 
 FUSED = DEVICE == "cuda"
 SIZES = [(40, 7), (1,), (0,), (513,), (3, 5, 2)]  # a chunk and a bit, elements that no vector divides, one, none
@@ -20,8 +21,6 @@ SIZES = [(40, 7), (1,), (0,), (513,), (3, 5, 2)]  # a chunk and a bit, elements 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(configs, "ADAMW", configs.AdamWConfig(chunk=256, block=64, warps=2, clip_block=4))
-    yield
-    ops.use("torch")
 
 
 def parameters(seed=0):
@@ -33,8 +32,15 @@ def groups(params):
     return [{"params": params[::2], "weight_decay": 0.1}, {"params": params[1::2], "weight_decay": 0.0}]
 
 
-def ours(params, **settings):
-    return optim.AdamW(groups(params), **dict(lr=0.01, betas=(0.9, 0.95), fused=FUSED) | settings)
+def by(optimizer, implementation):
+    """The optimizer, by PyTorch's update or the kernels'."""
+    optimizer.kernels = ops.Kernels(adamw=implementation)
+    return optimizer
+
+
+def ours(params, implementation="triton", **settings):
+    settings = dict(lr=0.01, betas=(0.9, 0.95), fused=FUSED) | settings
+    return by(optim.AdamW(groups(params), **settings), implementation)
 
 
 def theirs(params, **settings):
@@ -57,9 +63,8 @@ def assert_near(a, b):
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.0, 0.999), (0.999, 0.0)])
 def test_steps_are_clipping_and_pytorchs_adamw(implementation, max_norm, betas):
     found, expected = parameters(), parameters()
-    a, b = ours(found, betas=betas), theirs(expected, betas=betas)
+    a, b = ours(found, implementation, betas=betas), theirs(expected, betas=betas)
     a.max_norm = max_norm
-    ops.use({"adamw": implementation})
     for step in range(5):
         for group in (*a.param_groups, *b.param_groups):
             group["lr"] = 0.01 * (step + 1)
@@ -80,7 +85,6 @@ def test_steps_are_clipping_and_pytorchs_adamw(implementation, max_norm, betas):
 
 def test_its_state_is_pytorchs_in_both_directions():
     """Checkpoints are nanoGPT's: what one optimizer saved, the other goes on with."""
-    ops.use({"adamw": "triton"})
     found, expected = parameters(), parameters()
     a, b = ours(found), theirs(expected)
     for step in range(4):
@@ -97,83 +101,43 @@ def test_its_state_is_pytorchs_in_both_directions():
     assert_near(found, expected)
 
 
-class Keeper:
-    """Shadows, as a GPT keeps them."""
-
-    def __init__(self, *params, dtype=torch.bfloat16):
-        self.kept = {p: torch.full_like(p, float("nan"), dtype=dtype) for p in params}
-        self.marked = []
-
-    def shadows(self):
-        return self.kept
-
-    def mark_shadows(self, weights):
-        self.marked += weights
-
-
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 def test_shadows_are_the_new_weights(implementation, dtype):
-    ops.use({"adamw": implementation})
     params = parameters()
-    a = ours(params, lr=0.5)
-    a.keeper = Keeper(params[0], params[3], dtype=dtype)
+    a = ours(params, implementation, lr=0.5)
+    for p in (params[0], params[3]):
+        p.shadow = torch.full_like(p, float("nan"), dtype=dtype)
     for step in range(2):
         set_gradients(params, step)
         a.step()
-        for p, shadow in a.keeper.kept.items():
-            assert torch.equal(shadow, p.detach().to(dtype))
-    assert len(a.keeper.marked) == 4
-
-
-def small_model():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(8, 31, n_layer=1, n_head=1, n_embd=16)).to(DEVICE)
-    model.keep_shadows(torch.bfloat16)
-    optimizer = model.configure_optimizers(0.1, 0.1, (0.9, 0.95), DEVICE)
-    optimizer.keeper = model
-    return model, optimizer
-
-
-def set_all(model, value):
-    for p in model.parameters():
-        p.grad = torch.full_like(p, value)
+        for p in (params[0], params[3]):
+            assert torch.equal(p.shadow, p.detach().to(dtype))
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-def test_a_models_shadows_follow_its_weights_and_what_is_behind_stays_behind(implementation):
-    ops.use({"adamw": implementation})
-    model, optimizer = small_model()
-
-    def equal():
-        shadows = model.shadows()
-        assert all(torch.equal(s, w.detach().bfloat16()) for w, s in shadows.items())
-        return len(shadows)
-
-    assert equal() == 5  # four of the block, and the head
-    set_all(model, 1.0)
-    optimizer.step()
-    assert equal() == 5
-    model.float()  # makes them anew
-    set_all(model, -1.0)
-    optimizer.step()
-    assert equal() == 5
-    with torch.no_grad():
-        model.lm_head.weight.mul_(2)
-    assert equal() == 4
-    model.transformer.h[0].mlp.c_fc.weight.grad = None
-    optimizer.step()
-    assert equal() == 4, "changed behind the shadow's back: not taken before it is refreshed"
-    model.refresh_shadows()
-    assert equal() == 5
+def test_a_models_shadows_follow_its_weights(implementation):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, 31, n_layer=1, n_head=1, n_embd=16)).to(DEVICE)
+    model.set_kernels(f"adamw={implementation}")
+    optimizer = model.configure_optimizers(0.1, 0.1, (0.9, 0.95), DEVICE)
+    shadows = Shadows(model, torch.bfloat16)
+    assert len(shadows.tensors) == 5  # four of the block, and the head
+    frozen, before = model.transformer.h[0].mlp.c_fc.weight, deepcopy(model.state_dict())
+    for wanted in (model.parameters(), [p for p in model.parameters() if p is not frozen]):
+        for p in wanted:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(torch.equal(shadow, w.detach().bfloat16()) for w, shadow in shadows.tensors.items())
+    assert not any(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 def test_a_parameter_without_a_gradient_is_left_alone(implementation):
-    ops.use({"adamw": implementation})
     params = parameters()
     before = [p.detach().clone() for p in params]
-    a = ours(params)
+    a = ours(params, implementation)
     a.step()  # none has one
     set_gradients(params, 0)
     params[0].grad = params[3].grad = None
@@ -183,7 +147,6 @@ def test_a_parameter_without_a_gradient_is_left_alone(implementation):
 
 
 def test_odd_addresses_and_what_it_does_not_take():
-    ops.use({"adamw": "triton"})
     found, expected = parameters(), parameters()
     a, b = ours(found), theirs(expected)
     for params in (found, expected):
@@ -197,14 +160,15 @@ def test_odd_addresses_and_what_it_does_not_take():
     assert_near(found, expected)
     half = torch.nn.Parameter(torch.ones(3, device=DEVICE, dtype=torch.float16))
     half.grad = torch.ones_like(half)
+    ops.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="adamw: triton does not take float16"):
-        optim.AdamW([half], lr=0.1, fused=FUSED).step()
+        by(optim.AdamW([half], lr=0.1, fused=FUSED), "triton").step()
     assert (half < 1).all()
 
 
 def test_nothing_is_read_or_written_beyond_its_tensor():
     """The kernel has addresses alone: what is of another shape, layout, dtype or device than it takes it for is PyTorch's."""
-    p, takes = torch.ones(4, 3, device=DEVICE), ops.kernels("adamw").takes
+    p, takes = torch.ones(4, 3, device=DEVICE), adamw.takes
     good = dict(grads=p, exp_avgs=p, exp_avg_sqs=p, steps=torch.zeros((), device=DEVICE), shadows=p.half())
 
     def taken(other=None, **changed):
@@ -232,9 +196,8 @@ def test_nothing_is_read_or_written_beyond_its_tensor():
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 def test_a_norm_beyond_fp32_is_measured_and_clips_nothing_where_nothing_is_to_be(implementation):
-    ops.use({"adamw": implementation})
     params = parameters()
-    a = ours(params)
+    a = ours(params, implementation)
     a.max_norm = float("inf")
     set_gradients(params, 0)
     params[3].grad[0] = 3e19
@@ -245,9 +208,9 @@ def test_a_norm_beyond_fp32_is_measured_and_clips_nothing_where_nothing_is_to_be
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 def test_copies_and_groups_that_come_later_train_on(implementation):
-    ops.use({"adamw": implementation})
     (first, later), (same, same_later) = (parameters()[:2] for _ in range(2))
-    a, b = optim.AdamW([first], lr=0.1, fused=FUSED), torch.optim.AdamW([same], lr=0.1, fused=FUSED)
+    a = by(optim.AdamW([first], lr=0.1, fused=FUSED), implementation)
+    b = torch.optim.AdamW([same], lr=0.1, fused=FUSED)
     for optimizer, p in ((a, later), (b, same_later)):
         optimizer.add_param_group({"params": [p]})
     a.max_norm = 1.0
@@ -261,11 +224,11 @@ def test_copies_and_groups_that_come_later_train_on(implementation):
     assert_near((first, later), (same, same_later))
     copy = deepcopy(a)
     copied = [p for group in copy.param_groups for p in group["params"]]
-    set_gradients(copied, 3)
-    set_gradients((first, later), 3)
-    a.max_norm = None
-    for optimizer in (a, copy):
+    for optimizer, params in ((a, (first, later)), (copy, copied)):
+        set_gradients(params, 3, 10.0)
         optimizer.step()
+    assert copy.kernels == a.kernels
+    assert torch.equal(copy.grad_norm, a.grad_norm)
     assert all(torch.equal(p, q) for p, q in zip(copied, (first, later), strict=True))
 
 
@@ -290,7 +253,6 @@ def test_a_capture_of_an_update_is_refused(monkeypatch):
 
 def test_where_an_infinity_was_found_nothing_changes():
     """As torch.amp.GradScaler leaves it to a fused optimizer: a flag on the device, and a scale that is still to be taken off."""
-    ops.use({"adamw": "triton"})
     params = parameters()
     a = ours(params)
     set_gradients(params, 0)
@@ -313,7 +275,6 @@ def test_where_an_infinity_was_found_nothing_changes():
 
 
 def test_nan_shows():
-    ops.use({"adamw": "triton"})
     params = parameters()
     a = ours(params)
     a.max_norm = 1.0
@@ -359,12 +320,12 @@ def test_34_bytes_an_element_move(monkeypatch):
             interpreter.InterpreterBuilder, name, counted(kind, getattr(interpreter.InterpreterBuilder, name))
         )
     monkeypatch.setattr(configs, "ADAMW", configs.AdamWConfig())
-    ops.use({"adamw": "triton"})
     n = 2**17
     p = torch.nn.Parameter(torch.randn(n))
     p.grad = torch.randn(n)
-    a = optim.AdamW([p], lr=0.1)
-    a.max_norm, a.keeper = 1.0, Keeper(p)
+    p.shadow = torch.empty(n, dtype=torch.bfloat16)
+    a = by(optim.AdamW([p], lr=0.1), "triton")
+    a.max_norm = 1.0
     a.step()
     assert moved["load"] == pytest.approx(20 * n, rel=0.01)
     assert moved["store"] == pytest.approx(14 * n, rel=0.01)

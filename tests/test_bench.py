@@ -1,6 +1,7 @@
 """The benchmark suite: what it times is equal, a slowdown shows, a budget ends it, and its peers are what they are named for."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -16,12 +17,16 @@ import torch
 pytest.importorskip("pytest_benchmark")
 from replay import Recording
 
-from fastgpt import graphs
+from fastgpt import graphs, ops
 from fastgpt.benchmarks import bench_train, compare, harness, machine, profile, roofline
+from fastgpt.benchmarks.bench_adamw import adamw
+from fastgpt.benchmarks.bench_attention import attention
 from fastgpt.benchmarks.peers.huggingface import HuggingFaceGPT
 from fastgpt.benchmarks.peers.plain import PlainGPT
 from fastgpt.config import GPTConfig
 from fastgpt.model import GPT
+from fastgpt.records import Shape, n_params
+from fastgpt.shadows import Shadows
 
 FOLDER = Path(harness.__file__).parent
 ENV = {k: v for k, v in os.environ.items() if "XDIST" not in k}  # beside which pytest-benchmark would not measure
@@ -29,7 +34,7 @@ CASE = bench_train.Case("tiny", 4, 2, 0)
 
 
 def suite(name, json_file, *flags, plant=""):
-    """Run one file of the suite as `pytest benchmarks` would, after some planted lines: (exit status, output)."""
+    """Run one file of the suite as `pytest benchmarks` would, behind planted lines: (exit status, output)."""
     code = f"import sys, pytest\n{plant}\nsys.exit(pytest.main(sys.argv[1:]))"
     words = [str(FOLDER / f"{name}.py"), f"--benchmark-json={json_file}", "-q", "-rs", "-p", "no:cacheprovider", *flags]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=ENV)
@@ -39,26 +44,25 @@ def suite(name, json_file, *flags, plant=""):
 # ---- planted faults ----
 
 
-def test_a_planted_sleep_or_copy_is_slower_in_compare(tmp_path, capsys):
-    a, slow, copied = (tmp_path / f"{name}.json" for name in ("a", "slow", "copied"))
+@pytest.mark.slow
+def test_a_planted_sleep_is_slower_in_compare(tmp_path, capsys):
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
     only = "-k", "eager or fastgpt"
     assert suite("bench_embedding", a, *only)[0] == 0
-    plant = "import time; from fastgpt import ops; f = ops.embedding; ops.embedding = lambda *a: {} or f(*a)"
-    assert suite("bench_embedding", slow, *only, plant=plant.format("time.sleep(2e-4)"))[0] == 0
-    copies = plant.replace("import time", "import torch; x = torch.ones(2**20)").format("x.clone() is x")
-    assert suite("bench_embedding", copied, *only, plant=copies)[0] == 0
-    for b in (slow, copied):
-        capsys.readouterr()
-        assert compare.compare(a, b, 1.5) == 1
-        said = capsys.readouterr().out.splitlines()
-        assert any("fastgpt" in line and "  slower" in line for line in said)
+    plant = """
+import time; from fastgpt import ops
+f = ops.embedding; ops.embedding = lambda *args, **how: time.sleep(2e-4) or f(*args, **how)"""
+    assert suite("bench_embedding", b, *only, plant=plant)[0] == 0
+    assert compare.compare(a, b, 1.5) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert any("fastgpt" in line and "  slower" in line for line in said)
 
 
 def test_a_planted_wrong_result_has_no_time(tmp_path):
     plant = """
 from torch.nn import functional as F
 from fastgpt import ops
-ops.gelu_mlp = lambda h, w, b, v, c: F.linear(F.gelu(F.linear(h, w, b), approximate="tanh"), v, c)"""
+ops.gelu_mlp = lambda h, w, b, v, c, **k: F.linear(F.gelu(F.linear(h, w, b), approximate="tanh"), v, c)"""
     status, said = suite("bench_gelu_mlp", tmp_path / "a.json", "-k", "eager or fastgpt", plant=plant)
     assert status == 1
     assert "not equal: y has" in said
@@ -68,21 +72,19 @@ ops.gelu_mlp = lambda h, w, b, v, c: F.linear(F.gelu(F.linear(h, w, b), approxim
 
 
 @pytest.fixture
-def group(monkeypatch):
-    """Measure planted arms beside plain PyTorch's, in this process."""
+def measured():
+    """Measure planted arms beside plain PyTorch's, in this process: the Step."""
 
     def measure(**planted):
-        for name, make in planted.items():
-            monkeypatch.setitem(bench_train.ARMS, name, make)
-        monkeypatch.setitem(bench_train.ARMS, "compiled", bench_train.eager)  # sooner made
-        group = bench_train.Group(CASE, rounds=3, seconds=0.01)
-        group.measure(["eager", "fastgpt-eager", *planted])
-        return group
+        arms = {"eager": bench_train.eager, "fastgpt-eager": bench_train.fastgpt_eager, **planted}
+        comparison = bench_train.Step("step", [CASE], arms)
+        comparison.measure(CASE, list(arms), rounds=3, seconds=0.01)
+        return comparison
 
     return measure
 
 
-def test_an_arm_that_computes_or_begins_otherwise_is_not_timed(group):
+def test_an_arm_that_computes_or_begins_otherwise_is_not_timed(measured):
     def eps(setup):
         arm = bench_train.eager(setup)
         for block in arm.module.transformer.h:
@@ -128,13 +130,13 @@ def test_an_arm_that_computes_or_begins_otherwise_is_not_timed(group):
         return arm
 
     wrong = dict(eps=eps, tanh=tanh, forgetful=forgetful, later=later, half=half_the_batch, other=other_weights)
-    found = group(**wrong)
+    found = measured(**wrong)
     assert set(found.failed) == set(wrong)
     assert all(f.reason.startswith("not equal: losses are") for name, f in found.failed.items() if name != "other")
     assert found.failed["other"].reason == "not equal: the initial transformer.wte.weight"
 
 
-def test_a_sleep_in_an_arm_shows_in_its_ratio_and_a_crash_stops_no_other(group):
+def test_a_sleep_in_an_arm_shows_in_its_ratio_and_a_crash_stops_no_other(measured):
     def slow(setup):
         arm = bench_train.eager(setup)
         return bench_train.Arm(arm.module, lambda x, y: (time.sleep(0.02), arm.module(x, y))[1], setup.optimizer)
@@ -142,12 +144,37 @@ def test_a_sleep_in_an_arm_shows_in_its_ratio_and_a_crash_stops_no_other(group):
     def broken(setup):
         raise torch.OutOfMemoryError("of memory there is none")
 
-    found = group(slow=slow, broken=broken)
-    median, least, greatest = found.timings["slow"].ratios_of(found.bases["slow"])
+    found = measured(slow=slow, broken=broken)
+    median, least, greatest = found.ratios["slow"]
     assert least <= median <= greatest < 0.9
     assert found.timings["slow"].median > 2 * 0.02  # two micro-steps
     assert found.failed["broken"].reason == "OutOfMemoryError: of memory there is none"
     assert "eager" in found.timings
+
+
+# ---- shared weights ----
+
+
+def test_arms_share_weights_and_the_optimizer_but_neither_shadows_nor_kernels():
+    setup = bench_train.Setup(CASE)
+    tokens = bench_train.Tokens(CASE.config, CASE.batch_size)
+    plain, ours = bench_train.eager(setup), bench_train.ours(setup, "torch", False)
+    ours.shadows, ours.kernels = Shadows(ours.module, torch.bfloat16), ops.Kernels(adamw="torch", rows=(("adamw", ""),))
+    ours.shadows.remove()
+    assert ours.optimizer is plain.optimizer
+    weight = setup.parameters["transformer.h.0.attn.c_attn.weight"]
+    for _ in range(2):
+        bench_train.iterate(ours, tokens, 1)
+        kept = weight.shadow
+        assert torch.equal(kept, weight.bfloat16())
+        assert setup.optimizer.kernels is ours.kernels
+        bench_train.iterate(plain, tokens, 1)
+        assert weight.shadow is None
+        assert setup.optimizer.kernels == ops.TORCH
+        assert not torch.equal(kept, weight.bfloat16()), "the other arm's update does not write it"
+    ours.take_over()
+    ours.reset(setup.initial)
+    assert weight.shadow is None
 
 
 # ---- a GPU that is made up: what only runs there is at least run ----
@@ -183,18 +210,17 @@ def made_up_gpu(monkeypatch):
 
 
 def test_ops_are_replayed_from_graphs_and_one_failure_stops_no_other(made_up_gpu, monkeypatch):
-    from fastgpt.benchmarks.bench_attention import attention
-    from fastgpt.benchmarks.bench_optimizer import update
-
-    monkeypatch.setitem(attention.providers, "fastgpt", lambda it: it.chosen)
-    found = attention.measure(attention.cases[1], set(attention.providers), rounds=2, seconds=1e-3)
+    monkeypatch.setitem(attention.providers, "fastgpt", lambda it: functools.partial(it.by_ops, kernels=ops.TORCH))
+    names = {"sdpa", "sdpa-flash", "sdpa-cudnn", "fastgpt"}
+    attention.measure(attention.cases[1], names, rounds=2, seconds=1e-3)
     for name in ("sdpa", "sdpa-flash", "fastgpt"):
-        assert found[name].how == "cuda graph"
-        assert (len(found[name].seconds), found[name].peak) == (2, 900)
-        assert found[name].host > 0
-    assert "No viable backend" in found["sdpa-cudnn"].reason
-    found = update.measure(update.cases[0], {"fused", "foreach"}, rounds=2, seconds=1e-3)
-    assert {t.how for t in found.values()} == {"cuda events"}
+        timing = attention.timings[name]
+        assert timing.how == "cuda graph"
+        assert (len(timing.seconds), timing.peak) == (2, 900)
+        assert timing.host > 0
+    assert "No viable backend" in attention.failed["sdpa-cudnn"].reason
+    adamw.measure(adamw.cases[0], {"fused", "foreach"}, rounds=2, seconds=1e-3)
+    assert {t.how for t in adamw.timings.values()} == {"cuda events"}
     found = harness.time_together({"sound": [lambda: 1], "broken": [lambda: 1 / 0]}, rounds=2, seconds=1e-3)
     assert len(found["sound"].seconds) == 2
     assert found["broken"].reason == "ZeroDivisionError: division by zero"
@@ -210,22 +236,20 @@ def test_what_cannot_be_captured_is_issued(made_up_gpu, monkeypatch):
     assert found["a"].median >= 1e-4
 
 
-def test_steps_on_a_gpu_have_their_memory_and_each_its_best_batch(made_up_gpu, group, monkeypatch):
+@pytest.mark.slow
+def test_steps_on_a_gpu_have_their_memory(made_up_gpu, monkeypatch):
     monkeypatch.setattr(bench_train, "agree", lambda *curves: None)  # fp32 is the higher precision there
-    found = group()
+    monkeypatch.setattr(bench_train, "STEPS", 2)
+    found = bench_train.Step("step", [CASE], {"eager": bench_train.eager})
+    found.measure(CASE, ["eager"], rounds=2, seconds=0.01)
     assert not found.failed
     states = 3 * sum(p.numel() for p in found.arms["eager"].parameters()) * 4
     assert found.timings["eager"].peak == pytest.approx(900 + states, abs=100)  # and each tensor's step
-    monkeypatch.setattr(bench_train, "CASES", [bench_train.Case("tiny", 0, 1, 0)])
-    best = bench_train.Group(bench_train.CASES[0], rounds=2, seconds=1e-3)
-    best.measure(["eager"])
-    assert not best.failed
-    assert best.batch_sizes["eager"] in (16, 32, 64, 128, 256)
-    assert len(best.timings["eager"].seconds) == 2
+    assert found.timings["eager"].how == "cuda events"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has graphs of its own, which the suite holds equal there")
-def test_an_arm_of_graphs_is_held_equal_among_others(group, monkeypatch):
+def test_an_arm_of_graphs_is_held_equal_among_others(measured, monkeypatch):
     """On graphs that are made up: its gradients are where the graphs have them, whatever the other arms did between."""
     recordings = []
 
@@ -240,55 +264,71 @@ def test_an_arm_of_graphs_is_held_equal_among_others(group, monkeypatch):
     graphed = lambda setup: bench_train.ours(setup, "torch", False, graphed=True)  # noqa: E731
     monkeypatch.setattr(graphs, "waits", lambda: contextlib.nullcontext([]))
     monkeypatch.setattr(graphs, "capture", capture)
-    assert not group(graphed=graphed).failed
+    assert not measured(graphed=graphed).failed
     assert min(r.replays for r in recordings) > 0
     monkeypatch.setattr(graphs, "capture", frozen)
-    assert "not equal" in group(graphed=graphed).failed["graphed"].reason
+    assert "not equal" in measured(graphed=graphed).failed["graphed"].reason
 
 
 # ---- the run ----
 
 
-def test_the_step_as_the_command_measures_it(tmp_path):
-    out = tmp_path / "results"
-    words = [sys.executable, "-m", "benchmarks", "--quick", "--only", "step", "--profile", "--out", str(out)]
+def command(tmp_path, *flags):
+    """Run `python -m benchmarks --quick` to success: (its result, its output, the result's path)."""
+    words = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path / "results"), *flags]
     done = subprocess.run(words, capture_output=True, text=True, cwd=FOLDER.parent, env=ENV)
     assert done.returncode == 0, done.stdout + done.stderr
-    (file,) = (f for f in out.rglob("*.json"))
-    assert file.parent.parent == out
-    result = json.loads(file.read_text())
+    (file,) = (f for f in tmp_path.rglob("*.json"))
+    assert file.parent.parent == tmp_path / "results"
+    assert file.with_suffix(".md").is_file()
+    return json.loads(file.read_text()), done.stdout, file
+
+
+def test_the_command_writes_a_result_and_says_it(tmp_path):
+    result, said, _ = command(tmp_path, "--only=embedding")
+    assert {b["extra_info"]["provider"] for b in result["benchmarks"]} == {"eager", "inductor", "fastgpt"}
+    for b in result["benchmarks"]:
+        info, seconds = b["extra_info"], b["stats"]["median"]
+        assert info["of_floor"] == pytest.approx(info["floor_ms"] / 1e3 / seconds)
+        assert f"{info['provider']:22}{seconds * 1e3:11.4f} ms{info['ratio'][0]:7.2f}x" in said
+    assert result["fastgpt"]["versions"]["torch"] == torch.__version__
+    assert result["commit_info"]["id"] == machine.commit()["id"]
+
+
+@pytest.mark.slow
+def test_the_step_as_the_command_measures_it(tmp_path):
+    result, said, file = command(tmp_path, "--only=step", "--profile")
     arms = {b["extra_info"]["provider"]: b["extra_info"] for b in result["benchmarks"]}
     assert {"eager", "compiled", "strongest", "fastgpt", "fastgpt-eager"} <= set(arms)
     for b in result["benchmarks"]:
         info = b["extra_info"]
         assert info["tokens_per_s"] == pytest.approx(8 * 2 * 64 / b["stats"]["median"])
         assert (info["model"], info["batch_size"], info["device"], info["mfu"]) == ("tiny", 8, harness.DEVICE, None)
-        assert info["ratio_to_compiled_min"] <= info["ratio_to_compiled"] <= info["ratio_to_compiled_max"]
-        assert info["provider"] in done.stdout
-    assert arms["compiled"]["ratio_to_compiled"] == 1
+        median, least, greatest = info["ratio"]
+        assert least <= median <= greatest
+        assert info["provider"] in said
+    assert arms["compiled"]["ratio"] == [1, 1, 1]
     assert "flash_attention" in result["fastgpt"]["attention_kernel"]
-    assert result["fastgpt"]["versions"]["torch"] == torch.__version__
-    assert result["commit_info"]["id"] == machine.commit()["id"]
-    assert file.with_suffix(".md").is_file()
-    assert len(list(out.rglob("*-profile/*.json.gz"))) == len(arms)
-    assert "| gemm |" in next(out.rglob("*-profile/*fastgpt.md")).read_text()
+    profiles = file.with_name(f"{file.stem}-profile")
+    assert len(list(profiles.glob("*.json.gz"))) == len(arms)
+    assert "| gemm |" in next(profiles.glob("*-fastgpt.md")).read_text()
 
 
-def test_a_spent_budget_skips_and_says_what(tmp_path):
-    status, said = suite("bench_embedding", tmp_path / "a.json", "--budget=0.001")
-    assert status == 0
-    assert "the budget of 0.001 s is spent" in said
+@pytest.mark.slow
+def test_a_spent_budget_stops_what_runs_and_skips_the_rest(tmp_path):
     stuck = """
 import time; from fastgpt import ops
-def embedding(*args):
+def embedding(*args, **how):
   while True:
     try: time.sleep(60)
     except Exception: print("went on")
 ops.embedding = embedding"""
     start = time.monotonic()
-    status, said = suite("bench_embedding", tmp_path / "b.json", "--budget=4", "-k", "fastgpt", plant=stuck)
+    status, said = suite("bench_embedding", tmp_path / "a.json", "--budget=4", "-k", "fastgpt", plant=stuck)
     assert time.monotonic() - start < 30
     assert status == 0
+    assert "went on" not in said
+    assert said.startswith("ss")
     assert "the budget of 4 s is spent" in said
 
 
@@ -319,11 +359,15 @@ def test_what_a_user_can_mend_is_one_line(fastgpt, workdir, words, says):
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_roofline_counts_the_models_parameters_and_flops(bias):
     config = GPTConfig(64, 256, 3, 2, 32, bias=bias)
-    model = GPT(config)
-    assert roofline.n_params(config) == model.get_num_params(non_embedding=False)
+    model, shape = GPT(config), Shape.of(4, config)
+    assert n_params(shape, 3) == model.get_num_params(non_embedding=False)
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "wpe" not in n)
-    flops = sum(p.times * p.flops for p in roofline.step_parts(config, 4) if p.op != "attention")
-    assert flops == 6 * 4 * 64 * matrices
+    parts = roofline.step_parts(shape, 3, itemsize=2)
+    assert sum(p.times * p.flops for p in parts if p.op != "attention") == 6 * 4 * 64 * matrices
+    order = list(dict.fromkeys(p.op for p in parts if p.direction == "forward"))
+    assert order == [
+        "embedding", "layer_norm", "add_layer_norm", "qkv", "attention", "proj", "mlp up + GELU", "mlp down", "head", "cross_entropy",
+    ]  # fmt: skip
 
 
 def test_the_roofline_of_gpt2_at_a_known_machine(fastgpt):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.config import MODEL_SIZES, SampleConfig, TrainConfig, UserError, default_dtype, parse, parse_train, preset
+from fastgpt.config import MODEL_SIZES, SampleConfig, TrainConfig, UserError, default_dtype, preset
+from fastgpt.parse import parse, parse_train
 
 NANOGPT_DEFAULTS = dict(
     out_dir="out", eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False, always_save_checkpoint=True, init_from="scratch",

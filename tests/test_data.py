@@ -9,19 +9,13 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from helpers import write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt import data, tokenizer
 from fastgpt import prepare as preparing
 from fastgpt.config import TrainConfig, UserError
-
-
-def write_shard(path, tokens, magic=20240520, version=1, dtype="<u2", count=None):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, len(tokens) if count is None else count
-    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype=dtype).tobytes())
-
 
 # ---- reading ----
 

@@ -1,18 +1,18 @@
 """The embedding, through Triton's interpreter or on a GPU, against fp64 by the three-way rule; and the tied gradient."""
 
 import pytest
-import three_way
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from kernel_case import DEVICE, DTYPES, HALVES, SEED, VIEWS, far, philox_uniform, randn, same_bits, seed, widen
+from kernel_case import DEVICE, DTYPES, HALVES, SEED, VIEWS, far, hold, philox_uniform, randn, same_bits, seed
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.cross_entropy import linear_cross_entropy
 from fastgpt.kernels.embedding import embedding
+from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
+from fastgpt.records import widened
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -23,17 +23,17 @@ def mask_of(shape, p):
     return embedding(idx, torch.ones(1, C, device=DEVICE), torch.zeros(T, C, device=DEVICE), p, seed())[0] != 0
 
 
-def check(B, T, C, V, dtype=torch.float32, p=0.0, idx=None, view=lambda t: t, stream=None):
+def check(B, T, C, V, dtype=torch.float32, p=0.0, idx=None, view=lambda t: t, stream=None, row=""):
     idx = torch.randint(V, (B, T), device=DEVICE) if idx is None else idx
     keep = mask_of((B, T, C), p) if p else None
 
     def reference(wte, wpe):
         x = F.embedding(idx, wte) + wpe[:T]
-        x = widen(x, stream or dtype)
+        x = widened(x, stream or dtype)
         return x if keep is None else x * keep / (1 - p), wte
 
-    three_way.hold(
-        lambda wte, wpe: embedding(idx, wte, wpe, p, seed() if p else None, stream),
+    hold(
+        lambda wte, wpe: embedding(idx, wte, wpe, p, seed() if p else None, stream, row),
         reference,
         dict(wte=view(randn(V, C, dtype=dtype)), wpe=view(randn(T + 2, C, dtype=dtype))),
         ("x", "head"),
@@ -47,7 +47,7 @@ def test_widths(C, dtype):
     check(2, 3, C, 7, dtype)
 
 
-@pytest.mark.parametrize("T", [1, 17, 63, 64, 65, 100, 128] + [1023] * (DEVICE == "cuda"))
+@pytest.mark.parametrize("T", [1, 17, 65] + [1023] * (DEVICE == "cuda"))
 def test_lengths(T):
     check(1, T, 16, 50)
 
@@ -57,12 +57,11 @@ def test_many_sequences():
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 33])
-def test_a_token_that_comes_again(n, monkeypatch):
+def test_a_token_that_comes_again(n):
     """Runs of equal ids of all lengths around that of a step, which is 16."""
-    monkeypatch.setattr(configs, "EMBEDDING", configs.EmbeddingConfig(backward_tile=16 * 8))
     idx = torch.arange(40, device=DEVICE)[None].clone()
     idx[:, :n] = 5
-    check(1, 40, 8, 64, idx=idx[:, torch.randperm(40)])
+    check(1, 40, 8, 64, idx=idx[:, torch.randperm(40)], row=configs.EmbeddingConfig(backward_tile=16 * 8).text)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from test_data import write_shard
+from helpers import write_shard
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_data_that_cannot_be(refused, dataset, split):
     write_shard(path, tokens[:100] % 26, count=101)
     says(refused(), f"data/letters/{split}.bin", "promises 101 tokens", "fetch it again")
     write_shard(path, tokens[:100] % 26, version=2)
-    says(refused(), f"data/letters/{split}.bin", "unknown version")
+    says(refused(), f"data/letters/{split}.bin", "its version is unknown")
     path.write_bytes(path.read_bytes()[:8])
     says(refused(), f"data/letters/{split}.bin", "truncated")
     write_shard(path, tokens[:100] % 26)
@@ -104,7 +104,7 @@ def test_checkpoints_that_cannot_be(refused, train):
 
     keep(model_args={**ckpt["model_args"], "n_embd": 32})
     flags = [f for f in TINY if "n_embd" not in f]
-    says(refused(resume, base=("--dataset=letters", *flags)), "out/ckpt.pt", "another shape", "size mismatch")
+    says(refused(resume, base=("--dataset=letters", *flags)), "out/ckpt.pt", "do not have the shapes", "size mismatch")
     keep(model=None)
     says(refused(resume), "out/ckpt.pt", "has no 'model'")
     keep(optimizer=None)

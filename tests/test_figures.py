@@ -29,7 +29,8 @@ def recorded_here():
         )
 
 
-@pytest.mark.parametrize("sm", [90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (80, 100))])
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [80, 90, 100])
 def test_no_figure_is_worse_than_the_record(compiled, sm):
     """Better ones may stand unrecorded. Where a kernel's work has changed: `python tests/figures.py --record`, and say why."""
     recorded_here()

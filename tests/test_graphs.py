@@ -4,28 +4,24 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY, losses, run_script
+from conftest import TINY, command, in_two_processes, losses
 from kernel_case import DEVICE
 from replay import Recording
 
-from fastgpt import graphs, ops
+from fastgpt import graphs
 from fastgpt.config import UserError
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.shadows import Shadows
 from fastgpt.step import micro_step, train_step
 
 pytest.importorskip("triton")
 on_cpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="a GPU has graphs of its own: test_a_real_graph_is_the_same_training"
 )
-
-
-@pytest.fixture(autouse=True)
-def afterwards_torch():
-    yield
-    ops.use("torch")
 
 
 @pytest.fixture
@@ -50,7 +46,7 @@ class Batches:
         self.prefetch()
 
     def prefetch(self):
-        self.next = torch.randint(31, (2, 1, 8), generator=self.generator).to(DEVICE).unbind()
+        self.next = torch.randint(31, (2, 1, 4), generator=self.generator).to(DEVICE).unbind()
 
     def get(self):
         return self.next
@@ -61,13 +57,12 @@ def train(
 ):
     """(losses, gradient norms, weights at the end) of a few steps, the learning rate another each time; and what was said."""
     torch.manual_seed(0)
-    ops.use(kernels)
     model = GPT(GPTConfig(8, 31, n_layer=1, n_head=1, n_embd=16, dropout=dropout, bias=True)).to(DEVICE)
+    model.set_kernels(kernels)
     model.set_recompute(recompute)
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), DEVICE)
     if shadows:
-        model.keep_shadows(dtype)
-        optimizer.keeper = model
+        Shadows(model, dtype)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     autocast = torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32)
     said, found = [], []
@@ -248,23 +243,21 @@ def test_a_broken_capture_ends_training(made_up, monkeypatch):
 WAITS = graphs.waits
 
 
+def train_on_recordings(*flags):
+    """A run of the trainer with Recordings in place of CUDA graphs."""
+
+    def capture(run, pool):
+        recording = Recording()
+        return recording.replay, recording.record(run), None
+
+    with patch.multiple(graphs, capture=capture, waits=lambda: nullcontext([]), stream=lambda world: nullcontext()):
+        command("train", *flags)
+
+
 @on_cpu
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 2), (2, 6), (2, 2)])
-def test_the_trainer_with_graphs_is_the_trainer_without(dataset, processes, accumulation):
+def test_the_trainer_with_graphs_is_the_trainer_without(dataset, capfd, processes, accumulation):
     """Of two processes three micro-steps each: DDP takes part in the last, which runs as it would; of one each, in that."""
-    script = f"""
-import sys
-from contextlib import nullcontext
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from replay import Recording
-from fastgpt import graphs
-def capture(run, pool):
-    recording = Recording()
-    return recording.replay, recording.record(run), None
-graphs.capture, graphs.waits, graphs.stream = capture, lambda: nullcontext([]), lambda world: nullcontext()
-from fastgpt.cli import main
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
     flags = [
         *TINY,
         "--dataset=letters",
@@ -276,7 +269,12 @@ sys.exit(main(["train", *sys.argv[1:]]))
     ]
     flags += [f"--gradient_accumulation_steps={accumulation}", "--warmup_iters=0"]
     for graphed in (True, False):
-        said = run_script(script, processes, *flags, f"--cuda_graphs={graphed}", f"--out_dir={graphed}")
+        words = [*flags, f"--cuda_graphs={graphed}", f"--out_dir={graphed}"]
+        if processes == 1:
+            train_on_recordings(*words)
+            said = capfd.readouterr().out
+        else:
+            said = in_two_processes(train_on_recordings, *words)
         none = graphed and (processes, accumulation) == (2, 2)
         assert said.count("CUDA graphs: none, since DDP takes part") == none
         assert said.count("CUDA graphs: from here on") == (graphed and not none)
@@ -287,7 +285,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 def test_without_a_gpu_it_is_refused(dataset, fastgpt):
     status, _, err = fastgpt("train", "--dataset=letters", *TINY, "--cuda_graphs=True")
     assert status == 2
-    assert err == "fastgpt: error: --cuda_graphs=True: there are none on --device=cpu; leave it out\n"
+    assert err == "fastgpt: error: --cuda_graphs=True: there are no CUDA graphs on --device=cpu; leave it out\n"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there are no CUDA graphs without a GPU")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import run_script
 
 pytest.importorskip("triton")
 import triton
@@ -10,7 +9,7 @@ import triton.language as tl
 from kernel_case import DTYPES
 from triton.runtime.interpreter import InterpreterBuilder
 
-import fastgpt.kernels.common  # noqa: F401  it mends the interpreter
+from fastgpt import verify
 from fastgpt.kernels import interpreter
 
 pytestmark = [
@@ -178,7 +177,7 @@ def test_dot_is_a_product_accumulated_in_fp32(dtype, transposed):
 
 
 @pytest.mark.parametrize("missing", ["create_dot", "ReduceOps", None])
-def test_an_interpreter_of_another_build_is_left_alone_with_one_warning(missing, monkeypatch):
+def test_another_build_is_left_alone_with_one_warning_and_not_verified_in_bf16(missing, monkeypatch):
     """Simulated: a product that is wrong however its operands are widened, and a method or a class that has another name."""
     monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, d, *_: d)
     if missing:
@@ -189,16 +188,6 @@ def test_an_interpreter_of_another_build_is_left_alone_with_one_warning(missing,
     assert len(caught) == 1
     assert vars(InterpreterBuilder) == before
     assert not interpreter.computes_bf16()
-
-
-def test_verify_then_leaves_bf16_out_and_says_so(workdir):
-    script = """
-from triton.runtime.interpreter import InterpreterBuilder
-del InterpreterBuilder.create_dot
-from fastgpt import cli, ops
-ops.KERNELS = {"linear": ops.KERNELS["linear"]}
-cli.main(["verify"])
-"""
-    out = run_script(script, 1)
-    assert "bfloat16 is a GPU's to verify" in out
-    assert {line.split()[2] for line in out.splitlines() if line.startswith("linear ")} == {"float32", "float16"}
+    dtypes, place = verify.where(gpu=False)
+    assert dtypes == [torch.float32, torch.float16]
+    assert "bfloat16 is not checked: this Triton's interpreter" in place

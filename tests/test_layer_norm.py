@@ -1,17 +1,17 @@
 """layer_norm and add_layer_norm, through Triton's interpreter or on a GPU, against fp64 by the three-way rule."""
 
 import pytest
-import three_way
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from kernel_case import DEVICE, DTYPES, HALVES, SEED, VIEWS, far, philox_uniform, randn, same_bits, seed, widen
+from kernel_case import DEVICE, DTYPES, HALVES, SEED, VIEWS, far, hold, philox_uniform, randn, run_as, same_bits, seed
 
 from fastgpt.kernels import layer_norm as module
-from fastgpt.kernels.layer_norm import _add_layer_norm, _layer_norm, add_layer_norm, layer_norm
+from fastgpt.kernels.layer_norm import add_layer_norm, layer_norm
+from fastgpt.records import widened
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -29,7 +29,7 @@ def reference(dtype, keep=None, p=0.0):
         dropped = branch if keep is None else branch * keep / (1 - p)
         stream = x + dropped.to(x.dtype)
         h = F.layer_norm(stream, weight.shape, weight, bias, 1e-5)
-        return stream, widen(h, dtype)
+        return stream, widened(h, dtype)
 
     return f
 
@@ -47,12 +47,9 @@ def check(shape, dtype, bias=True, p=0.0, scale=1.0, shift=0.0, view=lambda t: t
     dstream, dh = view(randn(*shape, dtype=stream)), view(randn(*shape, dtype=dtype))
     key = seed() if p else None
     keep = mask_of(key, x.shape, p) if p else None
-
-    def op(x, branch, weight, b):
-        return _add_layer_norm(x, branch, weight, b, 1e-5, p, key, dtype)[:2]
-
+    op = run_as(lambda *inputs: add_layer_norm(*inputs, dropout_p=p, seed=key), dtype)
     inputs = dict(x=x, branch=branch, weight=weight, bias=b)
-    three_way.hold(op, reference(dtype, keep, p), inputs, ("stream", "h"), [dstream, dh])
+    hold(op, reference(dtype, keep, p), inputs, ("stream", "h"), [dstream, dh])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,16 +76,17 @@ def test_a_stream_of_16_bits_and_any_stride(view, dtype):
     ("dtype", "p", "written"), [(torch.float16, 0.0, False), (torch.float16, 0.2, True), (torch.float32, 0.0, True)]
 )
 def test_equal_gradients_of_stream_and_branch_are_written_once(dtype, p, written, monkeypatch):
-    launch, asked = module._launch_backward, []
-    monkeypatch.setattr(module, "_launch_backward", lambda *args: asked.append(args[-1]) or launch(*args))
+    launch, given = module.layer_norm_backward, []
+    monkeypatch.setattr(module, "layer_norm_backward", lambda *args: given.append(args[-2]) or launch(*args))
     x, branch = randn(1, 2, 16, dtype=dtype).requires_grad_(), randn(1, 2, 16, dtype=torch.float16).requires_grad_()
-    stream, h = _add_layer_norm(x, branch, randn(16), None, 1e-5, p, seed(), torch.float16)[:2]
+    stream, h = add_layer_norm(x, branch, randn(16), dropout_p=p, seed=seed())
     (stream.float().sum() + h.float().square().sum()).backward()
-    assert asked == [torch.float16 if written else None]
+    (dbranch,) = given
+    assert (dbranch is not None) == written
     assert torch.equal(x.grad.half(), branch.grad) or p
 
 
-@pytest.mark.parametrize("T", [1, 17, 63, 64, 65, 100, 128] + [1023] * (DEVICE == "cuda"))
+@pytest.mark.parametrize("T", [1, 17, 65] + [1023] * (DEVICE == "cuda"))
 def test_lengths(T):
     check((1, T, 48) if DEVICE == "cpu" else (3, T, 768), torch.float16)
 
@@ -101,8 +99,8 @@ def test_wide_rows(N, dtype):
 
 def test_more_rows_than_programs(monkeypatch):
     """Each program then takes several rows, and the last ones fewer than the first."""
-    monkeypatch.setattr(module, "PROGRAMS", 70)  # more than the second kernel reads at once
-    check((2, 85, 24), torch.float32)
+    monkeypatch.setattr(module, "PROGRAMS", 7)
+    check((2, 9, 24), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -165,48 +163,38 @@ def test_gradients_that_are_missing_or_of_stride_zero(used):
 def test_without_a_branch_both_gradients_are_one(dtype, used):
     """The first block's: the stream goes on as it is, and its gradient is added where LayerNorm's is made."""
 
-    def f(op):
-        def call(x, weight, bias):
-            stream, h = op(x, None, weight, bias)
-            return stream, widen(h, dtype)
+    def same(x, weight, bias):
+        return x, widened(F.layer_norm(x, weight.shape, weight, bias, 1e-5), dtype)
 
-        return call
-
-    def same(x, branch, weight, bias):
-        return x, F.layer_norm(x, weight.shape, weight, bias, 1e-5)
-
-    def op(x, branch, weight, bias):
-        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-            stream, h = add_layer_norm(x, branch, weight, bias)
-        assert h.dtype == dtype
+    def op(x, weight, bias):
+        stream, h = add_layer_norm(x, None, weight, bias)
         assert stream.data_ptr() == x.data_ptr(), "nothing is copied"
         return stream, h
 
-    inputs = dict(x=randn(2, 70, 48), weight=randn(48, shift=1.0), bias=randn(48))
-    grads = [randn(2, 70, 48) if used != "h" else None, randn(2, 70, 48, dtype=dtype) if used != "stream" else None]
+    inputs = dict(x=randn(2, 9, 48), weight=randn(48, shift=1.0), bias=randn(48))
+    grads = [randn(2, 9, 48) if used != "h" else None, randn(2, 9, 48, dtype=dtype) if used != "stream" else None]
     if used != "stream":
-        three_way.hold(f(op), f(same), inputs, ("stream", "h"), grads)
+        hold(run_as(op, dtype), same, inputs, ("stream", "h"), grads)
         return
     x = inputs["x"].requires_grad_()
     add_layer_norm(x, None, inputs["weight"], inputs["bias"])[0].backward(grads[0])
     assert torch.equal(x.grad, grads[0])
 
 
-def test_layer_norm_alone():
-    for dtype in DTYPES:
-        x, weight, bias = randn(2, 5, 130), randn(130, shift=1.0), randn(130)
-        three_way.hold(
-            lambda *a: (_layer_norm(*a, 1e-5, dtype)[0],),
-            lambda x, w, b: (widen(F.layer_norm(x, w.shape, w, b, 1e-5), dtype),),
-            dict(x=x, weight=weight, bias=bias),
-            ("h",),
-            [randn(2, 5, 130, dtype=dtype)],
-        )
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_alone(dtype):
+    hold(
+        run_as(layer_norm, dtype),
+        lambda x, w, b: (widened(F.layer_norm(x, w.shape, w, b, 1e-5), dtype),),
+        dict(x=randn(2, 5, 130), weight=randn(130, shift=1.0), bias=randn(130)),
+        ("h",),
+        [randn(2, 5, 130, dtype=dtype)],
+    )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 3), st.integers(1, 9), st.integers(8, 70), st.booleans(), st.sampled_from([0.0, 0.5]),
+    st.integers(1, 3), st.integers(1, 5), st.integers(8, 70), st.booleans(), st.sampled_from([0.0, 0.5]),
     st.sampled_from(DTYPES),
 )  # fmt: skip
 def test_any_shape(B, T, N, bias, p, dtype):
@@ -214,21 +202,22 @@ def test_any_shape(B, T, N, bias, p, dtype):
 
 
 def test_backward_is_the_same_bits_every_time(monkeypatch):
-    monkeypatch.setattr(module, "PROGRAMS", module.PROGRAMS if DEVICE == "cuda" else 16)
+    monkeypatch.setattr(module, "PROGRAMS", module.PROGRAMS if DEVICE == "cuda" else 4)
 
     def loss(*leaves):
         stream, h = add_layer_norm(*leaves)
         return (stream.sin() + h.cos()).sum()
 
-    assert same_bits(loss, [randn(2, 25, 33), randn(2, 25, 33), randn(33), randn(33)])
+    shape = (2, 7 if DEVICE == "cpu" else 1024, 33)
+    assert same_bits(loss, [randn(*shape), randn(*shape), randn(33), randn(33)])
 
 
 def test_dropout_is_a_function_of_seed_and_index():
     seed = torch.tensor([3], device=DEVICE)
-    mask = mask_of(seed, (4, 10, 160), 0.3)
-    assert torch.equal(mask, mask_of(seed, (4, 10, 160), 0.3))
-    assert torch.equal(mask.view(8, 5, 160), mask_of(seed, (8, 5, 160), 0.3))  # the flat index counts, not the shape
-    assert not torch.equal(mask, mask_of(seed + 1, (4, 10, 160), 0.3))
+    mask = mask_of(seed, (2, 4, 800), 0.3)
+    assert torch.equal(mask, mask_of(seed, (2, 4, 800), 0.3))
+    assert torch.equal(mask.view(4, 4, 400), mask_of(seed, (4, 4, 400), 0.3))  # the flat index counts, not the shape
+    assert not torch.equal(mask, mask_of(seed + 1, (2, 4, 800), 0.3))
     assert mask.float().mean().item() == pytest.approx(0.7, abs=0.02)
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from helpers import uncached
 
 from fastgpt import ops
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model import GPT, GPTConfig, KVCache
 
 CONFIG = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, bias=True)
 
@@ -63,16 +64,6 @@ def test_crop_block_size(model):
         model.crop_block_size(9)
 
 
-def uncached(model, idx, n, **how):
-    """generate as nanoGPT does it: the whole window, every token."""
-    from fastgpt.model import sample_token
-
-    for _ in range(n):
-        logits, _ = model(idx[:, -model.config.block_size :])
-        idx = torch.cat((idx, sample_token(logits[:, -1], **how)), dim=1)
-    return idx
-
-
 @pytest.mark.parametrize(
     "how",
     [dict(temperature=0), dict(temperature=1.3), dict(temperature=0.7, top_k=5), dict(allowed=torch.arange(40) < 7)],
@@ -91,8 +82,6 @@ def test_the_key_value_cache_changes_no_token(model, how, prompt):
 @torch.no_grad()
 def test_a_cached_step_computes_the_full_forwards_logits(model):
     """The numbers themselves, not only the tokens they lead to: a wrong position or mask shows here."""
-    from fastgpt.model import KVCache
-
     idx = torch.randint(40, (2, 16))
     caches = [KVCache(16) for _ in model.transformer.h]
     steps = [model._hidden(idx[:, :t], caches)[0] for t in range(5, 17)]
@@ -102,7 +91,9 @@ def test_a_cached_step_computes_the_full_forwards_logits(model):
 def test_the_cache_is_used_and_spares_work(model, monkeypatch):
     lengths = []
     embedding = ops.embedding
-    monkeypatch.setattr(ops, "embedding", lambda idx, *rest: lengths.append(idx.size(1)) or embedding(idx, *rest))
+    monkeypatch.setattr(
+        ops, "embedding", lambda idx, *rest, **how: lengths.append(idx.size(1)) or embedding(idx, *rest, **how)
+    )
     model.generate(torch.zeros(1, 4, dtype=torch.long), 15)
     assert lengths == [4] + [1] * 12 + [16, 16]
 

@@ -1,68 +1,98 @@
 """The house: what may import what, and what works without Triton or a GPU."""
 
 import ast
+import functools
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib.metadata import distribution
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = {"fastgpt": "fastgpt", "fastgpt.kernels": "kernels"}
+FILES = {
+    package if path.stem == "__init__" else f"{package}.{path.stem}": path
+    for package, folder in PACKAGES.items()
+    for path in (ROOT / folder).glob("*.py")
+}
 
 
-def imports(path):
-    """Every module that a file names in an import, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+@functools.cache
+def imports(path, whole=True):
+    """The modules that a file names in an import: anywhere in it, or only where it runs as the file is imported."""
+    tree, found = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree) if whole else statements(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            yield from [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {name if name in FILES else node.module for name in names}
+    return found
+
+
+def statements(node):
+    """The statements that run as a file is imported: of no function, and not for a type checker alone."""
+    for child in ast.iter_child_nodes(node):
+        later = isinstance(child, (ast.FunctionDef, ast.Lambda))
+        if not later and not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            yield child
+            yield from statements(child)
+
+
+def reached(module):
+    """All of fastgpt's modules that importing one of them may ever import, itself left out."""
+    found, todo = set(), [module]
+    while todo:
+        todo += (new := FILES.keys() & imports(FILES[todo.pop()]) - found)
+        found |= new
+    return found - {module}
 
 
 def test_only_kernels_import_triton_and_only_ops_imports_kernels():
-    for path in ROOT.glob("fastgpt/*.py"):
-        names = set(imports(path))
-        assert not any(n.split(".")[0] == "triton" for n in names), path
-        assert path.name == "ops.py" or not any(n.startswith("fastgpt.kernels") for n in names), path
-    for path in ROOT.glob("kernels/*.py"):
-        assert not any(n.startswith("fastgpt") and not n.startswith("fastgpt.kernels") for n in imports(path)), path
+    for name, path in FILES.items():
+        names = imports(path)
+        if name.startswith("fastgpt.kernels"):
+            assert not any(n.startswith("fastgpt") and not n.startswith("fastgpt.kernels") for n in names), name
+        else:
+            assert not any(n.split(".")[0] == "triton" for n in names), name
+            assert name == "fastgpt.ops" or not any(n.startswith("fastgpt.kernels") for n in names), name
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    TopologicalSorter({name: FILES.keys() & imports(path, whole=False) for name, path in FILES.items()}).prepare()
 
 
 def test_arrows_run_one_way():
-    order = [
-        "config",
-        "micro_batch",
-        "metrics",
-        "reference",
-        "ops",
-        "optim",
-        "verify",
-        "tuned",
-        "choose",
-        "tokenizer",
-        "prepare",
-        "data",
-        "model",
-        "step",
-        "checkpoint",
-        "distributed",
-        "graphs",
-        "tune",
-        "trainer",
-        "sample",
-        "cli",
-    ]
-    assert {p.stem for p in ROOT.glob("fastgpt/*.py")} - {"__init__"} == set(order)
-    for i, name in enumerate(order):
-        used = {n.split(".")[1] for n in imports(ROOT / f"fastgpt/{name}.py") if n.startswith("fastgpt.")}
-        later = used & set(order[i:])
-        assert not later or (name, later) == ("sample", {"cli"}), (name, later)  # sample runs as a module, too
+    """From the command to the maths; what a function imports when it is called counts too."""
+    chain = [f"fastgpt.{name}" for name in ("cli", "trainer", "step", "model", "ops", "reference")]
+    assert all(later in reached("fastgpt.cli") for later in chain[1:])
+    for i, name in enumerate(chain):
+        assert not reached(name) & set(chain[:i]), name
+    assert {"fastgpt.reference", "fastgpt.kernels"} <= reached("fastgpt.ops")
 
 
-def test_the_package_imports_without_triton_and_without_a_gpu():
+def test_no_test_imports_from_another():
+    for path in ROOT.glob("tests/*.py"):
+        assert not any(n.startswith("test_") for n in imports(path)), path
+
+
+def test_it_works_without_triton_and_without_a_gpu():
     code = """import sys
 sys.modules["triton"] = None
-import fastgpt, fastgpt.cli, fastgpt.trainer, fastgpt.sample
-fastgpt.GPT(fastgpt.GPTConfig(8, 8, 1, 1, 8))
+import fastgpt
+assert not {"fastgpt.ops", "fastgpt.kernels"} & sys.modules.keys()
+import fastgpt.cli, fastgpt.sample, fastgpt.trainer, fastgpt.verify, fastgpt.tune
+import pytest, torch
+from fastgpt import ops
+model = fastgpt.GPT(fastgpt.GPTConfig(8, 8, 1, 1, 8))
+assert model.set_kernels("auto") == ops.TORCH
+with pytest.raises(ops.UserError, match="Triton is not installed"):
+    model.set_kernels("triton")
+with ops.accumulate_in_place():
+    model(torch.zeros(1, 8).long(), torch.zeros(1, 8).long(), return_logits=False)[1].backward()
+assert all(p.grad is not None for p in model.parameters())
+model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").step()
+assert fastgpt.cli.main(["verify"]) == 2
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""})
 

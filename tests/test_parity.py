@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import straight_gpt
 import torch
-from test_against_nanogpt import CONFIGS, run
+from nanogpt import CONFIGS, answers_of
 
 from fastgpt.model import GPT, GPTConfig
 
@@ -81,7 +81,7 @@ def test_init_draws_in_the_recorded_order(monkeypatch):
 def test_what_nanogpt_answered(name):
     facts = FACTS[name]
     assert facts["config"] == CONFIGS[name]
-    answers = run(GPT, GPTConfig, facts["config"])
+    answers = answers_of(GPT, GPTConfig, facts["config"])
     assert {k: list(v.shape) for k, v in answers["initial"].items()} == facts["shapes"]
     assert list(answers["initial"]) == list(facts["shapes"])
     # The generator's state is the same on every machine; the last bits of normal_ depend on the CPU's vector unit.

@@ -1,6 +1,7 @@
 """Sampling: nanoGPT's flags, every tokenizer's text, and prompts that cannot be."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,12 @@ from fastgpt import data, tokenizer
 
 
 @pytest.fixture
-def trained(train):
-    train("--max_iters=150", "--lr_decay_iters=150", "--eval_interval=150")
+def trained(train, tmp_path_factory):
+    """A run of long enough to sample from, in out/; trained once."""
+    kept = tmp_path_factory.getbasetemp() / "trained"
+    if not kept.exists():
+        train("--max_iters=150", "--lr_decay_iters=150", "--eval_interval=150", f"--out_dir={kept}")
+    shutil.copytree(kept, "out")
 
 
 SMALL = ("--device=cpu", "--num_samples=2", "--max_new_tokens=12")

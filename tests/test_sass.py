@@ -1,5 +1,6 @@
 """tests/sass.py counts what stands in the code: on code so short that it can be counted by hand."""
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,35 @@ def test_tma_loads_in_flight_are_those_that_lead_to_the_loop(stages, copies, exp
     )
     found = parts(code)["a loop"]
     assert (found["copies"], found["exposed"], found["products"]) == (stages - 1, exposed, 1)
+
+
+def cubin(*attributes):
+    """An ELF file: a header, the attributes of a section .nv.info, and the table of sections, another one first."""
+    info = b"".join(attributes)
+    header = struct.pack("<4s36xQ10xHH2x", b"\x7fELF", 64 + len(info), 64, 2)
+    sections = [struct.pack("<4xI16xQQ24x", kind, 64, len(info)) for kind in (1, sass.NV_INFO)]
+    return header + info + b"".join(sections)
+
+
+VALUE, LONG = struct.pack("<BBH", 3, 0x2F, 99), struct.pack("<BBHQ", 4, 0x30, 8, 7)  # other forms and attributes
+STACK, REGISTERS = struct.pack("<BBHII", 4, 0x12, 8, 5, 16), struct.pack("<BBHII", 4, 0x2F, 8, 5, 40)
+
+
+def test_registers_and_stack_are_read_in_the_elf_file():
+    assert sass.resources(cubin(VALUE, LONG, STACK, REGISTERS)) == (40, 16)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"), [(b"", "no cubin: 0 bytes"), (cubin(VALUE, STACK), "does not say")], ids=["empty", "no registers"]
+)
+def test_a_file_without_them_is_an_error(data, says):
+    with pytest.raises(ValueError, match=says):
+        sass.resources(data)
+
+
+def test_a_tools_own_words_are_in_its_error():
+    with pytest.raises(RuntimeError, match=r"nvdisasm: exit status \d+: .*\w"):
+        sass.disassembled(b"no cubin")
 
 
 def test_an_unknown_opcode_is_named():

@@ -1,17 +1,22 @@
 """A run from the command line: what it prints, counts, writes and resumes, alone and in parallel."""
 
+import errno
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import LOOPBACK, SECONDS, TINY, command, in_two_processes
 
-from fastgpt import metrics
+from fastgpt import checkpoint, distributed, metrics
+from fastgpt.cli import main
 from fastgpt.model import GPT, GPTConfig
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -216,8 +221,8 @@ def test_a_seed_decides_everything(train):
 
 
 def test_compiled_training_is_the_same_training(train):
-    train("--out_dir=eager")
-    out = train("--out_dir=compiled", "--compile=True")
+    train("--out_dir=eager", "--n_layer=1")
+    out = train("--out_dir=compiled", "--n_layer=1", "--compile=True")
     assert "compiling the model..." in out
     a, b = saved("eager"), saved("compiled")
     assert list(a["model"]) == list(b["model"])  # no _orig_mod. in the file
@@ -298,33 +303,46 @@ def test_gpt2s_weights_are_finetuned(train, tmp_path):
     assert (args["block_size"], args["bias"], args["dropout"]) == (16, True, 0.1)  # cropped to the run's
 
 
-def torchrun(n, *flags):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={n}",
-        Path(__file__).parents[1] / "train.py",
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(w) for w in (*command, "--dataset=letters", *TINY, *flags)],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=300,
-    )
+def torchrun(*flags):
+    """train.py in two processes by torchrun itself, to success: its stdout."""
+    script = Path(__file__).parents[1] / "train.py"
+    words = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2", script]
+    words += ["--dataset=letters", *TINY, *flags]
+    env = {**os.environ, **LOOPBACK, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, timeout=SECONDS)
+    except subprocess.TimeoutExpired as e:
+        pytest.fail(f"{e}\n{e.stdout}\n{e.stderr}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def leave_no_ddp(*words):
+    """A command line, to success; where the process group ends nothing of DDP is left that would keep its threads."""
+    made, left, wrap, leave = [], [], distributed.wrap, torch.distributed.destroy_process_group
+
+    def wrapped(model, world):
+        parallel = wrap(model, world)
+        made.append(weakref.ref(parallel))
+        return parallel
+
+    def destroy():
+        left.append(made[0]())
+        leave()
+
+    with patch.object(distributed, "wrap", wrapped), patch.object(torch.distributed, "destroy_process_group", destroy):
+        command(*words)
+    assert left == [None]
 
 
 def test_two_processes_share_the_work_and_agree(dataset):
     """Under torchrun: one process speaks, gradients are averaged over both, and resuming is exact."""
-    done = torchrun(2, "--out_dir=whole", "--max_iters=8", "--dropout=0.1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tokens per iteration will be: 128") == 1
-    assert done.stdout.count("iter 7: ") == 1
-    assert torchrun(2, "--out_dir=parts", "--max_iters=4", "--dropout=0.1").returncode == 0
-    assert torchrun(2, "--out_dir=parts", "--max_iters=8", "--dropout=0.1", "--init_from=resume").returncode == 0
+    out = torchrun("--out_dir=whole", "--dropout=0.1")
+    assert out.count("tokens per iteration will be: 128") == 1
+    assert out.count("iter 7: ") == 1
+    flags = ["train", "--dataset=letters", *TINY]
+    in_two_processes(command, *flags, "--out_dir=parts", "--max_iters=4", "--dropout=0.1")
+    in_two_processes(command, *flags, "--out_dir=parts", "--dropout=0.1", "--init_from=resume")
     assert equal(saved("whole"), saved("parts"))
     # By hand: each rank's first batch is drawn from seed + rank after the init; the step takes the mean over both.
     losses = []
@@ -338,36 +356,44 @@ def test_two_processes_share_the_work_and_agree(dataset):
             weights = model.state_dict()
         model.load_state_dict(weights)  # DDP broadcasts rank 0's
         losses.append(model(x, y)[1].item())
-    torchrun(2, "--out_dir=plain", "--max_iters=1")
+    in_two_processes(leave_no_ddp, *flags, "--out_dir=plain", "--max_iters=1")
     first = next(r for r in records("plain") if "loss" in r)
     assert first["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
+def refused(*words):
+    assert main(list(words)) == 2
+
+
 def test_accumulation_that_the_processes_cannot_share_is_refused(dataset):
-    done = torchrun(2, "--gradient_accumulation_steps=3")
-    assert done.returncode != 0
-    assert "--gradient_accumulation_steps=3 cannot be shared by 2 processes; the nearest multiple is 4" in done.stderr
+    said = in_two_processes(refused, "train", "--dataset=letters", *TINY, "--gradient_accumulation_steps=3")
+    assert "--gradient_accumulation_steps=3 cannot be shared by 2 processes; the nearest multiple is 4" in said
 
 
-def test_a_full_disk_while_saving_leaves_the_last_checkpoint(train, fastgpt):
-    """A limit on the size of files stands for the disk: torch's writer then fails half way, as it does on a full one."""
-    import resource
-    import signal
+class Filling(io.FileIO):
+    """A file on a disk that is full before long."""
 
+    room = 20_000
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+@pytest.mark.parametrize("when", ["at once", "half way"])  # torch's writer answers each with another error
+def test_a_full_disk_while_saving_leaves_the_last_checkpoint(train, fastgpt, monkeypatch, when):
     train()
     before = Path("out/ckpt.pt").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # write() then answers EFBIG
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-        status, _, err = fastgpt("train", "--dataset=letters", *TINY, "--init_from=resume", "--max_iters=12")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    if when == "at once":
+        Path("out/ckpt.pt.part").symlink_to("/dev/full")
+    else:
+        monkeypatch.setattr(checkpoint, "open", Filling, raising=False)
+    status, _, err = fastgpt("train", "--dataset=letters", *TINY, "--init_from=resume", "--max_iters=12")
     assert status == 2
-    assert err.startswith("fastgpt: error: out/ckpt.pt: cannot be written (")
-    assert err.endswith("the last checkpoint is as it was\n")
-    assert err.count("\n") == 1
+    reason = "cannot be written (No space left on device); the last checkpoint is as it was"
+    assert err == f"fastgpt: error: out/ckpt.pt: {reason}\n"
     assert Path("out/ckpt.pt").read_bytes() == before
     assert sorted(os.listdir("out")) == ["ckpt.pt", "loss.png", "metrics.jsonl"]
 

@@ -1,7 +1,7 @@
 """`fastgpt tune`: a made-up clock's fastest configuration wins if it is right, and later runs take it. The kernels are real."""
 
+import functools
 import json
-import types
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -10,25 +10,23 @@ from kernel_case import DEVICE
 
 pytest.importorskip("triton")
 from fastgpt import choose, ops, tune, tuned
-from fastgpt.config import TuneConfig, UserError, parse
-from fastgpt.kernels import configs
-from fastgpt.verify import Shape
+from fastgpt.config import TuneConfig, UserError
+from fastgpt.kernels import common, configs, gelu_mlp
+from fastgpt.parse import parse
+from fastgpt.records import RECORDS, Shape, problem
 
 FLAGS = f"--preset=tiny --batch_size=1 --block_size=16 --vocab_size=65 --dtype=float32 --device={DEVICE}".split()
 SHAPE = Shape(1, 16, 64, 2, 65, bias=False)
 RUN = SHAPE, torch.float32, DEVICE
-OPS = ["gelu_mlp", "attention", "layer_norm", "linear_cross_entropy", "embedding", "adamw"]
+OPS = [op for op, record in RECORDS.items() if record.row]
 
 
 @pytest.fixture(autouse=True)
 def gpu(workdir, monkeypatch):
-    """A machine whose GPU is made up, and one where nothing is tuned afterwards."""
+    """A machine whose GPU is made up."""
     monkeypatch.setattr(tune, "needs_gpu", lambda device: None)
     monkeypatch.setattr(choose, "is_cuda", lambda device: True)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices, fork=torch.random.fork_rng: fork(devices=[]))
-    yield
-    configs.use({})
-    ops.use("torch")
 
 
 def run(rounds, *flags):
@@ -39,15 +37,14 @@ def run(rounds, *flags):
 
 
 def shipped(op):
-    name, *args = tuned.lookup(op, *RUN)
-    return getattr(configs, name)(*args)
+    return RECORDS[op].row(*RUN)
 
 
 def farthest(op):
     """The last row of every grid in turn: a search that goes wrong does not end there."""
     row = shipped(op)
     for grid in configs.GRIDS[type(row)]:
-        row = configs.around(row, grid)[-1]
+        row = configs.neighbours(row, grid)[-1]
     return row
 
 
@@ -59,6 +56,14 @@ def nearer(target):
         return [2 - same / 20] * 3
 
     return rounds
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Of each field that is searched, the first and the last value."""
+    for kind, grids in configs.GRIDS.items():
+        ends = tuple({field: values[:: len(values) - 1] for field, values in grid.items()} for grid in grids)
+        monkeypatch.setitem(configs.GRIDS, kind, ends)
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="of rows that all can 
 
 @interpreted
 @pytest.mark.parametrize("op", OPS)
-def test_the_fastest_wins_and_runs_take_it(op, capsys):
+def test_the_fastest_wins_and_runs_take_it(op, narrow, capsys, monkeypatch):
     target = farthest(op)
     assert target != shipped(op)
     file = run(nearer(target), f"--only={op}")
@@ -87,28 +92,15 @@ def test_the_fastest_wins_and_runs_take_it(op, capsys):
     assert found["row"] == asdict(target)
     assert found["ms"] < found["shipped_ms"]
     assert f"{found['shipped_ms']:.3f}" in line
-    assert shipped(op) != target, "a command changes nothing that runs"
-    tuned.take(*RUN)
-    assert shipped(op) == target
+    rows = tuned.load_rows(*RUN)
+    assert rows == ((op, target.text),)
     said = capsys.readouterr().out
-    assert said == f"launch configurations: {tuned.lookup(op, *RUN)[0]} as tuned, the others as shipped, by {file}\n"
-    choose.check(op, *RUN, "kernel")  # what a run then launches
-    assert all(shipped(other) != farthest(other) for other in OPS if other != op)
-
-
-@interpreted
-@pytest.mark.parametrize("op", OPS)
-def test_what_is_tuned_is_what_a_launch_looks_up(op, monkeypatch):
-    """A row under another key would never reach the kernel."""
-    asked = []
-
-    class Asked(dict):
-        def get(self, key):
-            asked.append(key)
-
-    monkeypatch.setattr(configs, "tuned", Asked())
-    choose.check(op, *RUN, "kernel")
-    assert tuned.lookup(op, *RUN) in asked
+    assert said == f"launch configurations: {op} as tuned, the others as shipped, by {file}\n"
+    asked, of = set(), type(target).of
+    monkeypatch.setattr(type(target), "of", lambda text: asked.add(text) or of(text))
+    it = problem(op, *RUN)
+    choose.check(it, functools.partial(it.by_ops, kernels=ops.Kernels(**{op: "triton"}, rows=rows)))
+    assert asked == {target.text}, "what a run then launches by"
 
 
 def test_a_file_is_of_all_that_it_was_measured_under(monkeypatch):
@@ -119,7 +111,7 @@ def test_a_file_is_of_all_that_it_was_measured_under(monkeypatch):
         shape = replace(SHAPE, **other)
         assert tuned.conditions(shape, *RUN[1:]) != here
         assert tuned.path(shape, *RUN[1:]) != tuned.path(*RUN)
-    for place, name in ((configs, "architecture"), (ops.kernels("gelu_mlp"), "precision"), (tuned, "source_hash")):
+    for place, name in ((configs, "architecture"), (common, "precision"), (tuned, "source_hash")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, lambda *args: "another")
             assert tuned.conditions(*RUN) != here, name
@@ -135,10 +127,8 @@ def test_another_runs_findings_are_kept(few):
         return [1.0] * 3
 
     inner = []
-    chosen = dict(ops.chosen)
     file = run(rounds, "--only=embedding, embedding")
     assert list(json.loads(file.read_text())["ops"]) == ["layer_norm", "embedding"]
-    assert ops.chosen == chosen
     assert [f.name for f in file.parent.iterdir()] == [file.name]
 
 
@@ -161,15 +151,13 @@ def test_a_place_that_is_no_file_is_a_line_and_leaves_nothing(workdir, out):
     ],
     ids=["a tie", "half a percent", "slower in one round", "five percent"],
 )
-def test_the_shipped_row_stays_unless_another_is_surely_faster(few, times, kept, capsys):
+def test_the_shipped_row_stays_unless_another_is_surely_faster(few, times, kept):
     row = shipped("embedding")
     file = run(lambda r: [times[0]] * 3 if r in (row, "shipped") else times[1], "--only=embedding")
     found = json.loads(file.read_text())["ops"]["embedding"]
     assert (found["kept"], found["row"] != asdict(row)) == (kept, kept)
     assert found["rejected"] == {}
-    tuned.take(*RUN)
-    assert (shipped("embedding") == row) != kept
-    capsys.readouterr()
+    assert len(tuned.load_rows(*RUN)) == kept
 
 
 def test_a_lucky_time_is_measured_again(few):
@@ -185,17 +173,16 @@ def test_a_lucky_time_is_measured_again(few):
 
 @interpreted
 def test_what_is_wrong_or_does_not_run_is_rejected_with_its_reason(monkeypatch, capsys):
-    sound = ops.kernels("gelu_mlp")
-    wrong = types.SimpleNamespace(**vars(sound))
-
-    def gelu_mlp(h, *args):
-        row = shipped("gelu_mlp")
-        if row.group == 16:
+    def planted(h, w_fc, b_fc, w_proj, b_proj, recompute=False, row="", sound=gelu_mlp.gelu_mlp):
+        config = configs.MLPConfig.of(row) if row else shipped("gelu_mlp")
+        if config.group == 16:
             raise RuntimeError("out of resource: shared memory\nand more")
-        return sound.gelu_mlp(h, *args) * (1.001 if row.block_m == 128 else 1)
+        y = sound(h, w_fc, b_fc, w_proj, b_proj, recompute, row)
+        return y * (1.001 if config.block_m == 128 else 1)
 
-    wrong.gelu_mlp = gelu_mlp
-    monkeypatch.setattr(ops, "kernels", lambda op, others=ops.kernels: wrong if op == "gelu_mlp" else others(op))
+    monkeypatch.setattr(gelu_mlp, "gelu_mlp", planted)
+    grids = dict(block_m=(64, 128), warps=(4, 8)), dict(group=(8, 16))
+    monkeypatch.setitem(configs.GRIDS, configs.MLPConfig, grids)
 
     def rounds(row):  # what is wrong would be the fastest
         return [1.0 if row != "shipped" and (row.block_m == 128 or row.group == 16) else 2.0] * 3
@@ -205,7 +192,7 @@ def test_what_is_wrong_or_does_not_run_is_rejected_with_its_reason(monkeypatch, 
     assert found["rejected"]["group=16"] == "out of resource: shared memory"
     unequal = [row for row, why in found["rejected"].items() if "is not equal: y has" in why]
     assert {"block_m=128", "group=16"} <= {row.split()[0] for row in found["rejected"]}
-    assert len(unequal) == len(found["rejected"]) - 1 >= 3
+    assert len(unequal) == len(found["rejected"]) - 1 == 2
     assert all("block_m=128" in row for row in unequal)
     out = capsys.readouterr().out
     for row, why in found["rejected"].items():
@@ -213,17 +200,24 @@ def test_what_is_wrong_or_does_not_run_is_rejected_with_its_reason(monkeypatch, 
 
 
 def test_the_budget_ends_the_search_and_what_is_left_is_named(monkeypatch, capsys):
-    """The op that takes most of a step is first: here attention, of two layers, before the embedding."""
-    clock = iter([0.0] * 8 + [1e9] * 1000)
-    monkeypatch.setattr(tune, "monotonic", lambda: next(clock))
-    file = run(lambda row: [1.0], "--only=embedding,attention")
+    """The op that takes most of a step is first: here attention, of two layers, before the embedding. A candidate takes a minute."""
+    now = 0.0
+    monkeypatch.setattr(tune, "monotonic", lambda: now)
+
+    def check(it, f, check=tune.check):
+        nonlocal now
+        now += 60
+        check(it, f)
+
+    monkeypatch.setattr(tune, "check", check)
+    file = run(lambda row: [1.0], "--only=embedding,attention", "--budget=300")
     out = capsys.readouterr().out
     found = json.loads(file.read_text())["ops"]
     assert list(found) == ["attention"]
     grids = configs.GRIDS[configs.AttentionConfig]
-    tried = {row for grid in grids for row in configs.around(shipped("attention"), grid)} - {shipped("attention")}
-    assert 1 < found["attention"]["tried"] < 8
-    assert found["attention"]["left"] == len(tried) + 1 - found["attention"]["tried"]
+    tried = {row for grid in grids for row in configs.neighbours(shipped("attention"), grid)} - {shipped("attention")}
+    assert found["attention"]["tried"] == 1 + 5, "the shipped row, and of the others as many as there are minutes"
+    assert found["attention"]["left"] == len(tried) - 5
     assert f"; {found['attention']['left']} candidates not reached" in out
     assert "the budget of 300 s is spent; not reached: embedding\n" in out
 
@@ -232,27 +226,24 @@ def test_ops_tuned_one_after_the_other_are_in_one_file(few, tmp_path):
     for op in ("layer_norm", "embedding"):
         file = run(nearer(farthest(op)), f"--only={op}")
     assert list(json.loads(file.read_text())["ops"]) == ["layer_norm", "embedding"]
-    tuned.take(*RUN)
-    assert [shipped(op) == farthest(op) for op in ("layer_norm", "embedding")] == [True, True]
+    assert tuned.load_rows(*RUN) == tuple((op, farthest(op).text) for op in ("layer_norm", "embedding"))
     before = file.read_text()
-    configs.use({tuned.lookup("embedding", *RUN): replace(shipped("embedding"), backward_tile=128)})
     run(lambda row: [1.0], "--only=embedding", f"--out={tmp_path / 'a' / 'b.json'}")
     found = json.loads((tmp_path / "a" / "b.json").read_text())["ops"]
     assert list(found) == ["embedding"]
-    assert found["embedding"]["shipped"] == repr(configs.EMBEDDING), "whatever a run before took"
+    assert found["embedding"]["shipped"] == repr(configs.EMBEDDING), "whatever the run's file has"
     assert file.read_text() == before
 
 
 def test_a_file_that_does_not_hold_here_is_not_taken_and_says_so(few, monkeypatch, capsys):
-    tuned.take(*RUN)
+    assert tuned.load_rows(*RUN) == ()
     assert capsys.readouterr().out == "", "nobody tuned"
     file = run(nearer(farthest("embedding")), "--only=embedding")
     good = file.read_text()
 
     def refused():
         capsys.readouterr()
-        tuned.take(*RUN)
-        assert configs.tuned == {}
+        assert tuned.load_rows(*RUN) == ()
         out = capsys.readouterr().out
         assert out.startswith(f"launch configurations: the shipped ones; {file} is not taken: ")
         assert out.count("\n") == 1
@@ -273,61 +264,55 @@ def test_a_file_that_does_not_hold_here_is_not_taken_and_says_so(few, monkeypatc
     assert "its source, torch are not this run's" in refused()
 
 
-@pytest.mark.parametrize(
-    "other", [dict(T=33), dict(n_embd=32), dict(n_head=4), dict(dropout=0.1)], ids=lambda other: next(iter(other))
-)
-def test_another_model_is_not_tuned_by_it(few, other, capsys):
+def test_another_model_is_not_tuned_by_it(few, capsys):
     run(nearer(farthest("embedding")), "--only=embedding")
-    tuned.take(*RUN)
-    assert configs.tuned
     capsys.readouterr()
-    tuned.take(replace(SHAPE, **other), *RUN[1:])
-    assert configs.tuned == {}
-    assert capsys.readouterr().out == ""
-    tuned.take(replace(SHAPE, B=7, vocab_size=11), *RUN[1:])
-    assert configs.tuned, "a batch and a vocabulary may be others"
+    for other in (dict(T=33), dict(n_embd=32), dict(n_head=4), dict(dropout=0.1)):
+        assert tuned.load_rows(replace(SHAPE, **other), *RUN[1:]) == ()
+        assert capsys.readouterr().out == ""
+    assert tuned.load_rows(replace(SHAPE, B=7, vocab_size=11), *RUN[1:]), "a batch and a vocabulary may be others"
 
 
 def test_a_choice_is_measured_anew_with_a_tuned_configuration(few, monkeypatch, capsys):
-    measured = []
+    prepared = []
 
-    def measure(functions):
-        measured.append(shipped("embedding"))
-        return dict(zip(functions, [2.0, 1.0, 3.0], strict=False))
+    def prepare(it, kernels, compiled, prepare=choose.prepared):
+        prepared.append(kernels)
+        return prepare(it, kernels, compiled)
 
-    monkeypatch.setattr(choose, "time_together", measure)
+    monkeypatch.setattr(choose, "prepared", prepare)
+    monkeypatch.setattr(choose, "check", lambda it, f: None)
+    monkeypatch.setattr(choose, "time_together", lambda functions: {"torch": 2.0, "triton": 1.0})
 
     def ask():
-        return choose.choose("auto", *RUN, False)["embedding"]
+        """(the Kernels chosen, {op: row} of the kernels that were measured for it)."""
+        prepared.clear()
+        chosen = choose.choose("auto", *RUN, False)
+        return chosen, {op: k.row(op) for k in prepared for op in ops.OPS if getattr(k, op) == "triton"}
 
-    before = shipped("embedding")
-    assert (ask(), ask()) == ("triton", "triton")
-    assert len(measured) == len(ops.KERNELS), "the second was remembered"
-    file = run(nearer(farthest("embedding")), "--only=embedding")
+    assert ask() == (ops.all_triton(), dict.fromkeys(ops.OPS, ""))
+    assert ask() == (ops.all_triton(), {}), "remembered"
+    file, row = run(nearer(farthest("embedding")), "--only=embedding"), farthest("embedding").text
     capsys.readouterr()
-    ask()
+    assert ask() == (replace(ops.all_triton(), rows=(("embedding", row),)), {"embedding": row})
     assert capsys.readouterr().out.startswith(
         f"launch configurations: embedding as tuned, the others as shipped, by {file}\n"
     )
-    assert len(measured) == len(ops.KERNELS) + 1, "of the other ops nothing changed"
-    assert (measured[0], measured[-1]) == (before, farthest("embedding"))
     file.unlink()
-    ask()
-    assert len(measured) == len(ops.KERNELS) + 1
-    assert shipped("embedding") == before
+    assert ask() == (ops.all_triton(), {}), "remembered too"
 
 
-def test_with_dropout_attention_is_tuned_in_the_step_that_runs(few, capsys):
+def test_with_dropout_attention_is_tuned_in_the_step_that_runs(few, monkeypatch):
     """gated_inner stands in for inner then: a grid of inner alone would try one thing many times."""
     row = replace(shipped("attention"), outer=64, inner=64, gated_inner=16)
-    key = tuned.lookup("attention", *RUN)
+    of = configs.AttentionConfig.of
+    monkeypatch.setattr(configs, "attention", lambda device, dtype, head_size, text="": of(text) if text else row)
     inner = set()
 
     def rounds(functions):
         inner.update((r.inner, r.gated_inner) for r in functions)
         return {r: [1.0] for r in functions}
 
-    configs.use({key: row})
     tune.search("attention", replace(SHAPE, dropout=0.1), *RUN[1:], float("inf"), rounds)
     assert inner == {(16, None), (32, None), (64, None)}
 
@@ -366,11 +351,11 @@ def test_products_are_timed_by_both_libraries_and_the_setting_stays(monkeypatch,
     line = next(line for line in capsys.readouterr().out.splitlines() if "products" in line)
     assert line.split()[1:4] == ["27.000", "23.100", "0.86"]
     assert "cuBLASLt; TORCH_BLAS_PREFER_CUBLASLT=1" in line
-    tuned.take(*RUN)
-    assert configs.tuned == {}
+    assert tuned.load_rows(*RUN) == ()
 
 
-def test_the_products_are_a_steps():
+def test_the_products_are_a_steps(monkeypatch):
+    monkeypatch.setattr(common, "mm", lambda a, b, out: torch.mm(a, b, out=out))
     found = tune.products(SHAPE, 7, torch.float32, "cpu")
     shapes = {what: tuple(f().shape) for what, (_, f) in found.items()}
     assert shapes["c_attn forward"] == (16, 192)
@@ -387,11 +372,10 @@ def test_the_grids_are_around_the_shipped_rows(sm, dtype, monkeypatch):
         if n_embd // n_head > 128:
             continue
         for op in OPS:
-            name, *args = tuned.lookup(op, Shape(1, 16, n_embd, n_head, 65), dtype, DEVICE)
-            row = getattr(configs, name)(*args)
+            row = RECORDS[op].row(Shape(1, 16, n_embd, n_head, 65), dtype, DEVICE)
             grids = configs.GRIDS[type(row)]
             for grid in grids:
-                found = configs.around(row, grid)
+                found = configs.neighbours(row, grid)
                 assert 3 <= len(set(found)) == len(found) <= 28
                 assert all(
                     type(r) is type(row) and set(tune.difference(r, row).replace("=", " ").split()[::2]) <= set(grid)
@@ -411,12 +395,12 @@ def test_what_cannot_be_launched_is_no_row():
         (configs.AttentionConfig, dict(gated_inner=256)),
         (configs.AttentionConfig, dict(outer="128")),
         (configs.NormConfig, dict(forward_warps=True)),
-        (configs.CrossEntropyConfig, dict(memory_share=None)),
+        (configs.LossConfig, dict(memory_share=None)),
         (configs.AdamWConfig, dict(block=128)),  # two warps would hold an element that is updated in place
     ):
         row = {
             configs.MLPConfig: configs.GELU_MLP[90, 2], configs.AttentionConfig: configs.ATTENTION[90, 2, 64],
-            configs.NormConfig: configs.LAYER_NORM[0], configs.CrossEntropyConfig: configs.CROSS_ENTROPY,
+            configs.NormConfig: configs.LAYER_NORM[0], configs.LossConfig: configs.LINEAR_CROSS_ENTROPY,
             configs.AdamWConfig: configs.ADAMW,
         }[kind]  # fmt: skip
         with pytest.raises(ValueError, match=kind.__name__):
@@ -459,7 +443,7 @@ def test_the_gpu_that_is_asked_for(monkeypatch):
 def test_what_a_user_can_mend_is_one_line(monkeypatch, fastgpt, tmp_path):
     status, _, err = fastgpt("tune", *FLAGS, "--only=attention,layernorm")
     assert (status, err.count("\n")) == (2, 1)
-    assert "--only=attention,layernorm: 'layernorm' is none of gelu_mlp, attention" in err
+    assert f"--only=attention,layernorm: 'layernorm' is none of {', '.join(OPS)}, products" in err
     (tmp_path / "file").touch()
     status, _, err = fastgpt("tune", *FLAGS, f"--out={tmp_path}/file/a.json")
     assert (status, err.count("\n")) == (2, 1)
@@ -472,5 +456,5 @@ def test_what_a_user_can_mend_is_one_line(monkeypatch, fastgpt, tmp_path):
     status, _, err = fastgpt("tune", *FLAGS)
     assert (status, err) == (
         2,
-        "fastgpt: error: tune: gelu_mlp of 1 x 16 tokens does not fit; give a smaller --batch_size\n",
+        "fastgpt: error: tune: embedding of 1 x 16 tokens does not fit; give a smaller --batch_size\n",
     )

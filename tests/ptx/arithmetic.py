@@ -5,6 +5,7 @@ kept as unsigned bits; a value is read and written as the type that the instruct
 approximates (ex2.approx, div.full) is computed to fp32's last digit.
 """
 
+import functools
 import re
 
 import numpy as np
@@ -139,7 +140,7 @@ def saturated(x, kind):
 
 
 FUNCTIONS = dict(
-    widen=widen, narrow_residual=narrow, fma=fma, fma16=fma16, ftz=ftz, pack=pack, pairs=pairs, pair_up=pair_up, quotient=quotient,
+    widen=widen, narrow=narrow, fma=fma, fma16=fma16, ftz=ftz, pack=pack, pairs=pairs, pair_up=pair_up, quotient=quotient,
     remainder=remainder, high=high, shift_left=shift_left, shift_right=shift_right, field=field, permute=permute,
     saturated=saturated, where=np.where, exp2=np.exp2, log2=np.log2, sqrt=np.sqrt, tanh=np.tanh, fmax=np.fmax, fmin=np.fmin,
     maximum=np.maximum, minimum=np.minimum, isnan=np.isnan, trunc=np.trunc, rint=np.rint, floor=np.floor, ceil=np.ceil,
@@ -162,13 +163,22 @@ APPROXIMATE = {
     "ex2": "exp2({0})", "lg2": "log2({0})", "sqrt": "sqrt({0})", "tanh": "tanh({0})", "rcp": "as_f32(1) / {0}",
     "rsqrt": "as_f32(1) / sqrt({0})",
 }  # fmt: skip
+OPCODES = {*SIMPLE, *APPROXIMATE, "fma", "mad", "div", "rem", "min", "max", "abs", "neg", "not", "shl", "shr", "bfe", "selp",
+           "setp", "mov", "cvt", "cvta", "prmt", "popc"}  # fmt: skip
 INTEGER = {"u16", "s16", "u32", "s32", "u64", "s64"}
 ROUND = {"rzi": "trunc", "rni": "rint", "rmi": "floor", "rpi": "ceil"}
 
 
+@functools.cache
+def places(expression):
+    """How many operands an expression has; None where their numbers have a gap."""
+    found = {int(n) for n in re.findall(r"{(\d)}", expression)}
+    return len(found) if found == {*range(len(found))} else None
+
+
 def fill(expression, args, inst):
     """An expression with its operands in their places; an operand that has none is an error."""
-    if expression is None or {f"{{{i}}}" for i in range(len(args))} != set(re.findall(r"{\d}", expression)):
+    if expression is None or places(expression) != len(args):
         raise UnknownPTX(inst.name)
     return expression.format(*args)
 
@@ -187,8 +197,7 @@ def translate(inst, read):
     None for one that is not of this kind. Raises UnknownPTX.
     """
     op, *mods = inst.parts
-    if op not in {*SIMPLE, *APPROXIMATE, "fma", "mad", "div", "rem", "min", "max", "abs", "neg", "not", "shl", "shr", "bfe", "selp",
-                  "setp", "mov", "cvt", "cvta", "prmt", "popc"}:  # fmt: skip
+    if op not in OPCODES:
         return None
     if op == "mov":
         return move(inst, mods, read)

@@ -106,17 +106,17 @@ def known(inst, kernel):
     """Whether the emulator knows an instruction of a kernel, with its modifiers and operands."""
 
     def shape(o):
+        if isinstance(o, str):
+            if not o.startswith("%") and not re.fullmatch(r"[$\w@]+", o):
+                return "?"  # a negated predicate
+            return "_" if o == "_" else "p" if kernel.width(o) == 1 else "r"
         if isinstance(o, list):
             return f"{{{len(o)}}}" if all(isinstance(r, (str, Bits)) for r in o) else "?"
         if isinstance(o, tuple):
             return "|".join(map(shape, o))
         if isinstance(o, Address):
             return f"[{len(o.coordinates) or ''}]"
-        if isinstance(o, Bits):
-            return "f" if o.floating else str(o.value)
-        if not o.startswith("%") and not re.fullmatch(r"[$\w@]+", o):
-            return "?"  # a negated predicate
-        return "_" if o == "_" else "p" if kernel.is_register(o) and kernel.width(o) == 1 else "r"
+        return "f" if o.floating else str(o.value)
 
     if inst.guard and inst.name.startswith(("bar.sync", "mbarrier.try_wait")):
         return False

@@ -5,12 +5,14 @@ Python function made of their text; threads are groups at a piece, and the group
 there: so threads that parted meet again. A barrier holds its block's threads until all that live are there.
 """
 
+import functools
+
 import numpy as np
 
 from ptx import grammar, matrix, memory, tmem
 from ptx.arithmetic import BITS, FUNCTIONS, NUMPY, PACKED, bits_of, literal, translate
 from ptx.memory import EPOCH_BITS, SHARED_BASE, WARP_BITS, Fault, Global, Shared, granule
-from ptx.parse import Address, Bits, UnknownPTX
+from ptx.parse import Bits, UnknownPTX, registers_of
 
 WAVE = 8192  # threads that run at once: numpy's cost of a call is spread over them
 PARAMETERS = 1 << 56  # addresses of parameters that are not read but pointed to: maps of tensors
@@ -25,42 +27,6 @@ ENDS = (
     "tcgen05.ld",
     "tcgen05.wait",
 )  # of a piece
-NO_RESULT = (
-    "st",
-    "bra",
-    "ret",
-    "bar",
-    "cp",
-    "fence",
-    "mbarrier",
-    "stmatrix",
-    "wgmma",
-    "griddepcontrol",
-    "tcgen05",
-    "red",
-)
-
-
-def result_of(inst):
-    """The operands that an instruction writes, in one list."""
-    if inst.name.startswith(("mbarrier.try_wait", "tcgen05.ld", "wgmma.mma_async")):
-        outer = inst.operands[0]
-    elif inst.parts[0] in NO_RESULT:
-        return []
-    else:
-        outer = inst.operands[0] if inst.operands else []
-    return [o for o in (outer if isinstance(outer, (list, tuple)) else [outer]) if o != "_"]
-
-
-def registers_of(operands):
-    """All registers in operands."""
-    for o in operands:
-        if isinstance(o, (list, tuple)):
-            yield from registers_of(o)
-        elif isinstance(o, Address):
-            yield from registers_of([o.base, *o.coordinates])
-        elif isinstance(o, str):
-            yield o
 
 
 class Groups:
@@ -97,25 +63,37 @@ def spread(mask, where):
 
 
 class Piece:
-    """Instructions start .. end - 1; `last` decides where threads go on, None: at the next piece."""
+    """Instructions start .. end - 1; `last` decides where threads go on, None: at the next piece.
+
+    `reads`: registers whose value from before it needs; `writes`: those that it leaves written; `may_touch` and `may_write`: those that may
+    not be in flight (see Machine.check_in_flight).
+    """
 
     def __init__(self, start, end, instructions):
         self.start, self.end = start, end
         self.last = instructions[-1] if instructions[-1].name.startswith(ENDS) else None
-        self.reads, self.writes, written = [], [], set()
+        self.reads, self.writes = set(), set()
+        self.may_touch, self.may_write = set(), set()
         for inst in instructions:
-            operands, results = inst.operands, result_of(inst)
-            used = operands[1:] if results and inst.parts[0] not in ("wgmma", "tcgen05") else operands
-            if inst.name.startswith(("wgmma.mma_async", "tcgen05.ld")):
-                used = operands[1:]
-            if inst.parts[0] == "mov" and isinstance(operands[1], list):
-                used = []  # a pair may have a half that nobody asks for
-            for r in registers_of([*used, *(inst.guard or ())[:1]]):
-                if r not in written:
-                    self.reads.append(r)
+            operands = inst.operands
+            if inst.name.startswith(("wgmma.mma_async", "tcgen05.ld")) or (
+                inst.results and inst.parts[0] not in ("wgmma", "tcgen05")
+            ):
+                operands = operands[1:]
+            if inst.parts[0] == "mov" and isinstance(inst.operands[1], list):
+                operands = []  # a pair may have a half that nobody asks for
+            self.reads.update(set(registers_of([*operands, *(inst.guard or ())[:1]])) - self.writes)
             if not inst.name.startswith("wgmma"):  # it may read what it writes: its handler asks, and notes it
-                written |= set(registers_of(results))
-        self.writes = list(written)
+                self.writes.update(inst.results)
+            if not inst.name.startswith(("wgmma", "tcgen05.wait")):
+                self.may_touch |= inst.registers
+                self.may_write.update(inst.results)
+
+
+@functools.lru_cache(64)
+def code_of(text, name):
+    """Python's code of the pieces of a kernel."""
+    return compile(text, name, "exec")
 
 
 class Machine:
@@ -130,6 +108,7 @@ class Machine:
         self.maps = {}
         self.parameters = self.bind(arguments)
         code = kernel.instructions
+        self.place = {id(inst): i for i, inst in enumerate(code)}
         for inst in code:
             if not grammar.known(inst, kernel):
                 self.unknown(inst)
@@ -146,14 +125,7 @@ class Machine:
         for start, end in zip(starts, [*starts[1:], len(code)], strict=True):
             self.piece_at[start] = len(self.pieces)
             self.pieces.append(Piece(start, end, code[start:end]))
-        self.names = sorted(
-            {
-                r
-                for inst in code
-                for r in registers_of([*inst.operands, *(inst.guard or ())[:1]])
-                if self.kernel.is_register(r)
-            }
-        )
+        self.names = sorted(filter(kernel.is_register, set().union(*(inst.registers for inst in code))))
         self.number = {r: i for i, r in enumerate(self.names)}
         for p in self.pieces:
             p.reads = np.array(sorted({self.number[r] for r in p.reads if r in self.number}), int)
@@ -198,7 +170,7 @@ class Machine:
                         self.translate(i, inst)
                     except UnknownPTX as e:
                         self.unknown(inst, e)
-        exec(compile("\n".join(self.lines), self.kernel.name, "exec"), self.namespace)
+        exec(code_of("\n".join(self.lines), self.kernel.name), self.namespace)
         for number, piece in enumerate(self.pieces):
             piece.run = self.namespace[f"piece{number}"]
 
@@ -294,11 +266,10 @@ class Machine:
             bound[f"threads_{axis}"] = np.full(n, threads if axis == 0 else 1)
             bound.setdefault(f"thread_{axis}", np.zeros(n, int))
         self.registers = {}
-        for r in self.names:
-            width = self.kernel.width(r)
-            self.registers[r] = (
-                np.zeros(n, bool) if width == 1 else np.full(n, 0x5A5A5A5A5A5A5A5A, np.uint64).astype(f"u{width // 8}")
-            )
+        for width in set(map(self.kernel.width, self.names)):
+            names = [r for r in self.names if self.kernel.width(r) == width]
+            junk = np.uint64(0x5A5A5A5A5A5A5A5A).astype(f"u{width // 8}") if width > 1 else False
+            self.registers |= zip(names, np.full((len(names), n), junk), strict=True)
         for name, of in self.views.items():
             if of is None:
                 self.namespace[name] = bound[name].astype(np.uint32)
@@ -375,7 +346,7 @@ class Machine:
             piece.known = whole
         piece.run(s)
         self.executed[piece.start : piece.end] += (
-            len(lanes) // 32 if len(lanes) == len(self.all) else len(np.unique(lanes >> 5))
+            len(lanes) // 32 if len(lanes) == len(self.all) else 1 + np.count_nonzero(np.diff(lanes >> 5))
         )
         following = at + 1
         if last is None or last.name.startswith(("mbarrier", "wgmma", "tcgen05")):
@@ -436,7 +407,7 @@ class Machine:
         which, lane = np.argwhere(~known)[0]
         register = self.names[piece.reads[which]]
         for inst in self.kernel.instructions[piece.start : piece.end]:
-            if register in registers_of([*inst.operands, *(inst.guard or ())[:1]]):
+            if register in inst.registers:
                 self.fault(inst, lanes[lane], f"reads register {register}, which nothing has written")
 
     def check_in_flight(self, piece, lanes):
@@ -445,12 +416,14 @@ class Machine:
         But pairs may be formed of loaded ones: LLVM moves that before tcgen05.wait::ld, and in ptxas's registers it is no instruction.
         """
         for of, written, read, paired in self.in_flight:
+            if piece.may_touch.isdisjoint(written) and piece.may_write.isdisjoint(read):
+                continue
             if not np.isin(lanes, of).any():
                 continue
             for inst in self.kernel.instructions[piece.start : piece.end]:
                 if inst.name.startswith(("wgmma", "tcgen05.wait")) or (paired and inst.parts[0] == "mov"):
                     continue
-                touched = set(registers_of(inst.operands)) & written or set(registers_of(result_of(inst))) & read
+                touched = inst.registers & written or read.intersection(inst.results)
                 if touched:
                     lane = lanes[np.isin(lanes, of)][0]
                     self.fault(
@@ -470,13 +443,10 @@ class Machine:
     def address(self, operand, lanes):
         """The addresses [lanes] of an Address, int64."""
         base = operand.base
-        if isinstance(base, Bits):
-            value = np.int64(base.value)
-        elif base == "global_smem":
-            value = np.int64(SHARED_BASE)
-        else:
-            value = self.registers[base][lanes].astype(np.int64)
-        return np.broadcast_to(value + operand.offset, lanes.shape)
+        if isinstance(base, str) and base != "global_smem":
+            return self.registers[base][lanes].astype(np.int64) + operand.offset
+        value = base.value if isinstance(base, Bits) else SHARED_BASE
+        return np.full(lanes.shape, value + operand.offset)
 
     def fault(self, inst, lane, what):
         block = self.index[lane]

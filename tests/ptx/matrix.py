@@ -4,6 +4,7 @@ Source of all layouts: NVIDIA, PTX ISA 8.7, "Warp Level Matrix Instructions" and
 Products are exact in fp32 and summed in fp32; a tensor core sums in another order, with a few bits less.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,8 +147,9 @@ def eight_by_eight(m, inst):
 SWIZZLES = {1: (128, 7), 2: (64, 3), 3: (32, 1)}  # of a descriptor: bytes of a row, and the address bits that change it
 
 
-def tile_addresses(descriptor, rows, k, major, element=2):
-    """Addresses [rows, k] of a tile that a shared-memory descriptor names; major "K" or "MN"."""
+@functools.lru_cache(4096)
+def tile_addresses(descriptor, rows, k, major, element):
+    """Addresses [rows, k] of a tile that a shared-memory descriptor names; major "K" or "MN"; element: bytes of one."""
     start = (descriptor & 0x3FFF) << 4
     leading, stride = (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     if descriptor >> 62 not in SWIZZLES:
@@ -163,9 +165,15 @@ def tile_addresses(descriptor, rows, k, major, element=2):
     return address ^ ((address >> 7 & mask) << 4)
 
 
-def read_tile(m, inst, lanes, addresses, element=2):
-    """A tile [rows, k] as bits, read asynchronously by the block of lanes; and its granules. Raises Fault."""
-    space, slot = m.shared, m.slot[lanes[0]]
+@functools.lru_cache(4096)
+def tile_granules(granule, *tile):
+    """The granules that a tile has a part of, counted from where a block's shared memory begins."""
+    return np.unique((tile_addresses(*tile) - SHARED_BASE) // granule)
+
+
+def read_tile(m, inst, lanes, *tile):
+    """A tile [rows, k], named as by tile_addresses, as bits, read asynchronously by the block of lanes; and its granules. Raises Fault."""
+    space, slot, addresses, element = m.shared, m.slot[lanes[0]], tile_addresses(*tile), tile[-1]
     first = int(addresses.min())
     if space.outside(first, 2) or space.outside(int(addresses.max()), element):
         m.fault(
@@ -174,7 +182,7 @@ def read_tile(m, inst, lanes, addresses, element=2):
             f"reads a tile from {first:#x} to {int(addresses.max()):#x} of {space.limit} bytes of shared memory",
         )
     offset = space.offset(addresses, slot)
-    where = np.unique(offset // space.granule)
+    where = tile_granules(space.granule, *tile) + slot * (space.size // space.granule)
     for bad, what in (
         (space.writer[where] == NEVER, "was never written"),
         (space.pending[where], "an asynchronous copy writes and nobody waited for"),
@@ -202,7 +210,7 @@ def is_fenced(m, inst):
     What writes their registers may stand behind it: LLVM moves that, and ptxas minds registers by itself.
     """
     code = m.kernel.instructions
-    i = next(i for i, other in enumerate(code) if other is inst)
+    i = m.place[id(inst)]
     while i > 0 and i not in m.targets:
         i -= 1
         if code[i].parts[0] in ("bra", "bar") or code[i].name.startswith(("wgmma.commit", "wgmma.wait")):
@@ -251,13 +259,9 @@ def wgmma(m, inst):
         if isinstance(a, list):
             left = operand_a(fragments(m, a, lanes, 4), a_kind).reshape(64, k)
         else:
-            bits, used = read_tile(
-                m, inst, lanes, tile_addresses(int(m.registers[a][lanes[0]]), 64, k, a_major, element), element
-            )
+            bits, used = read_tile(m, inst, lanes, int(m.registers[a][lanes[0]]), 64, k, a_major, element)
             left, where = floats(bits, a_kind), [used]
-        bits, used = read_tile(
-            m, inst, lanes, tile_addresses(int(m.registers[b][lanes[0]]), n_columns, k, b_major, element), element
-        )
+        bits, used = read_tile(m, inst, lanes, int(m.registers[b][lanes[0]]), n_columns, k, b_major, element)
         product = left @ floats(bits, a_kind).T
         m.flops += 2 * left.size * n_columns
         where = np.concatenate([*where, used])

@@ -28,8 +28,11 @@ class Fault(Exception):
 
 def conflict(before, now):
     """Whether a touch by `before` and one by `now` are not ordered, as tags."""
+    touched = before >= 0
+    if not touched.any():
+        return touched
     other_block = before >> (EPOCH_BITS + WARP_BITS) != now >> (EPOCH_BITS + WARP_BITS)
-    return (before >= 0) & (other_block | ((before >> WARP_BITS == now >> WARP_BITS) & (before != now)))
+    return touched & (other_block | ((before >> WARP_BITS == now >> WARP_BITS) & (before != now)))
 
 
 class Memory:
@@ -55,15 +58,20 @@ class Memory:
         tag = tag[:, None]
         race = conflict(self.writer[where], tag)
         before = self.reader[where]
-        both = np.where(before >> WARP_BITS == tag >> WARP_BITS, tag | MANY, ANY_BLOCK << (EPOCH_BITS + WARP_BITS))
-        fresh = (before < 0) | (before == tag) | ((before >> WARP_BITS < tag >> WARP_BITS) & ~conflict(before, tag))
+        block = EPOCH_BITS + WARP_BITS
+        earlier = (before >> WARP_BITS < tag >> WARP_BITS) & (before >> block == tag >> block)
+        fresh = (before < 0) | (before == tag) | earlier
         tag = np.broadcast_to(tag, where.shape)
-        self.reader[where] = np.where(fresh, tag, both)
+        if fresh.all():
+            self.reader[where] = tag
+        else:
+            both = np.where(before >> WARP_BITS == tag >> WARP_BITS, tag | MANY, ANY_BLOCK << block)
+            self.reader[where] = np.where(fresh, tag, both)
         shared = self.reader[where] != tag  # several warps in this very access
         if shared.any():
             late = shared & fresh
             same = self.reader[where[late]] >> WARP_BITS == tag[late] >> WARP_BITS
-            self.reader[where[late]] = np.where(same, tag[late] | MANY, ANY_BLOCK << (EPOCH_BITS + WARP_BITS))
+            self.reader[where[late]] = np.where(same, tag[late] | MANY, ANY_BLOCK << block)
         return race.any(1)
 
     def touch_write(self, where, tag):

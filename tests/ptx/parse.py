@@ -4,6 +4,7 @@ What is read is what LLVM's NVPTX backend writes for Triton: one entry, paramete
 inline assembly, whose braces are scopes of labels and registers. Anything else is an error that names the line.
 """
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -43,9 +44,34 @@ class Instruction:
     source: str  # the line of Triton source, "file.py:12", inlined calls from the inside out
     text: str
     parts: tuple = field(init=False)
+    results: list = field(init=False)  # the registers that it writes
+    registers: set = field(init=False)  # all registers and symbols in its operands and its guard
 
     def __post_init__(self):
         self.parts = tuple(self.name.split("."))
+        outer = self.operands[:1]
+        if self.parts[0] in NO_RESULT and not self.name.startswith(RESULT):
+            outer = []
+        elif outer and isinstance(outer[0], (list, tuple)):
+            outer = outer[0]
+        self.results = [o for o in outer if o != "_"]
+        self.registers = set(registers_of([*self.operands, *(self.guard or ())[:1]]))
+
+
+# Opcodes that write no register, and those of them that do.
+NO_RESULT = {"st", "bra", "ret", "bar", "cp", "fence", "mbarrier", "stmatrix", "wgmma", "griddepcontrol", "tcgen05", "red"}  # fmt: skip
+RESULT = ("mbarrier.try_wait", "tcgen05.ld", "wgmma.mma_async")
+
+
+def registers_of(operands):
+    """All registers and symbols in operands."""
+    for o in operands:
+        if isinstance(o, str):
+            yield o
+        elif isinstance(o, (list, tuple)):
+            yield from registers_of(o)
+        elif isinstance(o, Address):
+            yield from registers_of([o.base, *o.coordinates])
 
 
 @dataclass
@@ -61,13 +87,15 @@ class Kernel:
     instructions: list
     labels: dict
 
+    def __post_init__(self):
+        self.width = functools.cache(self.width)
+
     def is_register(self, name):
-        plain = name.rstrip("0123456789")
-        return name in self.widths or (plain in self.widths and plain != name)
+        return self.width(name) is not None
 
     def width(self, register):
-        """Bits of a register; 1 of a predicate."""
-        return self.widths.get(register) or self.widths[register.rstrip("0123456789")]
+        """Bits of a register, 1 of a predicate; None of what is no register."""
+        return self.widths.get(register) or self.widths.get(register.rstrip("0123456789"))
 
 
 TYPE_BITS = {
@@ -88,6 +116,7 @@ OPCODE = re.compile(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 LITERAL = re.compile(r"(-?)(0[fd])?(0x[0-9a-fA-F]+|[0-9a-fA-F]+)U?$")
 
 
+@functools.lru_cache(64)
 def parse(text):
     """The Kernel of a PTX text with one entry. Raises UnknownPTX."""
     version = re.search(r"^\.version (\d+\.\d+)", text, re.M)
@@ -222,6 +251,8 @@ class Body:
 
 def split(text):
     """The parts between commas that stand in no bracket."""
+    if "{" not in text and "[" not in text:
+        return [p for p in text.split(",") if p.strip()]
     parts, depth, start = [], 0, 0
     for i, c in enumerate(text):
         depth += (c in "[{") - (c in "]}")

@@ -213,11 +213,11 @@ def product(m, inst):
             memory.touch(inst, granules, tag, lane, False)
             left = matrix.floats(np.ascontiguousarray(memory.words[index]).view(np.uint16), dtype)
         else:
-            addresses = matrix.tile_addresses(descriptor_of(int(m.registers[a][lane])), rows, 16, major[0])
-            values, where = matrix.read_tile(m, inst, lanes, addresses)
+            descriptor = descriptor_of(int(m.registers[a][lane]))
+            values, where = matrix.read_tile(m, inst, lanes, descriptor, rows, 16, major[0], 2)
             left, read = matrix.floats(values, dtype), [where]
-        addresses = matrix.tile_addresses(descriptor_of(int(m.registers[b][lane])), columns, 16, major[1])
-        values, where = matrix.read_tile(m, inst, lanes, addresses)
+        descriptor = descriptor_of(int(m.registers[b][lane]))
+        values, where = matrix.read_tile(m, inst, lanes, descriptor, columns, 16, major[1], 2)
         result = left @ matrix.floats(values, dtype).T
         m.flops += 2 * left.size * columns
         place = int(m.address(d, lanes)[0])
