@@ -107,8 +107,9 @@ def compile_all(dtypes: list[torch.dtype]) -> None:
     """Run every case once on the GPU, in one thread for each CPU core: nearly all of the time is compiling."""
 
     def run_case(case):
-        it = problem(*case, "cuda")
-        run(it.kernel, it.inputs.values(), it.grads)
+        with torch.autograd.set_multithreading_enabled(False):  # else one thread of autograd's compiles all backwards
+            it = problem(*case, "cuda")
+            run(it.kernel, it.inputs.values(), it.grads)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         all_cases = [
