@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import can_run, on_device
+from fastgpt.kernels.common import can_run, launch, on_device
 
 # The columns of the table, int64; a row for each tensor: its number of elements, the index of its first chunk, and addresses.
 COLUMNS = ("numel", "first", "grad", "p", "exp_avg", "exp_avg_sq", "step", "shadow")
@@ -196,8 +196,10 @@ def update(
     if max_norm is not None:
         norm, scale = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
         partial = torch.empty(len(rows), dtype=torch.float32, device=device)
-        _adamw_norm[(len(rows),)](table, rows, partial, **constants)
-        _adamw_clip[(1,)](partial, norm, scale, len(rows), float(max_norm), BLOCK=config.clip_block, num_warps=8)
+        launch(_adamw_norm, (len(rows),), table, rows, partial, **constants)
+        launch(
+            _adamw_clip, (1,), partial, norm, scale, len(rows), float(max_norm), BLOCK=config.clip_block, num_warps=8
+        )
         if max_norm == math.inf:  # only measure: if the norm overflowed, inf / inf would be nan
             scale = None
     steps = [t for group in groups for t in group["steps"]]
@@ -209,7 +211,8 @@ def update(
         beta1, beta2 = group["betas"]
         dtypes = {str(t.dtype).removeprefix("torch.") for t in group["shadows"] if t is not None}
         if n:
-            _adamw_update[(n,)](
+            launch(
+                _adamw_update, (n,),
                 table, rows[first:], scale, found_inf, first, float(group["lr"]), float(group["weight_decay"]), float(beta2),
                 1 - beta1, 1 - beta2, log(beta1), log(beta2), group["eps"],
                 SHADOW_DTYPE=getattr(tl, dtypes.pop()) if dtypes else None, **constants,

@@ -42,6 +42,7 @@ from fastgpt.kernels.common import (
     forbid_double_backward,
     kept_scale,
     kernel_op,
+    launch,
     like,
     precision,
 )
@@ -412,7 +413,8 @@ def attention_forward(
     D = C // n_head
     config = configs.attention(qkv.device, qkv.dtype, D, row)
     if out.numel():
-        _attention_forward[(triton.cdiv(T, config.block_m) * B * n_head,)](
+        launch(
+            _attention_forward, (triton.cdiv(T, config.block_m) * B * n_head,),
             qkv, doc_ids, seed, out, lse, T, n_head, *qkv.stride(), *_strides(doc_ids), LOG2E / math.sqrt(D), p, kept_scale(p),
             D=D, BD=_padded(D), BM=config.block_m, BN=config.block_n, DOC_MASK=doc_ids is not None, DROPOUT=p > 0,
             PRECISION=precision(qkv.dtype), num_warps=config.warps, num_stages=configs.pipeline(qkv.device, config.stages),
@@ -434,10 +436,12 @@ def attention_backward(
         gated = p > 0 or doc_ids is not None
         inner = (gated and config.gated_inner) or config.inner
         rows = config.delta_rows
-        _attention_delta[(triton.cdiv(T, rows) * B * n_head,)](
-            out, dout, delta, T, n_head, *dout.stride(), D=D, BD=_padded(D), BM=rows
-        )
-        _attention_backward[(triton.cdiv(T, config.outer) * B * n_head,)](
+        launch(
+            _attention_delta, (triton.cdiv(T, rows) * B * n_head,),
+            out, dout, delta, T, n_head, *dout.stride(), D=D, BD=_padded(D), BM=rows,
+        )  # fmt: skip
+        launch(
+            _attention_backward, (triton.cdiv(T, config.outer) * B * n_head,),
             qkv, dout, doc_ids, seed, lse, delta, dqkv, T, n_head, *qkv.stride(), *dout.stride(), *_strides(doc_ids),
             LOG2E / math.sqrt(D), 1 / math.sqrt(D), p, kept_scale(p),
             D=D, BD=_padded(D), OUTER=config.outer, INNER=inner, DOC_MASK=doc_ids is not None, DROPOUT=p > 0,
@@ -450,7 +454,8 @@ def dropout_mask(B: int, n_head: int, T: int, dropout_p: float, seed: Tensor) ->
     """The mask of `attention`'s dropout, bool [B, n_head, T, T]; True: the element is kept. seed: as for `attention`."""
     mask = torch.empty((B, n_head, T, T), dtype=torch.bool, device=seed.device)
     if mask.numel():
-        _attention_mask[(T, B * n_head)](seed, mask, T, n_head, dropout_p, BLOCK=min(1024, triton.next_power_of_2(T)))
+        block = min(1024, triton.next_power_of_2(T))
+        launch(_attention_mask, (T, B * n_head), seed, mask, T, n_head, dropout_p, BLOCK=block)
     return mask
 
 

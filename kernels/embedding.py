@@ -33,6 +33,7 @@ from fastgpt.kernels.common import (
     forbid_double_backward,
     kept_scale,
     kernel_op,
+    launch,
 )
 
 
@@ -186,7 +187,8 @@ def embedding_forward(
     (B, T), (V, C) = idx.shape, wte.shape
     config = configs.embedding(row)
     if B * T:
-        _embed_forward[(B * T,)](
+        launch(
+            _embed_forward, (B * T,),
             idx, wte, wpe, seed, x, T, V, C, *idx.stride(), *wte.stride(), *wpe.stride(), p, kept_scale(p),
             BLOCK=min(config.block, triton.next_power_of_2(C)), DROPOUT=p > 0, num_warps=config.forward_warps,
         )  # fmt: skip
@@ -205,15 +207,19 @@ def embedding_backward(
     rows = max(1, config.backward_tile // block)
     blocks = triton.cdiv(C, block)
     if T:
-        _embed_backward_wpe[(T, blocks)](
+        launch(
+            _embed_backward_wpe, (T, blocks),
             dx, seed, dwpe, B, T, C, *dx.stride(), p, kept_scale(p),
             ROWS=min(rows, triton.next_power_of_2(max(B, 1))), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,
         )  # fmt: skip
     if B * T:
         keys = torch.empty(B * T, dtype=torch.int32, device=dx.device)
-        _embed_keys[(triton.cdiv(B * T, config.block),)](idx, keys, B * T, T, V, *idx.stride(), BLOCK=config.block)
+        launch(
+            _embed_keys, (triton.cdiv(B * T, config.block),), idx, keys, B * T, T, V, *idx.stride(), BLOCK=config.block
+        )
         ids, places = torch.sort(keys, stable=True)
-        _embed_backward_wte[(B * T, blocks)](
+        launch(
+            _embed_backward_wte, (B * T, blocks),
             dx, ids, places, seed, dwte, B * T, T, V, C, *dx.stride(), p, kept_scale(p),
             ROWS=min(rows, 64), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,
         )  # fmt: skip

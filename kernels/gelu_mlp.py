@@ -37,6 +37,7 @@ from fastgpt.kernels.common import (
     compute_dtype,
     forbid_double_backward,
     kernel_op,
+    launch,
     like,
     mm,
     needs_grad,
@@ -193,7 +194,8 @@ def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
         TensorDescriptor.from_tensor(t, block) if config.tma and t is not None else t
         for t, block in zip((a, b, pre, post, dpre), blocks, strict=True)
     ]
-    _mlp_gemm[(programs,)](
+    launch(
+        _mlp_gemm, (programs,),
         *operands, bias, partial, M, N, K, *a.stride(), stride_bn, stride_bk,
         BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TMA=config.tma, FLATTEN=config.flatten,
         PRECISION=precision(a.dtype), BACKWARD=backward, HAS_BIAS=(partial if backward else bias) is not None,

@@ -38,6 +38,7 @@ from fastgpt.kernels.common import (
     forbid_double_backward,
     kept_scale,
     kernel_op,
+    launch,
     like,
     rows,
 )
@@ -175,7 +176,8 @@ def layer_norm_forward(
     x3, b3 = rows(x), None if branch is None else rows(branch)
     strides = *x3.stride(), *(x3 if b3 is None else b3).stride()
     if M:
-        _norm_forward[(M,)](
+        launch(
+            _norm_forward, (M,),
             x3, b3, weight, bias, seed, stream, h, stats, M, x3.size(1), *strides, eps, p, kept_scale(p),
             N=N, BLOCK=triton.next_power_of_2(N), HAS_BRANCH=branch is not None, HAS_BIAS=bias is not None,
             DROPOUT=p > 0, num_warps=configs.layer_norm(N, row).forward_warps,
@@ -195,7 +197,8 @@ def layer_norm_backward(
     h3, s3, d3 = rows(dh), rows(stream), None if dstream is None else rows(dstream)
     strides = *h3.stride(), *(h3 if d3 is None else d3).stride(), *s3.stride()
     if M:
-        _norm_backward[(programs,)](
+        launch(
+            _norm_backward, (programs,),
             h3, d3, s3, stats, weight, seed, dx, dbranch, partial,
             M, h3.size(1), *strides, p, kept_scale(p),
             N=N, BLOCK=triton.next_power_of_2(N), HAS_DSTREAM=dstream is not None, HAS_BRANCH=dbranch is not None,

@@ -23,7 +23,17 @@ from torch import Tensor
 
 from fastgpt.kernels import configs
 from fastgpt.kernels.accumulate import mark_owned
-from fastgpt.kernels.common import can_run, cast, compute_dtype, forbid_double_backward, kernel_op, like, mm, needs_grad
+from fastgpt.kernels.common import (
+    can_run,
+    cast,
+    compute_dtype,
+    forbid_double_backward,
+    kernel_op,
+    launch,
+    like,
+    mm,
+    needs_grad,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -148,14 +158,16 @@ def linear_cross_entropy_forward(
         x, y = h2[start : start + chunk], targets[start : start + chunk]
         logits = buffer[: x.size(0), :V]
         torch.mm(x, weight.t(), out=logits)
-        _loss_rows[(x.size(0),)](
+        launch(
+            _loss_rows, (x.size(0),),
             logits, y, losses[start:], V, room, room, y.stride(0), ignore_index,
             BLOCK=block, GRAD=dh is not None, num_warps=min(config.warps, max(1, block // 32)),
         )  # fmt: skip
         if dh is not None:
             torch.mm(logits, weight, out=dh.view(-1, C)[start : start + chunk])
             mm(logits.t(), x, dweight, accumulate=start > 0)
-    _loss_mean[(1,)](
+    launch(
+        _loss_mean, (1,),
         losses, targets, loss, share, M, targets.stride(0), ignore_index, BLOCK=config.mean_block, num_warps=config.warps
     )  # fmt: skip
 
@@ -168,7 +180,7 @@ def linear_cross_entropy_backward(
     block = configs.linear_cross_entropy(row).scale_block
     for x, out in ((dh, dh_out), (dweight, dweight_out)):
         if x.numel():
-            _loss_scale[(triton.cdiv(x.numel(), block),)](x, dloss, share, out, x.numel(), BLOCK=block)
+            launch(_loss_scale, (triton.cdiv(x.numel(), block),), x, dloss, share, out, x.numel(), BLOCK=block)
 
 
 # ---- the public op ----
