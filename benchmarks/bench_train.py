@@ -23,8 +23,7 @@ from fastgpt.choose import choose
 from fastgpt.config import GPTConfig, preset
 from fastgpt.model import GPT
 from fastgpt.records import Shape, n_params
-from fastgpt.shadows import Shadows
-from fastgpt.trainer import shadow_dtype
+from fastgpt.shadows import Shadows, shadow_dtype
 
 STEPS, MICRO_STEPS = 20, 2  # whose losses must agree; two micro-steps hold the accumulation too
 STEPS_AFTER = 3  # steps that must agree once more after the timing

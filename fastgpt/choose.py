@@ -1,54 +1,81 @@
 """`--kernels=auto`: measure each op's implementations on the run's shapes, and choose the fastest that is correct.
 
-A candidate must pass the three-way rule of `verify`. Then its forward and backward are timed. The result is saved in a file,
-which holds for one GPU, versions, source, op and shape. PyTorch's implementation is always a candidate.
+A candidate must pass the three-way rule of `verify`. Then its forward and backward are timed as a micro-step runs them. What was measured
+is saved in a file, which holds for one GPU, versions, source, op and shape.
 """
 
 import functools
 import hashlib
 import json
-import statistics
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgpt import ops, tuned
+from fastgpt import ops, timing, tuned
 from fastgpt.config import cache_folder
 from fastgpt.ops import Kernels
-from fastgpt.records import Problem, Shape, problem
-from fastgpt.verify import compare, run
+from fastgpt.records import RECORDS, Problem, Shape, problem
+from fastgpt.timing import Times
+from fastgpt.verify import compare, is_floating
 
 PARITY_TOKENS = 4096  # the comparison's fp64 side needs many times the memory of the op
-ROUNDS, CALLS = 7, 5
+N_LAYER = 12  # of the step whose GPU and host time are weighed against each other: deep enough for any model
+COPIES = 16  # of an op's inputs, at most, to be more than L2 holds
 
 
-def choose(spec: str, shape: Shape, dtype: torch.dtype, device: str | torch.device, compiled: bool) -> Kernels:
+def choose(
+    spec: str, shape: Shape, dtype: torch.dtype, device: str | torch.device, compiled: bool, replayed: bool = False
+) -> Kernels:  # fmt: skip
     """The Kernels of a --kernels spec for a run's Shape, dtype and device; prints what was measured.
 
     They use the launch configurations that `fastgpt tune` found for such a run, if any. Without a CUDA GPU "auto" means "torch".
-    compiled: whether the run uses torch.compile. Raises UserError for a wrong spec.
+    compiled: whether the run uses torch.compile. replayed: whether it replays CUDA graphs, which take no host time. Raises UserError for a
+    wrong spec, and torch.OutOfMemoryError if no implementation of an op fits.
     """
     picks = ops.parse(spec)
     auto = [op for op, pick in picks.items() if pick == "auto"]
     if not is_cuda(device) or ops.triton is None:
+        if auto and is_cuda(device):
+            print("--kernels=auto: PyTorch's operators, since Triton is not installed; pip install triton")
         return Kernels(**picks | dict.fromkeys(auto, "torch"), rows=())
     rows = tuned.load_rows(shape, dtype, device) if auto or "triton" in picks.values() else ()
-    if auto:
-        print(f"choosing kernels for {shape.B} x {shape.T} tokens in {str(dtype)[6:]} (once; --kernels=torch skips it)")
-        print(f"  {'op':22}" + "".join(f"{i + ' ms':>11}" for i in ("torch", "cudnn", "triton")) + "  chosen")
+    if not auto:
+        return Kernels(**picks, rows=rows)
+    print(f"choosing kernels for {shape.B} x {shape.T} tokens in {str(dtype)[6:]} (once; --kernels=torch skips it)")
+    with torch.random.fork_rng(devices=[device]):  # the run's random numbers stay the same
+        found = {op: remembered(op, shape, dtype, device, compiled, rows) for op in auto}
+    chosen, judged_by = fastest({op: f["ms"] for op, f in found.items()}, replayed)
+    implementations = ("torch", "cudnn", "triton")
+    print(f"  {'op':22}" + "".join(f"{i + ' ms':>11}{'host ms':>9}" for i in implementations) + "  chosen")
     for op in auto:
-        with torch.random.fork_rng(devices=[device]):  # the run's random numbers stay the same
-            found = remembered(op, shape, dtype, device, compiled, rows)
-        picks[op] = found["chosen"]
-        times = (found["ms"].get(i) for i in ("torch", "cudnn", "triton"))
-        why = "".join(f"; {i} {reason}" for i, reason in found["rejected"].items())
-        print(
-            f"  {op:22}" + "".join(f"{'-':>11}" if t is None else f"{t:11.3f}" for t in times) + f"  {picks[op]}{why}"
-        )
-    return Kernels(**picks, rows=rows)
+        cells = "".join(
+            f"{found[op]['ms'][i].gpu:11.3f}{found[op]['ms'][i].host:9.3f}" if i in found[op]["ms"] else f"{'-':>11}{'-':>9}"
+            for i in implementations
+        )  # fmt: skip
+        why = "".join(f"; {i} {reason}" for i, reason in found[op]["rejected"].items())
+        print(f"  {op:22}{cells}  {chosen[op]}{why}")
+    print(f"  chosen by the {judged_by}'s time, which decides in such a step")
+    return Kernels(**picks | chosen, rows=rows)
+
+
+def fastest(ms: dict[str, dict[str, Times]], replayed: bool) -> tuple[dict[str, str], str]:
+    """({op: implementation}, "GPU" or "host") of {op: {implementation: Times}}.
+
+    The host launches while the GPU computes, so a step takes the longer of the two. In replays of CUDA graphs that is always the GPU.
+    """
+
+    def chosen(which):
+        return {op: min(times, key=lambda i: getattr(times[i], which)) for op, times in ms.items()}
+
+    picks = chosen("gpu")
+    calls = {op: RECORDS[op].times(N_LAYER) for op in ms}
+    gpu, host = (sum(calls[op] * getattr(ms[op][picks[op]], which) for op in ms) for which in ("gpu", "host"))
+    return (picks, "GPU") if replayed or gpu >= host else (chosen("host"), "host")
 
 
 def is_cuda(device: str | torch.device) -> bool:
@@ -60,60 +87,86 @@ def remembered(
     op: str, shape: Shape, dtype: torch.dtype, device: str | torch.device, compiled: bool, rows: tuple[tuple[str, str], ...] = (),
     measure: Callable | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What `decide` finds, read from the file of an earlier run if there is one with the same key."""
+    """What `measured` gives, read from the file of an earlier run if there is one with the same key."""
     key = {
         "op": op, "shape": asdict(shape), "dtype": str(dtype), "compiled": compiled, **tuned.environment(device),
         "blas": str(torch.backends.cuda.preferred_blas_library()), "row": dict(rows).get(op, ""),
     }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    file = cache_folder() / "kernels" / f"{digest}.json"
+    saved = recall("kernels", key)
     try:
-        saved = json.loads(file.read_text())
-        if saved["key"] == key and saved["chosen"] in ops.IMPLEMENTATIONS[op]:
-            return saved
-    except (OSError, ValueError, KeyError, TypeError):
+        ms = {name: Times(*times) for name, times in saved["ms"].items()}
+        if (
+            ms
+            and ms.keys() <= set(ops.IMPLEMENTATIONS[op])
+            and all(0 <= t < math.inf for times in ms.values() for t in times)
+        ):
+            return {"ms": ms, "rejected": saved["rejected"]}
+    except (KeyError, TypeError, AttributeError):
         pass  # no file yet, or a damaged one: measure, and overwrite it
-    found = {"key": key, **decide(op, shape, dtype, device, compiled, rows, measure or time_together)}
-    try:
-        tuned.save(file, found)
-    except OSError as e:
-        print(f"  (not saved for the next run: {file.parent}: {e.strerror})")
+    found = measured(op, shape, dtype, device, compiled, rows, measure or timing.together)
+    remember("kernels", key, found)
     return found
 
 
-def decide(
+def recall(kind: str, key: dict[str, Any]) -> dict[str, Any]:
+    """What `remember` kept under a key; {} if nothing, or if the file is damaged."""
+    try:
+        saved = json.loads(kept(kind, key).read_text())
+        return saved if saved["key"] == key else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def remember(kind: str, key: dict[str, Any], found: dict[str, Any]) -> None:
+    """Keep a result for later runs, under everything that it depends on. Prints why, if it cannot be saved."""
+    file = kept(kind, key)
+    try:
+        tuned.save(file, {"key": key, **found})
+    except OSError as e:
+        print(f"  (not saved for the next run: {file.parent}: {e.strerror})")
+
+
+def kept(kind: str, key: dict[str, Any]) -> Path:
+    """The file of a result."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / kind / f"{digest}.json"
+
+
+def measured(
     op: str, shape: Shape, dtype: torch.dtype, device: str | torch.device, compiled: bool, rows: tuple[tuple[str, str], ...],
     measure: Callable,
 ) -> dict[str, Any]:  # fmt: skip
-    """Check and time an op's implementations: {"chosen": name, "ms": {name: milliseconds}, "rejected": {name: reason}}."""
-    rejected, functions = {}, {}
+    """Check and time an op's implementations: {"ms": {implementation: Times}, "rejected": {implementation: reason}}.
+
+    Raises what the last one raised if none can run.
+    """
+    rejected, calls, failure = {}, {}, None
     tokens = replace(shape, B=max(1, min(shape.B, PARITY_TOKENS // shape.T)), T=min(shape.T, PARITY_TOKENS))
     it = problem(op, shape, dtype, device)
     torch._dynamo.reset()  # all ops compile the same few functions, and torch compiles at most eight versions of one
     for implementation in ops.IMPLEMENTATIONS[op]:
         kernels = Kernels(**{op: implementation}, rows=rows)
-        f = prepared(it, kernels, compiled)
-        if implementation == "torch":
-            f()
-        else:
-            ops.warn_once.cache_clear()
-            try:
-                with warnings.catch_warnings():
-                    # An op that falls back to PyTorch warns. Such a candidate is rejected, not timed under the wrong name.
-                    warnings.filterwarnings("error", message=ops.FALLS_BACK)
+        ops.warn_once.cache_clear()
+        try:
+            with warnings.catch_warnings():
+                # An op that falls back to PyTorch warns. Such a candidate is rejected, not timed under the wrong name.
+                warnings.filterwarnings("error", message=ops.FALLS_BACK)
+                if implementation != "torch":
                     plain = problem(op, replace(tokens, dropout=0.0), dtype, device)
                     check(plain, functools.partial(plain.by_ops, kernels=kernels))
-                    if implementation == "triton" and shape.dropout:  # only the kernel's own mask can be compared
-                        dropping = problem(op, tokens, dtype, device)
-                        check(dropping, functools.partial(dropping.kernel, row=kernels.row(op)))
-                    f()
-            except Exception as e:  # any failure rejects the candidate, and is printed
-                rejected[implementation] = (str(e).splitlines() or [type(e).__name__])[0]
-                continue
-        functions[implementation] = f
-    ms = measure(functions)
+                if implementation == "triton" and shape.dropout:  # only the kernel's own mask can be compared
+                    dropping = problem(op, tokens, dtype, device)
+                    check(dropping, functools.partial(dropping.kernel, row=kernels.row(op)))
+                prepared_calls = prepared(it, kernels, compiled)
+                prepared_calls[0]()
+            calls[implementation] = prepared_calls
+        except Exception as e:  # any failure rejects the candidate, and is printed
+            failure, rejected[implementation] = e, (str(e).splitlines() or [type(e).__name__])[0]
+    if failure and not calls:
+        raise failure
+    ms = measure(calls)
     torch._dynamo.reset()
-    return {"chosen": min(ms, key=ms.get), "ms": ms, "rejected": rejected}
+    return {"ms": ms, "rejected": rejected}
 
 
 def check(it: Problem, f: Callable) -> None:
@@ -123,33 +176,64 @@ def check(it: Problem, f: Callable) -> None:
             raise ArithmeticError(f"is not equal: {c.what} has {c.ratio:.1f} times PyTorch's error")
 
 
-def prepared(it: Problem, kernels: Kernels, compiled: bool) -> Callable[[], Any]:
-    """A function without arguments that runs a Problem's op, forward and backward, as training with these Kernels does."""
-    call = it.timed or it.by_ops  # only the update has `timed`, and it is never compiled
-    call = functools.partial(call, kernels=kernels)
-    call = torch.compile(call, dynamic=False) if compiled and not it.timed else call
-    if ops.triton and "head" in it.outputs:  # the loss's backward marks the head's gradient so
-        ops.triton.accumulate.mark_owned(it.grads[it.outputs.index("head")])  # type: ignore[arg-type]
-    return lambda: run(call, it.inputs.values(), it.grads)
+def prepared(it: Problem, kernels: Kernels, compiled: bool) -> list[Callable[[], None]]:
+    """Functions without arguments that run a Problem's op, forward and backward, as a micro-step with these Kernels does.
+
+    Each has inputs of its own. Together they are more than L2 holds, so that none finds its inputs there.
+    """
+    if it.timed:  # the update, which is never compiled, and whose tensors exceed every L2
+        return [functools.partial(it.timed, *it.inputs.values(), kernels=kernels)]
+    call: Callable = functools.partial(it.by_ops, kernels=kernels)
+    call = torch.compile(call, dynamic=False) if compiled else call
+    tensors: list[Any] = [t for t in (*it.inputs.values(), *it.grads) if torch.is_tensor(t)]
+    L2 = torch.cuda.get_device_properties(tensors[0].device).L2_cache_size if tensors[0].is_cuda else 0
+    copies = min(COPIES, max(1, math.ceil(2 * L2 / sum(t.nbytes for t in tensors))))
+    shadowed = "triton" in (getattr(kernels, op) for op in ops.OPS)
+    return [micro_step(it, call, shadowed) for _ in range(copies)]
 
 
-def time_together(functions: dict[Any, Callable]) -> dict[Any, float]:
-    """Median milliseconds of each function on the GPU."""
-    return {name: statistics.median(times) for name, times in time_rounds(functions).items()}
+def micro_step(it: Problem, call: Callable, shadowed: bool) -> Callable[[], None]:
+    """call(*inputs) and its backward as in a micro-step, on copies of a Problem's tensors.
+
+    Matrices have shadows, if `shadowed`. The gradients of parameters are added to `.grad`, and other gradients go on to another op.
+    Nothing else holds the gradient of the tied head.
+    """
+    inputs: dict[str, Any] = {
+        n: x.detach().clone().requires_grad_(is_floating(x)) if torch.is_tensor(x) else x for n, x in it.inputs.items()
+    }
+    grads = [None if g is None else g.clone() for g in it.grads]
+    dtypes = {g.dtype for g in grads if g is not None} | {x.dtype for x in inputs.values() if x is not None}
+    half = next((dtype for dtype in dtypes if dtype.itemsize == 2), None)
+    flowing = [inputs[name] for name in it.flowing]
+    for name, x in inputs.items():
+        if is_floating(x) and name not in it.flowing:
+            x.grad = torch.zeros_like(x)
+        if shadowed and half and is_floating(x) and x.dim() == 2:
+            x.shadow = x.detach().to(half)
+    one = torch.ones((), device=next(iter(inputs.values())).device)
+
+    def run():
+        for x in flowing:
+            x.grad = None
+        outputs = call(*inputs.values())
+        answers = [
+            _Give.apply(o, g, name == "head") for name, o, g in zip(it.outputs, outputs, grads, strict=True) if g is not None
+        ]  # fmt: skip
+        with ops.accumulate_in_place():
+            torch.autograd.backward(answers, [one] * len(answers))
+
+    return run
 
 
-def time_rounds(functions: dict[Any, Callable]) -> dict[Any, list[float]]:
-    """{name: [milliseconds on the GPU, one for each round]}. Every round runs all functions, so they share clock rates and heat."""
-    times = {name: [] for name in functions}
-    for _ in range(ROUNDS):
-        for name, f in functions.items():
-            f()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            for _ in range(CALLS):
-                f()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end) / CALLS)
-    return times
+class _Give(torch.autograd.Function):
+    """A scalar whose backward gives a tensor the gradient `grad`, in a tensor that nothing else holds if `owned`."""
+
+    @staticmethod
+    def forward(ctx, x, grad, owned):
+        ctx.grad, ctx.owned = grad, owned
+        return torch.empty((), device=x.device)
+
+    @staticmethod
+    def backward(ctx, _):
+        grad = ctx.grad.detach()  # another tensor on the same memory
+        return ops.triton.accumulate.mark_owned(grad) if ctx.owned else grad, None, None

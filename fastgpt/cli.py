@@ -55,9 +55,14 @@ def reported(run: Callable[[], int | None], hint: str = "") -> int:
 def run(command: str, argv: list[str]) -> int | None:
     """Run one command, and return its exit status; None means 0. Raises UserError."""
     if command == "train":
-        from fastgpt.trainer import train
+        from fastgpt.trainer import Again, train
 
-        train(*parse_train(argv, "fastgpt train"))
+        try:
+            train(*parse_train(argv, "fastgpt train"))
+        except Again as e:  # in a process anew: of this one CUDA may be lost, or its memory in pieces
+            print(f"fastgpt: {e}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, "-m", "fastgpt.cli", "train", *argv, *e.flags])
     elif command == "sample":
         from fastgpt.sample import sample
 

@@ -50,6 +50,7 @@ class Settings(BaseModel):
 
 RESIDUAL = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Residual = Literal["fp32", "bf16"]
+RunnerName = Literal["auto", "graphs", "compile", "eager"]
 Recompute = Literal["none", "gelu", "block"]
 DType = Literal["float32", "bfloat16", "float16"]
 Preset = Literal["", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "shakespeare-char", "tiny"]
@@ -99,11 +100,12 @@ class TrainConfig(Settings):
     # system
     device: str = Field("cuda", description="cuda, cuda:1, cpu, mps; under torchrun each rank takes its own GPU")
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype on CUDA; float16 scales the loss")
-    compile: bool = Field(True, description="torch.compile the model")
+    compile: bool = Field(True, description="torch.compile the model; on CUDA, where neither this nor --cuda_graphs is given, --runner decides")
     # fastgpt's own
     kernels: str = Field("auto", description="auto, triton, torch, or by op as attention=torch")
-    micro_batch: int | str = Field("", description="sequences computed at a time: a multiple of batch_size, or auto to fill this GPU; the update is the same")
-    cuda_graphs: bool = Field(False, description="replay each micro-step as one CUDA graph, with the compiler or without")
+    runner: RunnerName = Field("auto", description="how a micro-step runs: graphs (CUDA graphs of our kernels), compile, eager; auto times them and plain PyTorch, and takes the fastest")
+    micro_batch: int | str = Field("auto", description="sequences computed at a time: a multiple of batch_size, or auto to fill this GPU; the update is the same")
+    cuda_graphs: bool = Field(False, description="replay each micro-step as one CUDA graph; with --compile=True of the compiled model; overrides --runner=auto")
     recompute: Recompute = Field("none", description="save memory, and compute again in the backward: gelu, half of what the MLP keeps; block, all that a block keeps")
     doc_mask: bool = Field(False, description="keep attention within documents; the dataset's separator tokens say where one begins")
     residual: Residual = Field("fp32", description="dtype of the residual stream between blocks; bf16 moves fewer bytes, and rounds")
@@ -177,8 +179,8 @@ class TuneConfig(StepShape):
     residual: Residual = Field("fp32", description="tune for runs with this --residual")
     device: str = Field("cuda", description="cuda, cuda:1")
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype")
-    only: str = Field("", description="ops, with commas: gelu_mlp, attention, layer_norm, linear_cross_entropy, embedding, adamw, products; empty: all of them")
-    budget: int = Field(300, gt=0, description="seconds for all ops; the one that takes most of a step comes first")
+    only: str = Field("", description="ops, with commas: gelu_mlp, attention, layer_norm, linear_cross_entropy, embedding, adamw, products, runner; empty: all of them")
+    budget: int = Field(300, gt=0, description="seconds for all ops; the one that takes most of a step comes first. The runner may take 120 more")
     out: str = Field("", description="file to write, in place of the one that runs read")
 
 

@@ -194,9 +194,10 @@ def load_dataset(cfg: TrainConfig) -> tuple[Tokens, Tokens, dict[str, Any] | Non
 class Batches:
     """Random batches of a token stream, drawn as nanoGPT draws them. A thread reads each and copies it to the device.
 
-    `prefetch()` draws the next batch's offsets and starts to read it. `get()` returns that batch (x, y), int64 [merged * batch_size,
-    block_size] on the device; y is x shifted by one token. The draws use torch's CPU generator or `generator`, in the caller's
-    order. `offsets` are those of the batch that is being read. `merged` batches of nanoGPT form one; each is drawn separately.
+    `prefetch()` draws offsets and starts to read. `get()` returns that batch (x, y), int64 [merged * batch_size, block_size] on the
+    device; y is x shifted by one token. The draws use torch's CPU generator or `generator`, in the caller's order. `merged` batches of
+    nanoGPT form one: `prefetch` draws the first, and `get` the others. nanoGPT too has drawn one batch when it evaluates, so that an
+    evaluation with the same generator gets nanoGPT's tokens, and so do the batches after it. `offsets` are the first one's.
     """
 
     def __init__(
@@ -214,18 +215,18 @@ class Batches:
         self.stream: torch.cuda.Stream | None = None
         self.offsets: torch.Tensor | None = None
 
+    def draw(self) -> torch.Tensor:
+        """The offsets of one of nanoGPT's batches, int64 [batch_size]."""
+        return torch.randint(len(self.tokens) - self.block_size, (self.batch_size,), generator=self.generator)
+
     def prefetch(self, offsets: torch.Tensor | None = None) -> None:
         """Start to read the next batch: at drawn offsets, or at those given (by a resumed run)."""
-        if offsets is None:
-            end = len(self.tokens) - self.block_size
-            draws = [torch.randint(end, (self.batch_size,), generator=self.generator) for _ in range(self.merged)]
-            offsets = torch.cat(draws)
-        self.offsets = offsets
-        self.pending = self.thread.submit(self._read, offsets.tolist())
+        self.offsets = self.draw() if offsets is None else offsets
+        self.pending = self.thread.submit(self._read, self.offsets.tolist())
 
     def fits(self, offsets: torch.Tensor) -> bool:
         """Whether offsets are those of a batch of this size in this stream."""
-        return len(offsets) == self.merged * self.batch_size and int(offsets.max()) < len(self.tokens) - self.block_size
+        return len(offsets) == self.batch_size and int(offsets.max()) < len(self.tokens) - self.block_size
 
     def _read(self, starts):
         batch = torch.from_numpy(self.tokens.read(starts, self.block_size + 1))
@@ -241,12 +242,20 @@ class Batches:
 
     def get(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, y) of the batch that `prefetch` started."""
-        xy, copied = self.pending.result()
-        if copied is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(copied)
-            xy.record_stream(current)  # the allocator then reuses its memory only after this stream has read it
-        return xy.unbind()
+        parts = [self.pending]
+        if self.merged > 1:
+            others = [self.draw() for _ in range(self.merged - 1)]
+            parts.append(self.thread.submit(self._read, torch.cat(others).tolist()))
+        read = []
+        for part in parts:
+            xy, copied = part.result()
+            if copied is not None:
+                current = torch.cuda.current_stream(self.device)
+                current.wait_event(copied)
+                xy.record_stream(current)  # the allocator then reuses its memory only after this stream has read it
+            read.append(xy)
+        x, y = (read[0] if len(read) == 1 else torch.cat(read, 1)).unbind()
+        return x, y
 
     def take(self, n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield n batches. Each is read while the one before it is in use."""

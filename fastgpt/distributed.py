@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,8 @@ def init(device: str, backend: str) -> World:
             raise UserError(
                 f"--backend={backend}: this PyTorch has no such backend; write nccl on GPUs, gloo elsewhere"
             )
-        dist.init_process_group(backend)
+        own = torch.device(device) if device.startswith("cuda") else None
+        dist.init_process_group(backend, device_id=own)  # NCCL else guesses the GPU at the first barrier
     return World(rank, size, device)
 
 
@@ -113,6 +114,22 @@ def least(number: int, world: World) -> int:
     tensor = torch.tensor(number, device=world.device)
     dist.all_reduce(tensor, dist.ReduceOp.MIN)
     return int(tensor)
+
+
+def agree(find: Callable[[], Any], world: World) -> Any:
+    """The main process's find(), on every process. Raises what find raises. Every process must call it."""
+    if world.size == 1:
+        return find()
+    answer: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            answer[0] = find()
+        except Exception as e:  # else the others would wait for an answer that never comes
+            answer[1] = e
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def gather(thing: Any, world: World) -> list[Any] | None:

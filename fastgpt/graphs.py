@@ -5,8 +5,8 @@ memory from iteration to iteration: one graph overwrites them, another adds to t
 PyTorch advances the generator's offset, which is in device memory. The update is outside the graphs: it takes only a few launches,
 and outside them its learning rate may be a Python number.
 
-The first two iterations run without graphs. The first compiles. In the second we look for code that waits for the GPU, which
-cannot be captured.
+The first two iterations run without graphs. The first compiles. The second runs on the graphs' inputs: Triton compiles anew if an address
+is no longer a multiple of 16, and a capture must not compile. In it we look for code that waits for the GPU, which cannot be captured.
 """
 
 import warnings
@@ -23,14 +23,17 @@ from fastgpt.distributed import World
 WARM_UP = 2  # iterations
 
 
-def stream(world: World) -> AbstractContextManager:
-    """A context with the CUDA stream to train on. Raises UserError without a CUDA device.
+class CaptureEnded(UserError):
+    """CUDA itself ended a capture. PyTorch's generator and allocator remain in capture state: this process can compute nothing more."""
 
-    DDP runs its part of the backward on the stream on which it was made, and the default stream cannot be captured.
+
+def stream(world: World) -> AbstractContextManager:
+    """A context with the stream to train on.
+
+    DDP runs its part of the backward on the stream on which it was made, and CUDA's default stream cannot be captured.
     """
-    if not world.device.startswith("cuda"):
-        raise UserError(f"--cuda_graphs=True: there are no CUDA graphs on --device={world.device}; leave it out")
-    return torch.cuda.stream(torch.cuda.Stream()) if world.size > 1 else nullcontext()
+    several = world.size > 1 and world.device.startswith("cuda")
+    return torch.cuda.stream(torch.cuda.Stream()) if several else nullcontext()
 
 
 class Graphs:
@@ -51,31 +54,36 @@ class Graphs:
         """Run a micro-step, and return its loss. fresh: it is the first of an iteration, and all gradients are None."""
         self.iterations += fresh
         if self.iterations == WARM_UP and not self.failed:
+            self.feed(x, y)
             with waits() as seen:
-                loss = self.run(x, y)
+                loss = self.run(*self.inputs)
             if seen:
                 self.give_up(seen[0])
             return loss
         if self.iterations > WARM_UP and not self.failed and fresh not in self.captured:
-            self.capture(x, y, fresh)
+            self.capture(fresh)
         if fresh not in self.captured:
             return self.run(x, y)
         if fresh:
             for p, gradient in zip(self.parameters, self.gradients, strict=True):
                 p.grad = gradient
-        for static, new in zip(self.inputs, (x, y), strict=True):
-            static.copy_(new)
+        self.feed(x, y)
         replay, loss = self.captured[fresh]
         replay()
         return loss
 
-    def capture(self, x: Tensor, y: Tensor, fresh: bool) -> None:
-        """Capture a micro-step. This computes nothing yet."""
+    def feed(self, *batch: Tensor) -> None:
+        """Copy a batch to where the graphs read it."""
         if self.inputs is None:
-            self.inputs = x.clone(), y.clone()
+            self.inputs = tuple(t.clone() for t in batch)
+        for static, new in zip(self.inputs, batch, strict=True):
+            static.copy_(new)
+
+    def capture(self, fresh: bool) -> None:
+        """Capture a micro-step. This computes nothing yet."""
         try:
             replay, loss, self.pool = capture(lambda: self.run(*self.inputs), self.pool)
-        except UserError:
+        except CaptureEnded:
             raise
         except Exception as e:  # any other failure: continue without graphs
             if fresh:
@@ -99,8 +107,7 @@ class Graphs:
 def capture(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any, Any]:
     """Capture run(): (a function that replays its launches, its return value, its memory pool). pool: an earlier capture's, or None.
 
-    Raises what run raises. Raises UserError if CUDA ended the capture: PyTorch's generator and allocator then remain in capture
-    state, and nothing more can be computed.
+    Raises what run raises, and CaptureEnded if CUDA ended the capture.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     # The default stream cannot be captured: with None PyTorch uses one of its own. The capture must not forbid CUDA calls of other
@@ -115,8 +122,8 @@ def capture(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any,
                 failure = e
     except Exception as e:
         torch.cuda.set_stream(stream)
-        raise UserError(
-            f"--cuda_graphs=True: a micro-step cannot be captured ({first_line(str(failure or e))}); leave it out"
+        raise CaptureEnded(
+            f"--runner=graphs: a micro-step cannot be captured ({first_line(str(failure or e))}); give --runner=eager"
         ) from e
     if failure is not None:
         raise failure

@@ -16,15 +16,15 @@ MEMORY_SHARE = 0.85  # of the free memory, for activations; the rest is for the 
 
 
 def merge(
-    spec: str | int, batch_size: int, accumulation: int, config: GPTConfig, device: str | torch.device, takes: float
-) -> int:
+    spec: str | int, batch_size: int, accumulation: int, config: GPTConfig, device: str | torch.device, takes: float,
+    beside: float = 0.0, before: int | None = None,
+) -> int:  # fmt: skip
     """How many micro-batches of batch_size make one micro-step: a divisor of accumulation.
 
-    spec is --micro_batch: "" for one micro-batch, "auto" for the best size on this device, or an int, the sequences of a micro-step.
-    `takes`: bytes of one sequence's activations. Raises UserError.
+    spec is --micro_batch: "auto" for the best size on this device, or an int, the sequences of a micro-step. `takes`: bytes of one
+    sequence's activations. `beside`: bytes that something else needs at the same time. `before`: the size that "auto" took earlier in
+    this run, which it keeps if that fits. Raises UserError.
     """
-    if not spec:
-        return 1
     sizes = [batch_size * n for n in range(1, accumulation + 1) if accumulation % n == 0]
     if spec != "auto":
         wanted = spec if type(spec) is int else 0
@@ -39,16 +39,21 @@ def merge(
         return 1
     free, _ = torch.cuda.mem_get_info(device)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return best(sizes, config, sms, free, takes) // batch_size
+    return best(sizes, config, sms, free - beside, takes, before) // batch_size
 
 
-def best(sizes: list[int], config: GPTConfig, sms: int, free: float, takes: float) -> int:
-    """The smallest of the sizes, in sequences, that is within 1% of the best SM utilisation and fits into `free` bytes.
+def best(
+    sizes: list[int], config: GPTConfig, sms: int, free: float, takes: float, before: int | None = None
+) -> int:  # fmt: skip
+    """The smallest of the sizes, in sequences, that is within 1% of the best SM utilisation and fits into `free` bytes;
+    `before`, if that fits.
 
     `takes`: bytes of one sequence's activations. The largest that fits would gain no more, and leave an estimate no room to be wrong.
     """
     room = MEMORY_SHARE * free - state_bytes(config)
     fitting = [s for s in sizes if s * takes <= room] or sizes[:1]
+    if before in fitting:
+        return before
     most = max(filled(s * config.block_size, config, sms) for s in fitting)
     return next(s for s in fitting if filled(s * config.block_size, config, sms) >= most - 0.01)
 
@@ -78,14 +83,18 @@ def sequence_bytes(config: GPTConfig, itemsize: int, recompute: str = "none", st
     return config.block_size * (config.n_embd * blocks + 2 * config.vocab_size * itemsize)
 
 
-def what_fits(cfg: TrainConfig, config: GPTConfig, memory: float, itemsize: int) -> str:
-    """The flags to give, as text, where a run did not fit into `memory` bytes: to recompute, or to compute fewer sequences at a time."""
+def what_fits(
+    cfg: TrainConfig, config: GPTConfig, memory: float, itemsize: int, failed: int, graphed: bool = False
+) -> str:
+    """The flags to give, as text, where a run did not fit into `memory` bytes: to recompute, or to compute fewer sequences at a time.
+
+    failed: the sequences of its micro-steps. graphed: whether they were CUDA graphs.
+    """
     room = MEMORY_SHARE * memory - state_bytes(config) * 18 / 14  # the weights too
-    failed = cfg.micro_batch if type(cfg.micro_batch) is int else cfg.batch_size
     modes, stream = get_args(Recompute), RESIDUAL[cfg.residual].itemsize
     sequence = sequence_bytes(config, itemsize, cfg.recompute, stream)
-    if cfg.cuda_graphs and failed * sequence <= room:  # a graph keeps its memory beside all else's
-        return "leave out --cuda_graphs"
+    if graphed and failed * sequence <= room:  # a graph keeps its memory beside all else's
+        return "give --runner=eager"
     for mode in modes[modes.index(cfg.recompute) + 1 :]:
         if failed * sequence_bytes(config, itemsize, mode, stream) <= room:
             return f"give --recompute={mode}"
@@ -93,8 +102,8 @@ def what_fits(cfg: TrainConfig, config: GPTConfig, memory: float, itemsize: int)
     merged = [n for n in range(cfg.batch_size, failed, cfg.batch_size) if total % n == 0 and n * sequence <= room]
     if merged:
         return f"give --micro_batch={merged[-1]}"
-    if cfg.micro_batch and failed > cfg.batch_size:
-        return "leave out --micro_batch"
+    if failed > cfg.batch_size:
+        return f"give --micro_batch={cfg.batch_size}"
     fewer = [n for n in range(1, cfg.batch_size) if cfg.batch_size % n == 0]
     if not fewer:
         return "give --recompute=block" if cfg.recompute != "block" else "give a smaller --block_size or model"

@@ -47,6 +47,7 @@ class Shape:
 class Problem:
     """An op at a shape: inputs by name, outputs' names and gradients, and functions from the inputs to a tuple of outputs.
 
+    `flowing` names the inputs whose gradient goes on to another op; the others are parameters.
     `reference` is PyTorch's function, with the kernel's dropout mask. `kernel` is Triton's; its argument `row` is the text of a launch
     configuration. `by_ops` is the function of `ops`; its argument `kernels` is a Kernels value. If the op changes inputs in place,
     these three work on copies, and `timed` is `by_ops` without copies.
@@ -58,6 +59,7 @@ class Problem:
     reference: Callable
     kernel: Callable
     by_ops: Callable
+    flowing: tuple[str, ...] = ()
     timed: Callable | None = None
     targets: torch.Tensor | None = None  # of the loss
 
@@ -323,7 +325,7 @@ def layer_norm(draw: Draw) -> Problem:
         ("stream", "h"), (draw.randn(*size, dtype=draw.residual_dtype), draw.randn(*size, dtype=draw.dtype)),
         by_reference,
         lambda *inputs, row="": ops.triton.layer_norm.add_layer_norm(*inputs, dropout_p=p, seed=seed, row=row),
-        lambda *inputs, kernels: ops.add_layer_norm(*inputs, dropout_p=p, kernels=kernels),
+        lambda *inputs, kernels: ops.add_layer_norm(*inputs, dropout_p=p, kernels=kernels), flowing=("x", "branch"),
     )  # fmt: skip
 
 
@@ -343,7 +345,7 @@ def linear(draw: Draw) -> Problem:
         ("y",), (draw.randn(s.B, s.T, 3 * C, dtype=draw.dtype),),
         lambda *inputs: (reference.linear(*inputs),),
         lambda *inputs, row="": (ops.triton.linear.linear(*inputs),),
-        lambda *inputs, kernels: (ops.linear(*inputs, kernels=kernels),),
+        lambda *inputs, kernels: (ops.linear(*inputs, kernels=kernels),), flowing=("h",),
     )  # fmt: skip
 
 
@@ -393,7 +395,7 @@ def attention(draw: Draw) -> Problem:
         dict(qkv=draw.randn(B, T, 3 * C, dtype=draw.dtype)), ("out",), (draw.randn(B, T, C, dtype=draw.dtype),),
         by_reference,
         lambda qkv, row="": (ops.triton.attention.attention(qkv, H, p, seed, doc_ids, row),),
-        lambda qkv, kernels: (ops.attention(qkv, H, p, doc_ids=doc_ids, kernels=kernels),),
+        lambda qkv, kernels: (ops.attention(qkv, H, p, doc_ids=doc_ids, kernels=kernels),), flowing=("qkv",),
     )  # fmt: skip
 
 
@@ -427,7 +429,7 @@ def gelu_mlp(draw: Draw) -> Problem:
         ("y",), (draw.randn(s.B, s.T, C, dtype=draw.dtype),),
         lambda *inputs: (reference.gelu_mlp(*inputs),),
         lambda *inputs, row="": (ops.triton.gelu_mlp.gelu_mlp(*inputs, row=row),),
-        lambda *inputs, kernels: (ops.gelu_mlp(*inputs, kernels=kernels),),
+        lambda *inputs, kernels: (ops.gelu_mlp(*inputs, kernels=kernels),), flowing=("h",),
     )  # fmt: skip
 
 
@@ -467,7 +469,7 @@ def linear_cross_entropy(draw: Draw) -> Problem:
         by_reference,
         lambda h, weight, row="": (ops.triton.linear_cross_entropy.linear_cross_entropy(h, weight, targets, row=row),),
         lambda h, weight, kernels: (ops.linear_cross_entropy(h, weight, targets, kernels=kernels),),
-        targets=targets,
+        flowing=("h", "weight"), targets=targets,  # the tied head's gradient goes to the embedding
     )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt import ops
+
 
 class Shadows:
     """The shadows of a model's nn.Linear weights (not of subclasses) in a 16-bit dtype, from now until `remove`.
@@ -35,3 +37,9 @@ class Shadows:
         """Set `weight.shadow` to None for every weight."""
         for weight in self.tensors:
             weight.shadow = None
+
+
+def shadow_dtype(kernels: ops.Kernels, dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of the shadow weights for an ops.Kernels and a compute dtype; None if no kernel would read them."""
+    reads = "triton" in (kernels.linear, kernels.gelu_mlp, kernels.linear_cross_entropy)
+    return dtype if reads and dtype != torch.float32 else None

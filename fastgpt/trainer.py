@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +16,60 @@ from torch._inductor.exc import InductorError
 from tqdm import tqdm
 
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, graphs, metrics, ops, optim, tokenizer
-from fastgpt.choose import choose
+from fastgpt import data, distributed, graphs, metrics, ops, optim, runner, tokenizer
 from fastgpt.config import RESIDUAL, TrainConfig, UserError
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
-from fastgpt.records import Shape
-from fastgpt.shadows import Shadows
+from fastgpt.shadows import Shadows, shadow_dtype
 from fastgpt.step import evaluate, micro_step, train_step
 
 
+class Again(Exception):
+    """The run must begin again with these flags, because a default that it took does not work here. The message says why."""
+
+    def __init__(self, reason: str, *flags: str):
+        super().__init__(f"{reason}; the run begins again with {' '.join(flags)}")
+        self.flags = flags
+
+
 def train(cfg: TrainConfig, given: Collection[str] = frozenset()) -> None:
-    """Train as a TrainConfig says. `given`: names of the settings that the user gave. Raises UserError, if possible before any work."""
+    """Train as a TrainConfig says. `given`: names of the settings that the user gave.
+
+    Raises UserError, if possible before any work; and Again where something fails that the user did not ask for.
+    """
+    runner.asked(cfg, given)  # raises for contradictory flags
     world = distributed.init(cfg.device, cfg.backend)
     run = None
     try:
-        with graphs.stream(world) if cfg.cuda_graphs else nullcontext():
+        with graphs.stream(world):
             run = Run(cfg, given, world)
             run.loop()
+    except graphs.CaptureEnded as e:
+        if runner.asked(cfg, given) or world.size > 1:
+            raise
+        raise Again(str(e).partition("; give")[0], "--runner=eager", *resumed(run)) from None
     except torch.OutOfMemoryError as e:
         reason = str(e).splitlines()[0]
+        if run and run.sequences > cfg.batch_size and "micro_batch" not in given and world.size == 1:
+            raise Again(reason, f"--micro_batch={cfg.batch_size}", *resumed(run)) from None
         memory = torch.cuda.get_device_properties(world.device).total_memory if world.device.startswith("cuda") else 0
         cfg, config = (run.cfg, run.model.config) if run else (cfg, cfg.gpt_config(50304))
-        hint = what_fits(cfg, config, memory, getattr(torch, cfg.dtype).itemsize)
+        graphed, sequences = (run.runner.graphs, run.sequences) if run else (False, cfg.batch_size)
+        hint = what_fits(cfg, config, memory, getattr(torch, cfg.dtype).itemsize, sequences, graphed)
         raise UserError(f"{reason} To fit, {hint}") from None
     except (BackendCompilerFailed, InductorError) as e:
         reason = str(e).strip().splitlines()[0]
+        if run and run.asked is None and world.size == 1:
+            raise Again(f"torch.compile failed ({reason})", "--runner=graphs", *resumed(run)) from None
         raise UserError(f"--compile=True: torch.compile failed ({reason}); give --compile=False") from None
     finally:
         run = None  # and with it DDP, which holds the process group
         distributed.finish(world)
+
+
+def resumed(run: "Run | None") -> list[str]:
+    """The flag by which a run goes on from the checkpoint that it has saved, if it has."""
+    return ["--init_from=resume"] if run and run.saved else []
 
 
 class Run:
@@ -57,9 +81,13 @@ class Run:
         self.cuda = world.device.startswith("cuda")
         saved = checkpoints.load(cfg.out_dir) if cfg.init_from == "resume" else None
         self.cfg = cfg = checkpoints.keep_shape(saved, cfg, given) if saved else cfg
-        self.accumulation = distributed.share(cfg.gradient_accumulation_steps, world)
-        self.sequences = cfg.gradient_accumulation_steps * cfg.batch_size  # in an iteration, over all processes
-        print(f"tokens per iteration will be: {self.sequences * cfg.block_size:,}")
+        self.asked = runner.asked(cfg, given)
+        self.micro_steps = distributed.share(cfg.gradient_accumulation_steps, world)  # nanoGPT's, in an iteration
+        self.tokens = (
+            cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+        )  # in an iteration, over all processes
+        self.saved: Path | None = None
+        print(f"tokens per iteration will be: {self.tokens:,}")
         self.wandb = import_wandb() if cfg.wandb_log else None
 
         ops.parse(cfg.kernels)  # raises for a wrong word before any work
@@ -86,13 +114,12 @@ class Run:
         self.model.set_residual(RESIDUAL[cfg.residual])
         if cfg.doc_mask:
             self.model.set_doc_mask(find_separator(self.meta, train_tokens))
-        merged = self.merge_micro_batches()
-        self.choose_kernels(merged)
+        self.plan(given, saved)
         for tokens in (train_tokens, val_tokens):
             tokens.vocab_size = min(tokens.vocab_size, self.model.config.vocab_size)
             tokens.check_ids()
         shape = (cfg.batch_size, cfg.block_size, world.device)
-        self.batches = data.Batches(train_tokens, *shape, merged=merged)
+        self.batches = data.Batches(train_tokens, *shape, merged=self.sequences // cfg.batch_size)
         # As in nanoGPT, evaluations draw from training's generator, unless --eval_seed gives them their own.
         self.eval_generator = None if cfg.eval_seed is None else torch.Generator()
         self.eval_batches = {
@@ -109,20 +136,19 @@ class Run:
         if saved:
             self.restore_optimizer(saved, given)
             offsets = self.restore_random_state(saved.get("fastgpt"))
-        if cfg.compile:
+        if self.runner.compile:
             print("compiling the model... (takes a ~minute)")
         # Evaluations use smaller batches than merged micro-steps. Compile each size by itself, not one graph with dynamic sizes.
-        dynamic = False if merged > 1 else None
-        self.compiled: Any = torch.compile(self.model, dynamic=dynamic) if cfg.compile else self.model
+        dynamic = False if self.sequences > cfg.batch_size else None
+        self.compiled: Any = torch.compile(self.model, dynamic=dynamic) if self.runner.compile else self.model
         self.parallel = distributed.wrap(self.compiled, world)
         if dtype := shadow_dtype(self.model.kernels, self.dtype):  # after DDP has copied rank 0's weights to all
             self.shadows = Shadows(self.model, dtype)
 
-        self.graphs = self.make_graphs() if cfg.cuda_graphs else None
+        self.graphs = self.make_graphs() if self.runner.graphs else None
 
         self.peak_flops = cfg.peak_flops or metrics.peak_flops(world.device, cfg.dtype)
         self.mfu: float | None = None
-        self.saved: Path | None = None
         self.clock = metrics.Clock(lambda: torch.cuda.synchronize(world.device) if self.cuda else None)
         if world.is_main:
             kept = float("inf") if cfg.eval_only else self.iter_num if saved else 0
@@ -131,23 +157,55 @@ class Run:
             self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=cfg.model_dump())
         self.batches.prefetch(offsets)
 
-    def merge_micro_batches(self) -> int:
-        """Decide how many of nanoGPT's micro-batches one micro-step computes, the same on all processes. Divides accumulation by it."""
+    def plan(self, given: Collection[str], saved: dict[str, Any] | None) -> None:
+        """Decide how many sequences a micro-step computes, how it runs, and by which kernels: the same on all processes."""
         cfg, world = self.cfg, self.world
-        c = self.model.config
+        saved = saved or {}
+        before = (saved.get("fastgpt") or {}).get("micro_batch")
+        left = 0 if cfg.eval_only else cfg.max_iters - saved.get("iter_num", 0)  # iterations
+
+        def find():
+            return runner.find(self.work(), world.device, left * self.accumulation)
+
+        self.merge_micro_batches(cfg.micro_batch, before)
+        try:
+            self.runner = self.asked or distributed.agree(find, world)
+        except torch.OutOfMemoryError:
+            if self.sequences == cfg.batch_size or "micro_batch" in given or world.size > 1:
+                raise
+            print(f"micro-steps of {self.sequences} sequences do not fit")
+            self.merge_micro_batches(cfg.batch_size)
+            self.runner = find()
+        if self.sequences > cfg.batch_size or "micro_batch" in given:
+            merged = self.sequences // cfg.batch_size
+            print(f"micro-steps: {self.accumulation} of {self.sequences} sequences, {merged} micro-batches in each")
+        with distributed.main_first(world):  # the main process measures, and the others read its result
+            self.model.set_kernels(self.work().kernels_of(self.runner, world.device))
+
+    def merge_micro_batches(self, spec: str | int, before: Any = None) -> None:
+        """Decide how many of nanoGPT's micro-batches one micro-step computes. before: the sequences of a resumed run's micro-step."""
+        cfg, world, c = self.cfg, self.world, self.model.config
         takes = sequence_bytes(c, self.dtype.itemsize, cfg.recompute, RESIDUAL[cfg.residual].itemsize)
-        if cfg.cuda_graphs and world.size > 1:
-            takes *= 2  # the graph keeps its memory, and the last micro-step needs its own
-        merged = merge(cfg.micro_batch, cfg.batch_size, self.accumulation, c, world.device, takes)
-        merged = distributed.least(merged, world)
-        self.accumulation //= merged
-        sequences = merged * cfg.batch_size
-        if cfg.micro_batch:
-            print(f"micro-steps: {self.accumulation} of {sequences} sequences, {merged} micro-batches in each")
+        beside = 0.0
+        if self.cuda and (self.asked is None or self.asked.graphs):
+            # A graph keeps its memory. Evaluations take theirs beside it, and so does DDP's last micro-step.
+            beside = cfg.batch_size * sequence_bytes(replace(c, n_layer=1), self.dtype.itemsize)
+            takes *= 2 if world.size > 1 else 1
+        merged = merge(spec, cfg.batch_size, self.micro_steps, c, world.device, takes, beside, before)
+        self.sequences = distributed.least(merged, world) * cfg.batch_size
+        self.accumulation = self.micro_steps * cfg.batch_size // self.sequences
         if self.cuda:
             free, _ = torch.cuda.mem_get_info(world.device)
-            print(f"activations: about {sequences * takes / 1e9:.1f} GB, of {free / 1e9:.1f} GB that are free")
-        return merged
+            print(f"activations: about {self.sequences * takes / 1e9:.1f} GB, of {free / 1e9:.1f} GB that are free")
+
+    def work(self) -> runner.Work:
+        """What a micro-step of this run computes."""
+        cfg = self.cfg
+        several, replays = self.accumulation > 1, self.world.size == 1 or self.accumulation > 1
+        modes = cfg.recompute, cfg.doc_mask, cfg.residual
+        return runner.Work(
+            self.model.config, self.sequences, several, cfg.kernels, str(self.dtype)[6:], *modes, replays=replays
+        )
 
     def make_graphs(self) -> graphs.Graphs | None:
         """The Graphs of the micro-steps; None if DDP averages in each of them."""
@@ -156,14 +214,6 @@ class Run:
             return None
         settings = self.scaler, self.accumulation, self.autocast
         return graphs.Graphs(lambda x, y: micro_step(self.parallel, x, y, *settings), self.model.parameters())
-
-    def choose_kernels(self, merged: int) -> None:
-        """Choose each op's implementation for this run's shapes. The main process measures, and the others read its result."""
-        cfg = self.cfg
-        modes = dict(doc_mask=cfg.doc_mask, narrow_residual=cfg.residual == "bf16")
-        shape = Shape.of(merged * cfg.batch_size, self.model.config, **modes)
-        with distributed.main_first(self.world):
-            self.model.set_kernels(choose(cfg.kernels, shape, self.dtype, self.world.device, cfg.compile))
 
     def build_model(self, saved: dict[str, Any] | None, vocab_size: int) -> GPT:
         """The model of --init_from: new, from a checkpoint, or GPT-2's; cropped if block_size is smaller."""
@@ -247,7 +297,7 @@ class Run:
             offsets = mine["offsets"]
             if self.batches.fits(offsets):
                 return offsets
-            print("saved with another --batch_size or --micro_batch: its next batch is skipped")
+            print("saved with another --batch_size: its next batch is skipped")
             return None
         except (KeyError, TypeError, AttributeError, RuntimeError) as e:
             path = checkpoints.checkpoint_path(self.cfg.out_dir)
@@ -299,9 +349,9 @@ class Run:
     def log(self, loss: float, lr: float, grad_norm: float) -> tuple[str, str, str]:
         """Write an iteration to the metrics. Returns its loss, time and speed as text."""
         dt = self.clock.lap()
-        tokens_per_s = self.sequences * self.cfg.block_size / dt
+        tokens_per_s = self.tokens / dt
         if self.peak_flops:
-            self.mfu = self.model.estimate_mfu(self.sequences / self.world.size, dt, self.peak_flops)
+            self.mfu = self.model.estimate_mfu(self.accumulation * self.sequences, dt, self.peak_flops)
         self.metrics.write(
             iter=self.iter_num, loss=loss, lr=lr, grad_norm=grad_norm, dt_ms=dt * 1e3, tokens_per_s=tokens_per_s, mfu=self.mfu
         )  # fmt: skip
@@ -338,7 +388,12 @@ class Run:
             "iter_num": self.iter_num,
             "best_val_loss": torch.tensor(self.best_val_loss),
             "config": self.cfg.model_dump(),
-            "fastgpt": {"meta": self.meta, "scaler": self.scaler.state_dict(), "ranks": random_state},
+            "fastgpt": {
+                "meta": self.meta,
+                "scaler": self.scaler.state_dict(),
+                "ranks": random_state,
+                "micro_batch": self.sequences,
+            },
         }
         checkpoints.save(checkpoint, self.cfg.out_dir)
         self.saved = checkpoints.checkpoint_path(self.cfg.out_dir)
@@ -350,7 +405,7 @@ class Run:
         train_loss, val_loss = self.losses["train"], self.losses["val"]
         print(f"\niteration {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f} nats per token")
         if clock.iterations:
-            speed = self.sequences * cfg.block_size * clock.iterations_per_s()
+            speed = self.tokens * clock.iterations_per_s()
             print(f"{clock.iterations} iterations in {clock.seconds:.1f} s, evaluations apart; {speed:,.0f} tok/s")
         plot = self.metrics.path.with_name("loss.png")
         if not cfg.eval_only:
@@ -374,12 +429,6 @@ class Run:
         if self.saved:
             device = "" if self.cuda else f" --device={self.world.device}"
             print(f"more text:  fastgpt sample --out_dir={cfg.out_dir}{device}")
-
-
-def shadow_dtype(kernels: ops.Kernels, dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype of the shadow weights for an ops.Kernels and a compute dtype; None if no kernel would read them."""
-    reads = "triton" in (kernels.linear, kernels.gelu_mlp, kernels.linear_cross_entropy)
-    return dtype if reads and dtype != torch.float32 else None
 
 
 def check_residual(cfg: TrainConfig, cuda: bool) -> None:

@@ -18,29 +18,32 @@ from typing import Any
 
 import torch
 
-from fastgpt import ops, tuned
-from fastgpt.choose import check, is_cuda, prepared, time_rounds
+from fastgpt import ops, runner, tuned
+from fastgpt.choose import check, is_cuda, prepared
 from fastgpt.config import TuneConfig, UserError
 from fastgpt.distributed import check_device
 from fastgpt.ops import Kernels
 from fastgpt.records import RECORDS, Shape, problem
+from fastgpt.timing import gpu_rounds
 
 # The sequences and tokens at which a candidate is checked: they give whole and partial tiles. 528 is a multiple of 16, as in most runs:
 # Triton compiles other sizes separately.
 SMALL = 2, 528
 GAIN = 0.99  # a row is kept if its time is at most this share of the shipped row's
 PRODUCTS = "products"  # not an op: the matrix products of cuBLAS
+RUNNER = "runner"  # nor is this: how runs of this shape run (fastgpt/runner.py), with the rows found here
 
 
-def tune(cfg: TuneConfig, measure: Callable = time_rounds) -> None:
+def tune(cfg: TuneConfig, measure: Callable = gpu_rounds) -> None:
     """Search as a TuneConfig says, print a line for each op, and write the file. Raises UserError if it cannot."""
     c, dtype, device = cfg.gpt_config(), getattr(torch, cfg.dtype), cfg.device
     times = {op: record.times(c.n_layer) for op, record in RECORDS.items() if record.row}
-    chosen = list(dict.fromkeys(map(str.strip, cfg.only.split(",")))) if cfg.only else [*times, PRODUCTS]
+    chosen = list(dict.fromkeys(map(str.strip, cfg.only.split(",")))) if cfg.only else [*times, PRODUCTS, RUNNER]
     for op in chosen:
-        if op not in times and op != PRODUCTS:
-            raise UserError(f"--only={cfg.only}: {op!r} is none of {', '.join(times)}, {PRODUCTS}")
+        if op not in (*times, PRODUCTS, RUNNER):
+            raise UserError(f"--only={cfg.only}: {op!r} is none of {', '.join(times)}, {PRODUCTS}, {RUNNER}")
     needs_gpu(device)
+    c.dropout = cfg.dropout
     shape = Shape.of(
         cfg.batch_size, c, dropout=cfg.dropout, doc_mask=cfg.doc_mask, narrow_residual=cfg.residual == "bf16"
     )
@@ -63,10 +66,10 @@ def tune(cfg: TuneConfig, measure: Callable = time_rounds) -> None:
         f"tuning for {shape.B} x {shape.T} tokens in {cfg.dtype} on {tuned.conditions(shape, dtype, device)['gpu']}, {cfg.budget} s"
     )
     deadline = monotonic() + cfg.budget
-    shares = {op: times[op] * shipped_ms(op, shape, dtype, device, measure) for op in chosen if op != PRODUCTS}
+    shares = {op: times[op] * shipped_ms(op, shape, dtype, device, measure) for op in chosen if op in times}
     print(f"  {'op':22}{'shipped ms':>11}{'best ms':>9}{'ratio':>7}  configuration")
     not_reached = []
-    for op in sorted(chosen, key=lambda op: shares.get(op, 0), reverse=True):
+    for op in sorted((op for op in chosen if op != RUNNER), key=lambda op: shares.get(op, 0), reverse=True):
         if monotonic() >= deadline:
             not_reached.append(op)
             continue
@@ -86,6 +89,10 @@ def tune(cfg: TuneConfig, measure: Callable = time_rounds) -> None:
         write(op, found)
     if not_reached:
         print(f"the budget of {cfg.budget} s is spent; not reached: {', '.join(not_reached)}")
+    if RUNNER in chosen:
+        print(f"timing whole micro-steps, for {runner.SECONDS:.0f} s at most")
+        work = runner.Work(c, cfg.batch_size, True, "auto", cfg.dtype, doc_mask=cfg.doc_mask, residual=cfg.residual)
+        runner.time_all(work, device, runner.SECONDS)
     print(f"{file}: {'runs do not read this folder' if cfg.out else 'runs of this shape use it'}")
 
 
@@ -115,7 +122,7 @@ def shipped_ms(op: str, shape: Shape, dtype: torch.dtype, device: str, measure: 
 def search(
     op: str, shape: Shape, dtype: torch.dtype, device: str, deadline: float, measure: Callable
 ) -> dict[str, Any]:
-    """Search an op's rows, and return the result as the file stores it. `measure` has `time_rounds`' interface."""
+    """Search an op's rows, and return the result as the file stores it. `measure` has `gpu_rounds`' interface."""
     shipped = RECORDS[op].row(shape, dtype, device)  # type: ignore[misc]
     if shape.dropout and op == "attention":  # it then uses gated_inner: let the search set the field that runs
         shipped = replace(shipped, inner=shipped.gated_inner or shipped.inner, gated_inner=None)
@@ -137,7 +144,7 @@ def search(
             seen.add(row)
             try:
                 check(small, functools.partial(small.kernel, row=row.text))
-                runner(row)()
+                runner(row)[0]()
                 valid.append(row)
             except Exception as e:  # any failure rejects the candidate, and is printed
                 rejected[difference(row, shipped)] = (str(e).splitlines() or [type(e).__name__])[0]
@@ -185,7 +192,7 @@ def libraries(shape: Shape, n_layer: int, dtype: torch.dtype, device: str, measu
             prefer(library)
             f()
 
-        return call
+        return [call]
 
     rounds = measure({(library, what): with_library(library, f) for what, (_, f) in found.items() for library in names})
     prefer(before)

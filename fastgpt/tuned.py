@@ -92,9 +92,10 @@ def save(file: Path, contents: dict[str, Any]) -> None:
 
 
 def source_hash() -> str:
-    """A hash of the sources that decide a result: the kernels, ops, reference, records, verify and choose."""
+    """A hash of the sources that decide a result: the kernels, and what checks, runs and times them."""
+    names = "ops", "reference", "records", "verify", "choose", "timing", "model", "step", "graphs", "runner"
     files = [
         *sorted(Path(ops.triton.__file__).parent.glob("*.py")),
-        *(Path(__file__).with_name(f"{name}.py") for name in ("ops", "reference", "records", "verify", "choose")),
+        *(Path(__file__).with_name(f"{name}.py") for name in names),
     ]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]

@@ -12,8 +12,8 @@ from conftest import TINY, command, in_two_processes, losses
 from kernel_case import DEVICE
 from replay import Recording
 
-from fastgpt import graphs
-from fastgpt.config import UserError
+from fastgpt import graphs, runner
+from fastgpt.graphs import CaptureEnded
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.shadows import Shadows
 from fastgpt.step import micro_step, train_step
@@ -224,7 +224,8 @@ def test_a_capture_that_cuda_gave_up_ends_the_run_in_a_line(monkeypatch):
     sound = False
     for run, said in ((lambda: 3, "operation failed due to"), (lambda: 1 / 0, "division by zero")):
         with pytest.raises(
-            UserError, match=rf"--cuda_graphs=True: a micro-step cannot be captured \(.*{said}.*\); leave it out$"
+            CaptureEnded,
+            match=rf"--runner=graphs: a micro-step cannot be captured \(.*{said}.*\); give --runner=eager$",
         ):
             graphs.capture(run, None)
     assert streams == ["mine", "mine"]
@@ -233,10 +234,10 @@ def test_a_capture_that_cuda_gave_up_ends_the_run_in_a_line(monkeypatch):
 @on_cpu
 def test_a_broken_capture_ends_training(made_up, monkeypatch):
     def broken(run, pool):
-        raise UserError("--cuda_graphs=True: ...; leave it out")
+        raise CaptureEnded("--runner=graphs: ...; give --runner=eager")
 
     monkeypatch.setattr(graphs, "capture", broken)
-    with pytest.raises(UserError, match="leave it out"):
+    with pytest.raises(CaptureEnded, match="give --runner=eager"):
         train(True)
 
 
@@ -250,7 +251,10 @@ def train_on_recordings(*flags):
         recording = Recording()
         return recording.replay, recording.record(run), None
 
-    with patch.multiple(graphs, capture=capture, waits=lambda: nullcontext([]), stream=lambda world: nullcontext()):
+    with (
+        patch.multiple(graphs, capture=capture, waits=lambda: nullcontext([])),
+        patch.object(runner, "asked", lambda cfg, given: runner.Runner(cfg.compile, cfg.cuda_graphs)),
+    ):
         command("train", *flags)
 
 
@@ -282,10 +286,12 @@ def test_the_trainer_with_graphs_is_the_trainer_without(dataset, capfd, processe
     assert losses("True") == losses("False")
 
 
-def test_without_a_gpu_it_is_refused(dataset, fastgpt):
-    status, _, err = fastgpt("train", "--dataset=letters", *TINY, "--cuda_graphs=True")
+@pytest.mark.parametrize("flag", ["--cuda_graphs=True", "--runner=graphs"])
+def test_without_a_gpu_it_is_refused(dataset, fastgpt, flag):
+    flags = [word for word in TINY if "compile" not in word]
+    status, _, err = fastgpt("train", "--dataset=letters", *flags, flag)
     assert status == 2
-    assert err == "fastgpt: error: --cuda_graphs=True: there are no CUDA graphs on --device=cpu; leave it out\n"
+    assert err == f"fastgpt: error: {flag}: there are no CUDA graphs on --device=cpu; leave it out\n"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there are no CUDA graphs without a GPU")

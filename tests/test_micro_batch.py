@@ -5,7 +5,7 @@ import torch
 from conftest import TINY, losses
 
 from fastgpt.config import GPTConfig, TrainConfig
-from fastgpt.micro_batch import MEMORY_SHARE, best, filled, merge, sequence_bytes, state_bytes, what_fits
+from fastgpt.micro_batch import MEMORY_SHARE, best, filled, sequence_bytes, state_bytes, what_fits
 from fastgpt.model import GPT
 
 GPT2 = GPTConfig(bias=False)
@@ -13,7 +13,8 @@ SIZES = [12 * n for n in (1, 2, 4, 5, 8, 10, 20, 40)]
 
 
 def test_a_merged_run_is_the_unmerged_one(train):
-    flags = ["--gradient_accumulation_steps=4", "--eval_seed=3"]
+    """Tokens as well: the evaluations draw from the same generator, in the midst of a micro-step's draws."""
+    flags = ["--gradient_accumulation_steps=4", "--eval_interval=2"]
     train(*flags, "--out_dir=apart")
     out = train(*flags, "--out_dir=merged", "--micro_batch=8")
     assert "micro-steps: 2 of 8 sequences, 2 micro-batches in each" in out
@@ -45,7 +46,6 @@ def test_what_cannot_be_is_refused_with_the_nearest(dataset, fastgpt, spec, near
 
 def test_auto_without_a_gpu_leaves_it(train):
     assert "micro-steps: 2 of 4 sequences, 1 micro-batches in each" in train("--micro_batch=auto")
-    assert merge("", 12, 40, GPT2, "cuda:0", sequence_bytes(GPT2, 2)) == 1
 
 
 def test_tiles_are_counted():
@@ -83,9 +83,9 @@ def test_a_stream_of_16_bits_takes_two_bytes_less_an_element():
         assert saved == 1024 * 768 * elements * 2
     big = TrainConfig(batch_size=32, residual="bf16")
     memory = 1e9 * next(
-        m for m in range(20, 40) if what_fits(TrainConfig(batch_size=32), GPT2, m * 1e9, 2).endswith("=gelu")
+        m for m in range(20, 40) if what_fits(TrainConfig(batch_size=32), GPT2, m * 1e9, 2, 32).endswith("=gelu")
     )
-    assert what_fits(big, GPT2, memory - 1e9, 2) == "give --recompute=gelu"
+    assert what_fits(big, GPT2, memory - 1e9, 2, 32) == "give --recompute=gelu"
     assert best(SIZES, GPT2, 132, 24e9, sequence_bytes(GPT2, 2, stream=2)) >= best(
         SIZES, GPT2, 132, 24e9, sequence_bytes(GPT2, 2)
     )
@@ -105,7 +105,7 @@ def test_gpt2_xl_fits_one_gpu():
     assert fits_80_gb(12, XL, "block"), "nanoGPT's micro-batch"
     assert not fits_80_gb(24, XL, "none"), "else nothing would be recomputed for"
     assert fits_80_gb(24, XL, "block")
-    assert what_fits(TrainConfig(batch_size=24), XL, 80e9, 2) == "give --recompute=block"
+    assert what_fits(TrainConfig(batch_size=24), XL, 80e9, 2, 24) == "give --recompute=block"
 
 
 def test_gpt2_fits_one_gpu_at_8192_tokens():
@@ -200,24 +200,30 @@ def test_out_of_memory_is_answered_with_what_fits(dataset, fastgpt, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("flags", "memory", "says"),
+    ("flags", "failed", "graphed", "memory", "says"),
     [
-        (dict(batch_size=32), 24e9, "give --recompute=gelu"),
-        (dict(batch_size=32), 16e9, "give --recompute=block"),
-        (dict(batch_size=32, cuda_graphs=True), 16e9, "give --recompute=block"),
-        (dict(batch_size=32, cuda_graphs=True), 40e9, "leave out --cuda_graphs"),  # in whose memory nothing else can be
-        (dict(batch_size=32, recompute="block"), 8e9, "give --batch_size=8 --gradient_accumulation_steps=160"),
-        (dict(batch_size=12, micro_batch=240), 40e9, "give --micro_batch=48"),
-        (dict(batch_size=12, micro_batch=24), 141e9, "give --recompute=gelu"),  # though it should have fitted
-        (dict(batch_size=12, micro_batch=24, recompute="block"), 3e9, "leave out --micro_batch"),
-        (
-            dict(batch_size=12, micro_batch=12, recompute="block"),
-            3e9,
-            "give --batch_size=1 --gradient_accumulation_steps=480",
-        ),
-        (dict(batch_size=1), 3e9, "give --recompute=block"),
-        (dict(batch_size=1, recompute="block"), 3e9, "give a smaller --block_size or model"),
+        ({}, 32, False, 24e9, "give --recompute=gelu"),
+        ({}, 32, False, 16e9, "give --recompute=block"),
+        ({}, 32, True, 16e9, "give --recompute=block"),
+        ({}, 32, True, 40e9, "give --runner=eager"),  # in a graph's memory nothing else can be
+        (dict(batch_size=32, recompute="block"), 32, False, 8e9, "give --batch_size=8 --gradient_accumulation_steps=160"),
+        ({}, 240, False, 40e9, "give --micro_batch=48"),
+        ({}, 24, False, 141e9, "give --recompute=gelu"),  # though it should have fitted
+        (dict(recompute="block"), 24, False, 3e9, "give --micro_batch=12"),
+        (dict(recompute="block"), 12, False, 3e9, "give --batch_size=1 --gradient_accumulation_steps=480"),
+        (dict(batch_size=1), 1, False, 3e9, "give --recompute=block"),
+        (dict(batch_size=1, recompute="block"), 1, False, 3e9, "give a smaller --block_size or model"),
     ],
-)
-def test_what_fits_is_the_first_that_does(flags, memory, says):
-    assert what_fits(TrainConfig(**flags), GPT2, memory, 2) == says
+)  # fmt: skip
+def test_what_fits_is_the_first_that_does(flags, failed, graphed, memory, says):
+    assert what_fits(TrainConfig(**{"batch_size": 12, **flags}), GPT2, memory, 2, failed, graphed) == says
+
+
+def test_auto_keeps_the_size_that_a_run_had_if_it_fits():
+    """So that a resumed run goes on with the same bits, though another process takes memory."""
+    takes = sequence_bytes(GPT2, 2)
+    chosen = best(SIZES, GPT2, 132, 141e9, takes)
+    assert chosen != 24
+    assert best(SIZES, GPT2, 132, 141e9, takes, before=24) == 24
+    assert best(SIZES, GPT2, 132, 141e9, takes, before=7) == chosen, "it is no multiple"
+    assert best(SIZES, GPT2, 132, 20e9, takes, before=240) == best(SIZES, GPT2, 132, 20e9, takes)

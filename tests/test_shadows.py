@@ -12,7 +12,7 @@ from torch import nn
 
 from fastgpt import ops, trainer
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.shadows import Shadows
+from fastgpt.shadows import Shadows, shadow_dtype
 
 pytest.importorskip("triton")
 from kernel_case import DEVICE
@@ -180,8 +180,8 @@ def test_the_trainers_shadows_give_the_same_run(dataset, processes):
 
 
 def test_they_are_kept_where_kernels_compute_in_16_bits():
-    assert trainer.shadow_dtype(ops.TORCH, BF16) is None
-    assert trainer.shadow_dtype(ops.Kernels(layer_norm="triton"), BF16) is None
-    assert trainer.shadow_dtype(ops.Kernels(linear="triton"), torch.float32) is None
+    assert shadow_dtype(ops.TORCH, BF16) is None
+    assert shadow_dtype(ops.Kernels(layer_norm="triton"), BF16) is None
+    assert shadow_dtype(ops.Kernels(linear="triton"), torch.float32) is None
     for op in ("linear", "gelu_mlp", "linear_cross_entropy"):
-        assert trainer.shadow_dtype(ops.Kernels(**{op: "triton"}), BF16) == BF16
+        assert shadow_dtype(ops.Kernels(**{op: "triton"}), BF16) == BF16

@@ -14,6 +14,7 @@ from fastgpt.config import TuneConfig, UserError
 from fastgpt.kernels import common, configs, gelu_mlp
 from fastgpt.parse import parse
 from fastgpt.records import RECORDS, Shape, problem
+from fastgpt.timing import Times
 
 FLAGS = f"--preset=tiny --batch_size=1 --block_size=16 --vocab_size=65 --dtype=float32 --device={DEVICE}".split()
 SHAPE = Shape(1, 16, 64, 2, 65, bias=False)
@@ -282,7 +283,8 @@ def test_a_choice_is_measured_anew_with_a_tuned_configuration(few, monkeypatch, 
 
     monkeypatch.setattr(choose, "prepared", prepare)
     monkeypatch.setattr(choose, "check", lambda it, f: None)
-    monkeypatch.setattr(choose, "time_together", lambda functions: {"torch": 2.0, "triton": 1.0})
+    times = {"torch": Times(2.0, 0.0), "triton": Times(1.0, 0.0)}
+    monkeypatch.setattr(choose.timing, "together", lambda calls: times)
 
     def ask():
         """(the Kernels chosen, {op: row} of the kernels that were measured for it)."""
@@ -327,9 +329,8 @@ def test_products_are_timed_by_both_libraries_and_the_setting_stays(monkeypatch,
     )
 
     def measure(functions):
-        for key, f in functions.items():
-            out = f()
-            assert out is None
+        for key, (f,) in functions.items():
+            assert f() is None
             seen.append((key, setting[-1]))
         return {
             (library, what): [1.0 if library == "cublas" else 0.5 if "head" in what else 0.9] * 3

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastgpt import choose, ops, verify
-from fastgpt.kernels import attention, configs, gelu_mlp, layer_norm, linear
-from fastgpt.records import Shape
+from fastgpt import choose, ops, reference, verify
+from fastgpt.kernels import attention, configs, embedding, gelu_mlp, layer_norm, linear, linear_cross_entropy
+from fastgpt.records import Shape, problem
+from fastgpt.timing import Times
 from fastgpt.verify import compared
 
 SMALL = Shape(1, 9, 16, 2, 23)
@@ -83,8 +84,10 @@ def test_a_file_that_cannot_be_written_is_one_line(workdir, fastgpt, monkeypatch
 
 
 def decide(op, times, shape=SMALL):
-    """What is decided where the clock gives these times."""
-    return choose.decide(op, shape, *RUN, (), lambda functions: {name: times[name] for name in functions})
+    """What is decided where the clock gives these times, in milliseconds of the GPU."""
+    found = choose.measured(op, shape, *RUN, (), lambda calls: {name: Times(times[name], 0.0) for name in calls})
+    chosen, _ = choose.fastest({op: found["ms"]}, True)
+    return {"chosen": chosen[op], **found}
 
 
 @pytest.mark.parametrize("op", ops.OPS)
@@ -92,6 +95,63 @@ def test_the_faster_one_is_chosen(op):
     others = {"cudnn": 3.0} if op == "attention" else {}
     assert decide(op, {"torch": 2.0, "triton": 1.0, **others})["chosen"] == "triton"
     assert decide(op, {"torch": 1.0, "triton": 2.0, **others})["chosen"] == "torch"
+
+
+def test_a_slow_host_counts_only_where_the_step_waits_for_it():
+    """An op of 95 us GPU and 350 us host is judged by the 95 under graphs, and beside work that keeps the GPU busy."""
+    norm = {"torch": Times(0.190, 0.050), "triton": Times(0.095, 0.350)}
+    assert choose.fastest({"layer_norm": norm}, True) == ({"layer_norm": "triton"}, "GPU")
+    assert choose.fastest({"layer_norm": norm}, False) == ({"layer_norm": "torch"}, "host")
+    busy = {"torch": Times(9.0, 0.1), "triton": Times(8.0, 0.2)}
+    both = choose.fastest({"layer_norm": norm, "gelu_mlp": busy}, False)
+    assert both == ({"layer_norm": "triton", "gelu_mlp": "triton"}, "GPU")
+
+
+def test_pytorch_too_may_be_rejected_and_one_must_be_left(monkeypatch):
+    """Where only the fused loss fits into memory."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
+
+    monkeypatch.setattr(reference, "linear_cross_entropy", full)
+    found = decide("linear_cross_entropy", {"torch": 1.0, "triton": 2.0})
+    assert found["chosen"] == "triton"
+    assert "out of memory" in found["rejected"]["torch"]
+    monkeypatch.setattr(linear_cross_entropy, "linear_cross_entropy", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        decide("linear_cross_entropy", {})
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("op", [op for op in ops.OPS if op != "adamw"])
+def test_what_is_timed_runs_as_in_training(op, implementation, monkeypatch):
+    """Weights are not cast where kernels read shadows, their gradients are added, and the head's gradient is written into."""
+    casts, added, owned = [], [], []
+    for module in (linear, gelu_mlp, linear_cross_entropy):
+        spied(monkeypatch, module, "cast", lambda given, answer: casts.append(answer is not given[0].shadow))
+    for module in (linear, gelu_mlp):
+        spied(monkeypatch, module, "weight_gradient", lambda given, answer: added.append(answer[1]))
+    spied(monkeypatch, embedding, "is_owned", lambda given, answer: owned.append(answer))
+    it = problem(op, SMALL, torch.bfloat16, "cpu")
+    (call,) = choose.prepared(it, ops.Kernels(**{op: implementation}), False)
+    call()
+    call()
+    kernels = implementation == "triton"
+    assert casts == [False] * (2 * kernels * {"linear": 1, "gelu_mlp": 2, "linear_cross_entropy": 1}.get(op, 0))
+    assert added == [True] * (2 * kernels * {"linear": 1, "gelu_mlp": 2}.get(op, 0))
+    assert owned == [True] * (2 * kernels * (op == "embedding"))
+
+
+def spied(monkeypatch, module, name, see):
+    """Let see(arguments, answer) hear of a module's function."""
+    f = getattr(module, name)
+
+    def call(*args):
+        answer = f(*args)
+        see(args, answer)
+        return answer
+
+    monkeypatch.setattr(module, name, call)
 
 
 def test_a_candidate_that_is_not_equal_or_cannot_run_is_rejected(monkeypatch):
@@ -126,7 +186,7 @@ def test_what_was_measured_is_remembered_until_something_changes(workdir, monkey
 
     def measure(functions):
         measured.append(list(functions))
-        return {"torch": 2.0, "triton": 1.0}
+        return {"torch": Times(2.0, 0.5), "triton": Times(1.0, 0.25)}
 
     def ask(shape=SMALL, rows=()):
         return choose.remembered("embedding", shape, *RUN, rows, measure)
@@ -144,10 +204,14 @@ def test_what_was_measured_is_remembered_until_something_changes(workdir, monkey
     monkeypatch.setattr(choose.tuned, "source_hash", lambda: "another")
     ask()
     assert len(measured) == 4, "another source"
-    for file in (workdir / "cache" / "kernels").iterdir():
-        file.write_text("{")
-    ask()
-    assert len(measured) == 5, "a damaged file"
+    files = {file: json.loads(file.read_text()) for file in (workdir / "cache" / "kernels").iterdir()}
+    for i, damage in enumerate(
+        ("{", "[]", {"ms": {}}, {"ms": {"torch": [2.0, "fast"]}}, {"ms": {"torch": [-1.0, 1.0]}})
+    ):
+        for file, good in files.items():
+            file.write_text(damage if isinstance(damage, str) else json.dumps(good | damage))
+        assert ask() == first
+        assert len(measured) == 5 + i, "a damaged file"
 
 
 def test_auto_without_a_gpu_is_torch_and_pins_stay(capsys):
@@ -157,9 +221,8 @@ def test_auto_without_a_gpu_is_torch_and_pins_stay(capsys):
 
 def test_the_table_that_a_run_prints(capsys, workdir, monkeypatch):
     """On a machine whose GPU is made up: what is printed, and that the run's random numbers are left alone."""
-    monkeypatch.setattr(
-        choose, "time_together", lambda fs: {"torch": 2.0, "triton": 1.0} if "triton" in fs else {"torch": 2.0}
-    )
+    times = {"torch": Times(2.0, 0.5), "triton": Times(1.0, 0.25)}
+    monkeypatch.setattr(choose.timing, "together", lambda calls: {name: times[name] for name in calls})
     monkeypatch.setattr(choose, "is_cuda", lambda device: True)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices, fork=torch.random.fork_rng: fork(devices=[]))
     monkeypatch.setattr(attention, "takes", lambda qkv, n_head: False)
@@ -168,10 +231,26 @@ def test_the_table_that_a_run_prints(capsys, workdir, monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("choosing kernels for 1 x 9 tokens in float32")
-    assert out[1].split() == ["op", "torch", "ms", "cudnn", "ms", "triton", "ms", "chosen"]
-    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in out[2:]}
+    assert out[1].split() == [
+        "op",
+        "torch",
+        "ms",
+        "host",
+        "ms",
+        "cudnn",
+        "ms",
+        "host",
+        "ms",
+        "triton",
+        "ms",
+        "host",
+        "ms",
+        "chosen",
+    ]
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in out[2:-1]}
     assert list(lines) == list(ops.OPS)
-    assert lines["layer_norm"].split() == ["2.000", "-", "1.000", "triton"]
-    assert lines["attention"].split()[:4] == ["2.000", "-", "-", "torch;"]
+    assert lines["layer_norm"].split() == ["2.000", "0.500", "-", "-", "1.000", "0.250", "triton"]
+    assert lines["attention"].split()[:7] == ["2.000", "0.500", "-", "-", "-", "-", "torch;"]
+    assert out[-1] == "  chosen by the GPU's time, which decides in such a step"
     assert "triton does not take float32 rows of 48" in lines["attention"]
     assert kernels == ops.Kernels(**dict.fromkeys(ops.OPS, "triton") | {"attention": "torch"})
