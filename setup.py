@@ -41,8 +41,8 @@ setup(
     package_dir={"fastgpt": "fastgpt", "fastgpt.kernels": "kernels", "fastgpt.benchmarks": "benchmarks"},
     package_data={"fastgpt": ["py.typed"], "fastgpt.kernels": ["py.typed"]},
     install_requires=[
-        "torch>=2.11,<2.14",
-        "triton>=3.6,<3.8; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'",
+        "torch>=2.11,<2.16",
+        "triton>=3.6,<3.10; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'",
         "tiktoken>=0.9",  # encode_to_numpy
         "numpy",
         "pydantic>=2.10",  # settings from files and flags, typed and bounded
