@@ -19,7 +19,7 @@ KERNELS = ops.Kernels(adamw="triton" if CUDA else "torch")
 class Update(Op):
     """The Op. Its providers take parameters that have gradients, and give a function that updates them in place."""
 
-    directions, graph = ("update",), False  # PyTorch's optimizers count their steps on the host
+    directions, how = ("update",), "queue"  # PyTorch's optimizers count their steps on the host, which no graph holds
 
     def check(self, name):
         """Hold the kernel to PyTorch on an embedding's weight and a bias; the other providers are PyTorch's."""

@@ -1,4 +1,10 @@
-"""Causal attention on packed queries, keys and values, against each backend of scaled_dot_product_attention and what is importable."""
+"""Causal attention on packed queries, keys and values, against each backend of scaled_dot_product_attention and what is importable.
+
+fastgpt's gradients are the same bits each time. The fastest backward of most peers adds them up as it comes: beside it stands the same
+peer's `-deterministic` one. sdpa-flash is FlashAttention-2, the fastest but on cards where cuDNN is ahead.
+"""
+
+import contextlib
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,9 +46,52 @@ def backend(kind):
     return make
 
 
-attention.provider("sdpa-cudnn")(backend(SDPBackend.CUDNN_ATTENTION))
-attention.provider("sdpa-flash")(backend(SDPBackend.FLASH_ATTENTION))
-attention.provider("sdpa-efficient")(backend(SDPBackend.EFFICIENT_ATTENTION))
+@contextlib.contextmanager
+def deterministic_algorithms():
+    """PyTorch's setting, without the filling of all new memory that comes with it."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+class Deterministic(torch.autograd.Function):
+    """f(qkv), whose forward and backward both run under PyTorch's deterministic algorithms."""
+
+    @staticmethod
+    def forward(ctx, f, qkv):
+        with torch.enable_grad(), deterministic_algorithms():
+            ctx.qkv = qkv.detach().requires_grad_()
+            (ctx.y,) = f(ctx.qkv)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        with deterministic_algorithms():
+            return None, *torch.autograd.grad(ctx.y, ctx.qkv, dy)
+
+
+def deterministic(make):
+    """A provider: another one's function under PyTorch's deterministic algorithms. A backend that has none refuses them."""
+
+    def made(it):
+        f = make(it)
+        return lambda qkv: (Deterministic.apply(f, qkv),)
+
+    return made
+
+
+for name, kind in (
+    ("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
+    ("sdpa-flash", SDPBackend.FLASH_ATTENTION),
+    ("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION),
+):
+    attention.provider(name)(backend(kind))
+    attention.provider(f"{name}-deterministic")(deterministic(backend(kind)))
 
 
 @attention.provider("flex")
@@ -56,16 +105,39 @@ def flex(it):
     return on_heads(lambda *qkv: attend(*(t.transpose(1, 2) for t in qkv), block_mask=mask).transpose(1, 2))
 
 
-@attention.provider("flash-attn-3")
-def flash_attn_3(it):
-    attend = importable("flash_attn_interface").flash_attn_func
-    return on_heads(lambda *qkv: attend(*qkv, causal=True))
+def packed(module, **how):
+    """A provider: a flash-attn package's attention on packed heads, which writes dq, dk and dv in place."""
+
+    def make(it):
+        needs_gpu("FlashAttention")
+        attend = importable(module).flash_attn_qkvpacked_func
+
+        def f(qkv):
+            return (attend(qkv.view(*qkv.shape[:2], 3, -1, 64), causal=True, **how).flatten(2),)
+
+        return f
+
+    return make
 
 
-@attention.provider("flash-attn-4")
-def flash_attn_4(it):
-    attend = importable("flash_attn.cute").flash_attn_func
-    return on_heads(lambda *qkv: attend(*qkv, causal=True))
+def unpacked(module, **how):
+    """A provider: the same of one that has no attention on packed heads."""
+
+    def make(it):
+        needs_gpu("FlashAttention")
+        attend = importable(module).flash_attn_func
+        return on_heads(lambda *qkv: attend(*qkv, causal=True, **how))
+
+    return make
+
+
+for name, make, module in (
+    ("flash-attn-2", packed, "flash_attn"),
+    ("flash-attn-3", packed, "flash_attn_interface"),
+    ("flash-attn-4", unpacked, "flash_attn.cute"),
+):
+    attention.provider(name)(make(module))
+    attention.provider(f"{name}-deterministic")(make(module, deterministic=True))
 
 
 test_attention = attention.benchmark()

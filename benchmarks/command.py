@@ -15,7 +15,12 @@ from fastgpt.config import Settings, UserError
 from fastgpt.parse import parse
 
 OPS = ("layer_norm", "attention", "gelu_mlp", "linear_cross_entropy", "embedding", "adamw")
-FILES = {"step": ["train"], "ops": OPS, **{op: [op] for op in OPS}}  # --only: the files bench_NAME.py
+FILES = {
+    "headline": ["train"],
+    "step": ["train"],
+    "ops": OPS,
+    **{op: [op] for op in OPS},
+}  # --only: the files bench_NAME.py
 USAGE = """usage: fastgpt bench [--key=value ...]                    measure this machine, and write a report
        fastgpt bench compare [A.json B.json] [--key=value ...]   exit status 1 if something became slower
        fastgpt bench report [FILE.json] [--key=value ...]        write a result's report again; --readme: the README's table
@@ -30,7 +35,7 @@ class BenchConfig(Settings):
     """Every flag of a benchmark run."""
 
     budget: int = Field(480, gt=0, description="seconds for everything; the most important comes first")
-    only: str = Field("", description="step, ops, or one op: " + ", ".join(OPS))
+    only: str = Field("", description="headline, which is the first of step; step, ops, or one op: " + ", ".join(OPS))
     quick: bool = Field(False, description="fewer cases and rounds; without a GPU sizes are toys either way")
     out: str = Field(report.RESULTS, description="folder of the results; each GPU has a folder in it")
     profile: bool = Field(False, description="a trace of each arm's step, and its time by op beside the roofline's")
@@ -83,7 +88,8 @@ def run(cfg):
     words = [
         *(f"{folder}/bench_{name}.py" for name in names), f"--rootdir={folder}", "-o", "addopts=", "-p", "no:terminal",
         "-p", "no:cacheprovider", f"--benchmark-json={part}", "--benchmark-quiet", f"--budget={cfg.budget}",
-        *["--quick"] * cfg.quick, *[f"--profile-to={target.with_suffix('')}-profile"] * cfg.profile,
+        *["--quick"] * cfg.quick, *["--first"] * (cfg.only == "headline"),
+        *[f"--profile-to={target.with_suffix('')}-profile"] * cfg.profile,
     ]  # fmt: skip
     start = time.monotonic()
     try:

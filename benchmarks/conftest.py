@@ -16,6 +16,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("fastgpt")
     group.addoption("--budget", type=float, help="seconds for everything; what they do not reach is skipped")
     group.addoption("--quick", action="store_true", help="fewer cases and rounds")
+    group.addoption("--first", action="store_true", help="only what is due first")
     group.addoption("--profile-to", metavar="DIR", help="write a trace of each arm's step here, and its time by op")
 
 
@@ -38,8 +39,8 @@ def pytest_unconfigure(config):
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=importance)  # stable
-    if config.getoption("--quick"):
-        items[:] = [i for i in items if importance(i) <= QUICK]
+    if config.getoption("--quick") or config.getoption("--first"):
+        items[:] = [i for i in items if importance(i) <= (0 if config.getoption("--first") else QUICK)]
 
 
 def importance(item):

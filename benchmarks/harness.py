@@ -4,7 +4,8 @@ An implementation is first held equal to PyTorch: one that computes something el
 (a b c a b c ...), so that clocks and heat hit all alike. pytest-benchmark receives the rounds from a clock that only they move.
 
 On a GPU one sample replays a CUDA graph of several calls, between two CUDA events. Each call has inputs of its own, so that none finds
-them in L2. What cannot be captured is called one by one. Without a GPU a sample is wall-clock time.
+them in L2. What cannot be captured is called one by one, behind a kernel that keeps the GPU until all calls are issued: the events then
+measure the GPU, and not the host. Without a GPU a sample is wall-clock time.
 """
 
 import functools
@@ -26,6 +27,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32  # what a run computes in
 DISTANCE = {torch.bfloat16: 0.03, torch.float32: 1e-3}  # the largest relative one, of norms; fp32 may be TF32
+MOST_HZ = 3e9  # above any GPU's clock, by which torch.cuda._sleep counts
 PARITY_TOKENS = 4096 if CUDA else 256  # the fp64 side of the comparison takes many times their memory
 
 if not CUDA:
@@ -88,12 +90,16 @@ clock.now = 0.0
 
 @dataclass
 class Timing:
-    """Seconds of a call, one value a round; the host's seconds to issue a call, bytes at the peak, and how it was timed."""
+    """Seconds of a call, one value a round; the host's seconds to issue a call, bytes at the peak, and how it was timed.
+
+    ahead: for how many seconds the GPU is kept busy before the calls of a sample, one time through them.
+    """
 
     seconds: list = field(default_factory=list)
     host: float | None = None
     peak: int | None = None
     how: str = "wall clock"
+    ahead: float = 0.0
 
     @property
     def median(self):
@@ -123,8 +129,8 @@ def wall(f, repeats=1):
     return (time.perf_counter() - start) / repeats
 
 
-def prepare(calls, graph):
-    """(issue, Timing) of functions without arguments: issue() runs them all, where `graph` as one CUDA graph if they can be captured."""
+def prepare(calls, how):
+    """(issue, Timing) of functions without arguments: issue() runs them all. how: a Comparison's."""
     timing, issue = Timing(), lambda: [call() for call in calls]
     issue(), issue()  # compilers and caches
     if not CUDA:
@@ -135,7 +141,7 @@ def prepare(calls, graph):
     calls[0]()
     sync()
     timing.peak, timing.how = torch.cuda.max_memory_allocated() - before, "cuda events"
-    if graph:
+    if how != "events":
         host = []
         for call in calls * 3:
             sync()
@@ -143,8 +149,10 @@ def prepare(calls, graph):
             call()
             host.append(time.perf_counter() - start)
         timing.host = statistics.median(host)
-        if captured := capture(calls):
+        if how == "graph" and (captured := capture(calls)):
             issue, timing.how = captured.replay, "cuda graph"
+        elif sample(issue, 1, ahead := 2 * timing.host * len(calls))[1]:
+            timing.how, timing.ahead = "cuda events, the calls queued", ahead
     return issue, timing
 
 
@@ -172,24 +180,31 @@ def capture(calls):
         return None
 
 
-def sample(issue, repeats):
-    """Seconds of one issue(), the mean of `repeats`."""
+def sample(issue, repeats, ahead=0.0):
+    """(seconds of one issue(), the mean of `repeats`; whether the GPU began only when all were issued).
+
+    ahead: seconds for each repeat that the GPU is kept busy before the first. A call that waits for the GPU ends that.
+    """
     if not CUDA:
-        return wall(issue, repeats)
+        return wall(issue, repeats), False
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     sync()
+    if ahead:
+        torch.cuda._sleep(round(ahead * repeats * MOST_HZ))
     start.record()
     for _ in range(repeats):
         issue()
+    queued = not start.query()
     end.record()
     sync()
-    return start.elapsed_time(end) / 1e3 / repeats
+    return start.elapsed_time(end) / 1e3 / repeats, queued
 
 
-def time_together(calls, rounds, seconds, graph=True, settle=lambda name: None):
+def time_together(calls, rounds, seconds, how="graph", settle=lambda name: None):
     """{name: Timing, or Failed} of {name: functions without arguments}, timed in turn.
 
-    seconds: how long a sample lasts at least. settle(name) goes before each sample: it may find the allocator as another left it.
+    seconds: how long a sample lasts at least. how: a Comparison's. settle(name) goes before each sample: it may find the allocator as
+    another left it.
     """
     found, samples = {}, {}
 
@@ -201,13 +216,13 @@ def time_together(calls, rounds, seconds, graph=True, settle=lambda name: None):
                 found[name] = Failed.by(e)
 
     def begin(name):
-        issue, found[name] = prepare(calls[name], graph)
-        once = min(sample(issue, 1) for _ in range(2))
-        samples[name] = functools.partial(sample, issue, max(1, round(seconds / max(once, 1e-6))))
+        issue, timing = prepare(calls[name], how)
+        found[name], once = timing, min(sample(issue, 1, timing.ahead)[0] for _ in range(2))
+        samples[name] = functools.partial(sample, issue, max(1, round(seconds / max(once, 1e-6))), timing.ahead)
 
     def take(name):
         settle(name)
-        found[name].seconds.append(samples[name]() / len(calls[name]))
+        found[name].seconds.append(samples[name]()[0] / len(calls[name]))
 
     for name in calls:
         attempt(name, begin)
@@ -248,7 +263,9 @@ class Comparison:
     was not, `failed` says why.
     """
 
-    graph = True  # whether a GPU replays CUDA graphs of it
+    # What is timed on a GPU. "graph": replays of a CUDA graph; what cannot be captured, as with "queue". "queue": the GPU's work in calls
+    # that were all issued before it began. "events": calls as they come, where the GPU may wait for the host, as in a run.
+    how = "graph"
     case = profile_to = None
 
     def __init__(self, name, cases, providers):
@@ -287,7 +304,7 @@ class Comparison:
         for stage in self.stages:
             self.attempt(together, stage)
         calls = {name: self.calls[name] for name in together if name not in self.failed}
-        found = time_together(calls, rounds, seconds, self.graph, self.settle)
+        found = time_together(calls, rounds, seconds, self.how, self.settle)
         base = found.get(self.baseline)
         for name, timing in found.items():
             if isinstance(timing, Failed):
@@ -430,13 +447,16 @@ class Op(Comparison):
 
     def check_whole(self, f, it):
         """Hold a function to the baseline's, which comes first, at the whole size, where fp64 has no room. Raises ArithmeticError."""
+        # First other gradients: a backward that leaves some unwritten finds what lay there, and that must not be the right ones.
+        verify.run(f, it.inputs.values(), [g if g is None else -g for g in it.grads])
         found = verify.run(f, it.inputs.values(), it.grads)
         self.same = found if self.same is None else self.same
         names = [*it.outputs, *(f"d{n}" for n, x in it.inputs.items() if verify.is_floating(x))]
         for name, a, b in zip(names, found, self.same, strict=True):
-            distance = (a.float() - b.float()).norm().item()
-            if not distance <= DISTANCE[DTYPE] * b.float().norm().item():
-                raise ArithmeticError(f"is not equal at full size: {name} is {distance:.2g} from PyTorch's")
+            distance, norm = (a.float() - b.float()).norm().item(), b.float().norm().item()
+            if not distance <= DISTANCE[DTYPE] * norm:
+                what = f"{name} is {distance:.2g} from PyTorch's, of norm {norm:.2g}"
+                raise ArithmeticError(f"is not equal at full size: {what}")
 
     def info(self, name, timing):
         top, forward = ceilings(), self.case.direction == "forward"

@@ -52,4 +52,4 @@ def line(info, seconds):
     else:
         flops = f"{info['tflops']:9.2f} TFLOP/s" if info["tflops"] else " " * 17
         rest = f"{flops}{info['gb_per_s']:9.1f} GB/s{100 * info['of_floor']:7.1f}% of its floor"
-    return f"  {info['provider']:22}{seconds * 1e3:11.4f} ms{against}{rest}"
+    return f"  {info['provider']:28}{seconds * 1e3:11.4f} ms{against}{rest}"

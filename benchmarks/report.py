@@ -1,8 +1,8 @@
 """`fastgpt bench report`: a result file as a page of tables and plots, and as the README's table.
 
 A result file is pytest-benchmark's JSON with one key of our own, `fastgpt`; it stands at benchmarks/results/<gpu>/<date>-<commit>.json.
-Each of its benchmarks is a provider on a case, such as fastgpt, compiled (nanoGPT under torch.compile) or strongest (plain PyTorch at
-its best). What a file leaves out or has as null is written "-".
+Each of its benchmarks is a provider on a case, such as fastgpt, compiled (nanoGPT under torch.compile) or pytorch (plain PyTorch at its
+best). A peer is a provider that is not fastgpt's. What a file leaves out or has as null is written "-".
 """
 
 import json
@@ -38,6 +38,12 @@ OP_COLUMNS = [
     ("host us", "the host's time for a call. Where it is longer than the call, the GPU waits.", "host_us", ",.1f"),
     ("against baseline", "the baseline's time over the row's, median (range of rounds): above 1 is faster.", "against", ""),
 ]  # fmt: skip
+PEERS = (
+    "The strongest peer of a case is the fastest provider that is equal to PyTorch and not fastgpt's. Ratio: its time over that of "
+    "fastgpt's fastest, by their medians against the baseline: above 1 fastgpt is faster."
+)
+UNEQUAL = "They do not compute what PyTorch computes, so they have no time. fastgpt's own fail the run."
+INDUCTOR = "; Inductor left gradients of LayerNorm's weights unwritten before (pytorch issue 193061)"
 BATCH = "B: sequences of a micro-step x micro-steps of an iteration. T: tokens of a sequence."
 
 
@@ -151,6 +157,23 @@ def case_table(columns, groups, first):
     return table([*first, "provider", *(column[0] for column in columns)], rows, len(first) + 1)
 
 
+def first_of(benchmarks, ours):
+    """The fastest of fastgpt's providers, or of its peers; {} where there is none."""
+    return next((b for b in benchmarks if b["provider"].startswith("fastgpt") == ours), {})
+
+
+def peer_table(groups):
+    """The table of the strongest peer of each case."""
+    rows = []
+    for case, benchmarks in groups.items():
+        peer, ours = (first_of(benchmarks, ours) for ours in (False, True))
+        ratios = [(b.get("ratio") or [None])[0] for b in (ours, peer)]
+        ratio = cell(ratios[0] / ratios[1], ".2f") + "x" if all(ratios) else "-"
+        times = [(cell(b.get("provider")), cell(b.get("ms"), ",.4g")) for b in (peer, ours)]
+        rows.append([", ".join(case), *times[0], *times[1], ratio])
+    return table(["case", "strongest peer", "ms", "fastgpt's fastest", "ms", "ratio"], rows, 2)
+
+
 def explained(columns):
     return "\n".join(f"- {title}: {says}" for title, says, _, _ in columns)
 
@@ -210,6 +233,13 @@ def write(path):
     path, result = Path(path), load(path)
     steps, ops = grouped(result, "step"), grouped(result, "op")
     parts = [f"# fastgpt bench on {cell(result['fastgpt']['gpu'])}", *warnings(result), about(result)]
+    left_out = [(cell(x.get("why")), short(x["name"])) for x in result["fastgpt"].get("left_out") or []]
+    unequal = [(why, name) for why, name in left_out if "not equal" in why]
+    left_out = [x for x in left_out if x not in unequal]
+    unequal = [(why + INDUCTOR * ("layer_norm" in name and "inductor" in name), name) for why, name in unequal]
+    heading = f"## The strongest peer on {cell(result['fastgpt']['gpu'])}"
+    parts += [heading, PEERS, peer_table(steps | ops)] if steps or ops else []
+    parts += ["## Not equal", UNEQUAL, listed(unequal)] if unequal else []
     parts += ["In each case the fastest provider comes first, in bold."]
     parts += ["## Steps", BATCH, explained(STEP_COLUMNS)] if steps else []
     for case, benchmarks in steps.items():
@@ -233,9 +263,8 @@ def write(path):
         "of_floor",
         ".0%",
     )
-    left_out = listed((cell(x.get("why")), short(x["name"])) for x in result["fastgpt"].get("left_out") or [])
     page = path.with_suffix(".md")
-    page.write_text("\n\n".join([*parts, "## Left out", left_out or "Nothing."]) + "\n", encoding="utf-8")
+    page.write_text("\n\n".join([*parts, "## Left out", listed(left_out) or "Nothing."]) + "\n", encoding="utf-8")
     return page
 
 
@@ -253,7 +282,7 @@ def plot(path, name, title, result, panels, key, spec):
     heights = [0.6 + 0.2 * len(bars) for bars in rows.values()]
     figure = Figure(figsize=(10, sum(heights) + 0.4), dpi=110, layout="constrained")
     figure.suptitle(f"{title}, {result['fastgpt']['gpu']}", fontsize=11)
-    colours = {"fastgpt": "tab:blue", "compiled": "tab:orange", "strongest": "tab:green"}
+    colours = {"fastgpt": "tab:blue", "compiled": "tab:orange", "pytorch": "tab:green"}
     axes = figure.subplots(len(rows), squeeze=False, height_ratios=heights)[:, 0]
     for (panel, bars), ax in zip(rows.items(), axes, strict=True):
         lengths = [b[key] for _, b in bars]
@@ -284,16 +313,17 @@ def readme_table(path, folder=ROOT):
     stem, rows = Path(os.path.relpath(path, folder)).with_suffix("").as_posix(), []
     for (model, shape, dtype), benchmarks in grouped(result, "step").items():
         by = {b["provider"]: b for b in benchmarks}
-        rates = [cell(by.get(p, {}).get("tokens_per_s"), ",.0f") for p in ("fastgpt", "compiled", "strongest")]
-        ours = by.get("fastgpt", {})
+        ours, compiled, peer = by.get("fastgpt", {}), by.get("compiled", {}), first_of(benchmarks, False)
+        rates = [cell(b.get("tokens_per_s"), ",.0f") for b in (ours, compiled, peer)]
+        rates[2] += f" ({cell(peer.get('provider'))})"
         rows.append([model, f"{shape}, {dtype}", *rates, cell(ours.get("against")), cell(ours.get("mfu"), ".1%")])
-    titles = ["model", "batch", "fastgpt tokens/s", "compiled nanoGPT tokens/s", "strongest tokens/s", "ratio", "MFU"]
+    titles = ["model", "batch", "fastgpt tokens/s", "compiled nanoGPT tokens/s", "strongest peer's", "ratio", "MFU"]
     parts = [
         *warnings(result),
         f"{cell(result['fastgpt']['gpu'])}, {when(result):%Y-%m-%d}, commit {commit(result)}; {versions(result)}. "
         f"Measured by `fastgpt bench`; [every provider, op and column]({stem}.md).",
         table(titles, rows, left=2),
-        f"{BATCH} Strongest: plain PyTorch with every setting that makes it faster. Ratio: compiled nanoGPT's time over fastgpt's, "
+        f"{BATCH} Strongest peer: the fastest that is not fastgpt's. Ratio: compiled nanoGPT's time over fastgpt's, "
         "median (range of rounds): above 1 is faster. MFU: fastgpt's, of the data sheet's peak.",
     ]
     return "\n\n".join(parts + [f"![tokens/s of a training step]({stem}-steps.png)"] * bool(rows))

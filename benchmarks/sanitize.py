@@ -1,10 +1,12 @@
 """Every op once, forward and backward, at small sizes: a sanitizer slows kernels down a hundredfold, and can still watch this to its end.
 
     python -m benchmarks.sanitize                                         a line for each case, and one with the number that ran
+    python -m benchmarks.sanitize --short                                 two cases of each op
     TRITON_INSTRUMENTATION_MODE=consan python -m benchmarks.sanitize      the same under ConSan, Triton's sanitizer
 
 Nothing is compared with PyTorch; `fastgpt verify` does that. An error is what a sanitizer reports. On a GPU cases run in bf16. Without one
-they run through the interpreter in fp16, which tries the list of cases. `benchmarks/on_gpu.sh sanitize` runs this under each sanitizer.
+they run through the interpreter in fp16, which tries the list of cases. `benchmarks/on_gpu.sh sanitize` runs the short list under
+each sanitizer.
 
 ConSan asserts, before each access to shared memory, that no copy or matrix product still uses it. It needs sm_90. Triton 3.6 compiles it
 into all kernels. Triton 3.7 fails where wgmma's operands come from shared memory: on sm_90 in the MLP and in attention.
@@ -34,11 +36,13 @@ CANNOT_COMPILE = "PassManager::run failed"
 ASSERTION = "Buffer being accessed has outstanding"  # the beginning of an assertion of ConSan's in a kernel's code
 
 
-def cases():
-    """(op, what is special, Shape) of each case."""
+def cases(short=False):
+    """(op, what is special, Shape) of each case; `short`: of two for each op."""
     for op in ops.OPS:
         yield op, "whole tiles", WHOLE
         yield op, "partial tiles", PARTIAL
+        if short:
+            continue
         if op in ("embedding", "layer_norm", "attention"):
             yield op, "dropout", replace(PARTIAL, dropout=0.2)
         if op in ("embedding", "layer_norm"):
@@ -53,7 +57,7 @@ def cases():
             yield op, "blocks of a row", replace(PARTIAL, vocab_size=8256)
 
 
-def run_cases(dtype, device):
+def run_cases(dtype, device, short):
     """((op, what is special), the error in which the case ended, or "") of each case.
 
     On a GPU they run from as many threads as there are cores: nearly all of the time is compiling.
@@ -75,7 +79,7 @@ def run_cases(dtype, device):
             return (op, what), str(e) or type(e).__name__
 
     with ThreadPoolExecutor(os.cpu_count() if gpu else 1, initializer=set_allocator if gpu else None) as pool:
-        yield from pool.map(run_case, cases())
+        yield from pool.map(run_case, cases(short))
 
 
 def set_allocator():
@@ -107,9 +111,9 @@ def why_not(mode, gpu):
     return "" if major >= 9 else f"ConSan's assertions need sm_90, and this is sm_{major}{minor}"
 
 
-def sanitize():
-    """Run the cases, under the sanitizer that TRITON_INSTRUMENTATION_MODE names: the exit status. Raises UserError where no kernel can
-    run."""
+def sanitize(short=False):
+    """Run the cases, or the short list, under the sanitizer that TRITON_INSTRUMENTATION_MODE names: the exit status. Raises UserError
+    where no kernel can run."""
     gpu = torch.cuda.is_available()
     mode, checked, left_out = os.environ.get("TRITON_INSTRUMENTATION_MODE", ""), set(), set()
     print(where(gpu)[1])
@@ -119,7 +123,7 @@ def sanitize():
     if mode:
         find_checked(checked)
     said = []
-    for (op, what), error in run_cases(*((torch.bfloat16, "cuda") if gpu else (torch.float16, "cpu"))):
+    for (op, what), error in run_cases(*((torch.bfloat16, "cuda") if gpu else (torch.float16, "cpu")), short):
         if mode and CANNOT_COMPILE in error:
             left_out.add(op)
             said.append("not run: ConSan does not compile")
@@ -139,4 +143,4 @@ def sanitize():
 
 
 if __name__ == "__main__":
-    sys.exit(reported(sanitize))
+    sys.exit(reported(lambda: sanitize("--short" in sys.argv[1:])))

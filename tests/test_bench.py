@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,10 +18,12 @@ import torch
 pytest.importorskip("pytest_benchmark")
 from replay import Recording
 
-from fastgpt import graphs, ops
-from fastgpt.benchmarks import bench_train, compare, harness, machine, profile, roofline
+from fastgpt import graphs, ops, verify
+from fastgpt.benchmarks import bench_train, compare, harness, machine, profile, report, roofline
 from fastgpt.benchmarks.bench_adamw import adamw
-from fastgpt.benchmarks.bench_attention import attention
+from fastgpt.benchmarks.bench_attention import attention, deterministic
+from fastgpt.benchmarks.bench_layer_norm import layer_norm
+from fastgpt.benchmarks.bench_linear_cross_entropy import linear_cross_entropy
 from fastgpt.benchmarks.peers.huggingface import HuggingFaceGPT
 from fastgpt.benchmarks.peers.plain import PlainGPT
 from fastgpt.config import GPTConfig
@@ -69,6 +72,31 @@ ops.gelu_mlp = lambda h, w, b, v, c, **k: F.linear(F.gelu(F.linear(h, w, b), app
     result = json.loads((tmp_path / "a.json").read_text())
     assert {b["extra_info"]["provider"] for b in result["benchmarks"] if b["extra_info"]} == {"eager"}
     assert any("FAILED" in x["why"] and "not equal" in x["why"] for x in result["fastgpt"]["left_out"])
+
+
+def test_a_gradient_that_is_left_unwritten_has_no_time_and_the_report_says_it(tmp_path):
+    """As Inductor's of LayerNorm's weight (pytorch issue 193061): there lies what was written last, and of equal inputs that is right."""
+    plant = """
+import torch
+last = []
+def stale(gradient):
+    last.append(gradient)
+    return last.pop(0) if len(last) > 1 else gradient
+def compile(f, **how):
+    def compiled(x, weight, *rest):
+        if weight.requires_grad: weight.register_hook(stale)
+        return f(x, weight, *rest)
+    return compiled
+torch.compile = compile"""
+    only = "-k", "layer_norm and (eager or inductor) and not add_layer_norm"
+    status, said = suite("bench_layer_norm", tmp_path / "a.json", *only, plant=plant)
+    assert status == 0, said
+    text = report.write(tmp_path / "a.json").read_text()
+    (why,) = re.findall(r"^- (.*): layer_norm \S+ float32 forward inductor, .* train inductor$", text, re.MULTILINE)
+    pattern = r"is not equal at full size: dweight is (\S+) from PyTorch's, of norm (\S+);"
+    distance, norm = map(float, re.match(pattern, why).groups())
+    assert distance == pytest.approx(2 * norm, rel=0.1), "there lies the opposite of the right one"
+    assert why.endswith("Inductor left gradients of LayerNorm's weights unwritten before (pytorch issue 193061)")
 
 
 @pytest.fixture
@@ -181,11 +209,28 @@ def test_arms_share_weights_and_the_optimizer_but_neither_shadows_nor_kernels():
 
 
 class MadeUpEvent:
+    """An event of a GPU that works through its queue beside the host."""
+
+    free = 0.0  # when the queue is empty
+    now, wait = time.perf_counter, time.sleep
+
     def __init__(self, enable_timing):
         self.at = None
 
+    @staticmethod
+    def launch(seconds):
+        MadeUpEvent.free = max(MadeUpEvent.free, MadeUpEvent.now()) + seconds
+
+    @staticmethod
+    def synchronize():
+        MadeUpEvent.wait(max(0.0, MadeUpEvent.free - MadeUpEvent.now()))
+
     def record(self):
-        self.at = time.perf_counter()
+        self.launch(1e-6)  # nothing takes no time
+        self.at = MadeUpEvent.free
+
+    def query(self):
+        return MadeUpEvent.now() >= self.at
 
     def elapsed_time(self, end):
         return (end.at - self.at) * 1e3
@@ -200,9 +245,11 @@ def made_up_gpu(monkeypatch):
     """torch.cuda as the harness asks it, around work of the CPU."""
     properties = types.SimpleNamespace(L2_cache_size=2**16, total_memory=80 * 10**9, multi_processor_count=132)
     answers = dict(get_device_properties=properties, memory_allocated=100, max_memory_allocated=1000, current_stream=0)
-    names = ("synchronize", "reset_peak_memory_stats", "empty_cache", "set_sync_debug_mode", "set_stream")
+    names = ("reset_peak_memory_stats", "empty_cache", "set_sync_debug_mode", "set_stream")
     for name, answer in (answers | dict.fromkeys(names)).items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: MadeUpEvent.launch(cycles / harness.MOST_HZ))
+    monkeypatch.setattr(torch.cuda, "synchronize", MadeUpEvent.synchronize)
     for name, what in (("Event", MadeUpEvent), ("CUDAGraph", MadeUpGraph), ("graph", contextlib.nullcontext)):
         monkeypatch.setattr(torch.cuda, name, what)
     for module in (harness, bench_train, profile):
@@ -220,7 +267,8 @@ def test_ops_are_replayed_from_graphs_and_one_failure_stops_no_other(made_up_gpu
         assert timing.host > 0
     assert "No viable backend" in attention.failed["sdpa-cudnn"].reason
     adamw.measure(adamw.cases[0], {"fused", "foreach"}, rounds=2, seconds=1e-3)
-    assert {t.how for t in adamw.timings.values()} == {"cuda events"}
+    assert {t.how for t in adamw.timings.values()} == {"cuda events, the calls queued"}
+    assert all(t.host > 0 for t in adamw.timings.values())
     found = harness.time_together({"sound": [lambda: 1], "broken": [lambda: 1 / 0]}, rounds=2, seconds=1e-3)
     assert len(found["sound"].seconds) == 2
     assert found["broken"].reason == "ZeroDivisionError: division by zero"
@@ -231,9 +279,34 @@ def test_what_cannot_be_captured_is_issued(made_up_gpu, monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "graph", refuses)
-    found = harness.time_together({"a": [lambda: time.sleep(1e-4)]}, rounds=2, seconds=1e-3)
-    assert found["a"].how == "cuda events"
-    assert found["a"].median >= 1e-4
+    calls = {"a": [lambda: (time.sleep(4e-3), MadeUpEvent.launch(1e-3))]}
+    found = harness.time_together(calls, rounds=2, seconds=1e-3)
+    assert found["a"].how == "cuda events, the calls queued"
+
+
+def test_where_the_host_is_slower_the_gpus_time_counts_and_the_hosts_is_beside_it(made_up_gpu, monkeypatch):
+    """An update takes the host 4 ms and the GPU 1 ms, on a clock that is made up too. A step is as long as its host holds it up."""
+    clock = types.SimpleNamespace(at=0.0)
+    wait = lambda seconds: setattr(clock, "at", clock.at + seconds)  # noqa: E731
+    monkeypatch.setattr(harness, "time", types.SimpleNamespace(perf_counter=lambda: clock.at))
+    for name, f in (("now", lambda: clock.at), ("wait", wait), ("free", 0.0)):
+        monkeypatch.setattr(MadeUpEvent, name, f if name == "free" else staticmethod(f))
+
+    def update():
+        wait(4e-3)
+        MadeUpEvent.launch(1e-3)
+
+    calls = {"update": [update], "waits": [lambda: (update(), torch.cuda.synchronize())]}
+    found = harness.time_together(calls, rounds=3, seconds=4e-3, how="queue")
+    assert found["update"].median == pytest.approx(1e-3, rel=0.01)
+    assert found["update"].host == pytest.approx(4e-3)
+    assert found["update"].how == "cuda events, the calls queued"
+    assert found["waits"].median == pytest.approx(5e-3, rel=0.01)
+    assert found["waits"].how == "cuda events", "it ends the wait by which the others are queued"
+    step = harness.time_together({"step": [update]}, rounds=3, seconds=4e-3, how="events")["step"]
+    assert step.median > 4e-3
+    assert (step.how, step.host) == ("cuda events", None)
+    assert (adamw.how, bench_train.Step.how, attention.how) == ("queue", "events", "graph")
 
 
 @pytest.mark.slow
@@ -270,6 +343,74 @@ def test_an_arm_of_graphs_is_held_equal_among_others(measured, monkeypatch):
     assert "not equal" in measured(graphed=graphed).failed["graphed"].reason
 
 
+# ---- the peers of ops ----
+
+PACKAGES = {
+    layer_norm: {"liger": "liger_kernel", "quack": "quack"},
+    attention: {"flash-attn-2": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn"},
+    linear_cross_entropy: {
+        "liger": "liger_kernel", "liger-tuned": "liger_kernel", "quack": "quack", "quack-tuned": "quack", "quack-whole": "quack",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", PACKAGES, ids=lambda op: op.name)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_peer_that_is_not_here_says_why(monkeypatch, op, gpu):
+    monkeypatch.setattr(harness, "CUDA", gpu)
+    it = op.problem(op.cases[0].shape, torch.float32, "cpu")
+    for name, package in PACKAGES[op].items():
+        monkeypatch.setitem(sys.modules, package, None)  # not installed, whatever is
+        with pytest.raises(harness.NotHere, match=f"{package}.* is not importable" if gpu else "needs a GPU"):
+            op.providers[name](it)
+
+
+def test_pytorchs_own_loss_is_a_peer_in_both_paths(monkeypatch):
+    """The chunked path has the gradients before backward asks for them; the last one sums over all rows at once."""
+    names = {"torch", "torch-chunked", "torch-tuned"}
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        linear_cross_entropy.measure(linear_cross_entropy.cases[1], names, rounds=1, seconds=1e-4)
+        assert set(linear_cross_entropy.timings) == names
+        monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
+    it = linear_cross_entropy.problem(linear_cross_entropy.cases[0].shape, torch.float32, "cpu")
+    for name in names:
+        with pytest.raises(harness.NotHere, match=r"has no F\.linear_cross_entropy; 2\.13 has"):
+            linear_cross_entropy.providers[name](it)
+
+
+def test_a_deterministic_peer_is_so_forward_and_backward_and_alone(made_up_gpu, monkeypatch):
+    seen = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            filled = torch.utils.deterministic.fill_uninitialized_memory
+            seen.append(torch.are_deterministic_algorithms_enabled() and not filled)
+            return dx
+
+    it = attention.problem(attention.cases[0].shape, torch.float32, "cpu")
+    f = deterministic(lambda it: lambda qkv: it.reference(Watched.apply(qkv)))(it)
+    for a, b in zip(*(verify.run(g, it.inputs.values(), it.grads) for g in (f, it.reference)), strict=True):
+        assert torch.equal(a, b)
+    assert seen == [True, True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    names = {"sdpa-flash-deterministic", "sdpa-cudnn-deterministic"}
+    attention.measure(attention.cases[1], names, rounds=1, seconds=1e-4)
+    assert set(attention.timings) == {"sdpa-flash-deterministic"}
+    assert "No viable backend" in attention.failed["sdpa-cudnn-deterministic"].reason
+
+
+def test_the_first_wave_has_the_peer_and_graphs():
+    assert {"compiled", "fastgpt", "fastgpt-graphs"} <= set(bench_train.WAVES[0])
+    assert set(itertools.chain(*bench_train.WAVES)) == set(bench_train.ARMS)
+
+
 # ---- the run ----
 
 
@@ -290,7 +431,7 @@ def test_the_command_writes_a_result_and_says_it(tmp_path):
     for b in result["benchmarks"]:
         info, seconds = b["extra_info"], b["stats"]["median"]
         assert info["of_floor"] == pytest.approx(info["floor_ms"] / 1e3 / seconds)
-        assert f"{info['provider']:22}{seconds * 1e3:11.4f} ms{info['ratio'][0]:7.2f}x" in said
+        assert f"{info['provider']:28}{seconds * 1e3:11.4f} ms{info['ratio'][0]:7.2f}x" in said
     assert result["fastgpt"]["versions"]["torch"] == torch.__version__
     assert result["commit_info"]["id"] == machine.commit()["id"]
 
@@ -299,7 +440,7 @@ def test_the_command_writes_a_result_and_says_it(tmp_path):
 def test_the_step_as_the_command_measures_it(tmp_path):
     result, said, file = command(tmp_path, "--only=step", "--profile")
     arms = {b["extra_info"]["provider"]: b["extra_info"] for b in result["benchmarks"]}
-    assert {"eager", "compiled", "strongest", "fastgpt", "fastgpt-eager"} <= set(arms)
+    assert {"eager", "compiled", "pytorch", "fastgpt", "fastgpt-eager"} <= set(arms)
     for b in result["benchmarks"]:
         info = b["extra_info"]
         assert info["tokens_per_s"] == pytest.approx(8 * 2 * 64 / b["stats"]["median"])
@@ -335,7 +476,7 @@ ops.embedding = embedding"""
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--only=gelu"], "--only=gelu: it is one of step, ops, layer_norm"),
+        (["--only=gelu"], "--only=gelu: it is one of headline, step, ops, layer_norm"),
         (["fast"], "there is no command 'fast'; they are compare, report, count and roofline"),
         (["a.json"], "`fastgpt bench compare` and `fastgpt bench report` take files"),
         (["compare", "a.json"], "give two result files, or none"),
