@@ -256,7 +256,7 @@ def ours(setup, spec, compile_, graphed=False):
     c = setup.config
     module = setup.adopt(lambda: GPT(c))
     inner = torch.compile(module, dynamic=False) if compile_ else module
-    kernels = choose(spec, Shape.of(setup.case.batch_size, c), DTYPE, DEVICE, compile_)
+    kernels = choose(spec, Shape.of(setup.case.batch_size, c), DTYPE, DEVICE, compile_, graphed)
     module.set_kernels(kernels)
     shadows = None
     if dtype := shadow_dtype(kernels, DTYPE):
@@ -268,13 +268,13 @@ def ours(setup, spec, compile_, graphed=False):
 
 @arm("fastgpt")
 def fastgpt(setup):
-    """As train.py runs by default: each op by the fastest implementation that is equal, compiled."""
+    """--runner=compile: each op by the fastest implementation that is equal, compiled."""
     return ours(setup, "auto", True)
 
 
 @arm("fastgpt-eager")
 def fastgpt_eager(setup):
-    """The same without the compiler."""
+    """--runner=eager."""
     return ours(setup, "auto", False)
 
 
@@ -287,7 +287,7 @@ def fastgpt_triton(setup):
 
 @arm("fastgpt-graphs")
 def fastgpt_graphs(setup):
-    """Without the compiler; each micro-step replays a CUDA graph."""
+    """--runner=graphs: each micro-step replays a CUDA graph. By default train.py takes the fastest of this, `fastgpt` and plain PyTorch."""
     needs_gpu("a CUDA graph")
     if setup.case.model != "gpt2":
         raise NotHere("only the smallest model leaves its graphs room beside the other arms")

@@ -313,9 +313,10 @@ def readme_table(path, folder=ROOT):
     stem, rows = Path(os.path.relpath(path, folder)).with_suffix("").as_posix(), []
     for (model, shape, dtype), benchmarks in grouped(result, "step").items():
         by = {b["provider"]: b for b in benchmarks}
-        ours, compiled, peer = by.get("fastgpt", {}), by.get("compiled", {}), first_of(benchmarks, False)
+        ours, compiled, peer = first_of(benchmarks, True), by.get("compiled", {}), first_of(benchmarks, False)
         rates = [cell(b.get("tokens_per_s"), ",.0f") for b in (ours, compiled, peer)]
-        rates[2] += f" ({cell(peer.get('provider'))})"
+        for i, b in ((0, ours), (2, peer)):
+            rates[i] += f" ({cell(b.get('provider'))})"
         rows.append([model, f"{shape}, {dtype}", *rates, cell(ours.get("against")), cell(ours.get("mfu"), ".1%")])
     titles = ["model", "batch", "fastgpt tokens/s", "compiled nanoGPT tokens/s", "strongest peer's", "ratio", "MFU"]
     parts = [
@@ -324,7 +325,8 @@ def readme_table(path, folder=ROOT):
         f"Measured by `fastgpt bench`; [every provider, op and column]({stem}.md).",
         table(titles, rows, left=2),
         f"{BATCH} Strongest peer: the fastest that is not fastgpt's. Ratio: compiled nanoGPT's time over fastgpt's, "
-        "median (range of rounds): above 1 is faster. MFU: fastgpt's, of the data sheet's peak.",
+        "median (range of rounds): above 1 is faster. fastgpt: its fastest runner, which `--runner=auto` takes. MFU: fastgpt's, "
+        "of the data sheet's peak.",
     ]
     return "\n\n".join(parts + [f"![tokens/s of a training step]({stem}-steps.png)"] * bool(rows))
 

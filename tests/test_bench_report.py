@@ -246,7 +246,7 @@ def test_the_readme_block_is_written_in_place_and_again_the_same(tmp_path):
     text = readme.read_text()
     assert text.startswith(f"# before\n{report.BEGIN}\n")
     assert text.endswith(f"\n{report.END}\nafter\n")
-    row = "| gpt2 | B=32 x 4, T=1024, bfloat16 | 1,664,614 | 1,310,720 | 1,481,114 (pytorch) | 1.27x (1.25–1.30) | 54.9% |"
+    row = "| gpt2 | B=32 x 4, T=1024, bfloat16 | 1,664,614 (fastgpt) | 1,310,720 | 1,481,114 (pytorch) | 1.27x (1.25–1.30) | 54.9% |"
     for words in (row, "NVIDIA H200, 2026-07-01, commit abcdef1-dirty", f"](results/h200/{path.stem}-steps.png)"):
         assert words in text, words
     for name in (f"{path.stem}.md", f"{path.stem}-steps.png"):

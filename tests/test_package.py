@@ -97,6 +97,20 @@ assert fastgpt.cli.main(["verify"]) == 2
     subprocess.run([sys.executable, "-c", code], check=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""})
 
 
+def test_a_missing_package_is_named():
+    """Only a missing Triton means PyTorch's operators; what else is missing is not hidden behind that."""
+    for module, hidden in (
+        ("pydantic", "pydantic"),
+        ("fastgpt.ops", "fastgpt.kernels.adamw"),
+        ("fastgpt.ops", "numpy"),
+    ):
+        code = f"import sys; sys.modules[{hidden!r}] = None; import fastgpt.config, {module}, fastgpt.data"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 1
+        last = done.stderr.strip().splitlines()[-1]
+        assert hidden in last or hidden.rpartition(".")[2] in last, last
+
+
 def test_the_kernels_folder_is_installed_under_our_name():
     import fastgpt.kernels
 

@@ -338,6 +338,19 @@ def test_processes_agree_on_one_answer(monkeypatch):
     assert distributed.agree(fails, distributed.World(1, 2, "cpu")) == PLAIN
 
 
+def test_nccl_is_told_its_gpu(monkeypatch):
+    """Else it guesses at the first barrier, and says so on every rank."""
+    asked = []
+    for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed.dist, "is_backend_available", lambda backend: True)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **kwargs: asked.append((args, kwargs)))
+    assert distributed.init("cuda", "nccl") == distributed.World(1, 2, "cuda:1")
+    assert asked == [(("nccl",), {"device_id": torch.device("cuda:1")})]
+
+
 # ---- what a candidate's process does ----
 
 

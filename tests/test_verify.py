@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +68,36 @@ def test_it_fails_with_status_1(monkeypatch, fastgpt):
     assert status == 1
     assert "FAILS: " in out
     assert "comparisons FAIL" in out
+
+
+def test_everything_is_compiled_at_once(monkeypatch):
+    """Backwards too: autograd would run them all on one thread of its own, one after the other."""
+    busy, most, gate = set(), [], threading.Barrier(2, timeout=30)
+
+    def backward(it, inputs, grads):
+        busy.add(threading.get_ident())
+        most.append(torch.autograd.is_multithreading_enabled())
+        gate.wait()  # nobody goes on alone
+
+    monkeypatch.setattr(verify, "run", backward)
+    monkeypatch.setattr(
+        verify, "problem", lambda op, shape, dtype, device: SimpleNamespace(kernel=None, inputs={}, grads=())
+    )
+    monkeypatch.setattr(verify.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(verify, "RECORDS", {"linear": SimpleNamespace(cases=lambda dtype, gpu: [1, 2, 3, 4])})
+    verify.compile_all([torch.float32])
+    assert most == [False] * 4
+    assert len(busy) == 2
+
+
+def test_a_machine_without_triton_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(choose, "is_cuda", lambda device: True)
+    monkeypatch.setattr(ops, "triton", None)
+    assert choose.choose("auto", SMALL, torch.float32, "cuda", False) == ops.TORCH
+    assert (
+        capsys.readouterr().out
+        == "--kernels=auto: PyTorch's operators, since Triton is not installed; pip install triton\n"
+    )
 
 
 def test_nan_and_another_dtype_never_hold():
