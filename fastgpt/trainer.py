@@ -52,6 +52,8 @@ def train(cfg: TrainConfig, given: Collection[str] = frozenset()) -> None:
         reason = str(e).splitlines()[0]
         if run and run.sequences > cfg.batch_size and "micro_batch" not in given and world.size == 1:
             raise Again(reason, f"--micro_batch={cfg.batch_size}", *resumed(run)) from None
+        if run and run.asked is None and run.runner.graphs and world.size == 1:  # a graph keeps its memory
+            raise Again(reason, "--runner=eager", *resumed(run)) from None
         memory = torch.cuda.get_device_properties(world.device).total_memory if world.device.startswith("cuda") else 0
         cfg, config = (run.cfg, run.model.config) if run else (cfg, cfg.gpt_config(50304))
         graphed, sequences = (run.runner.graphs, run.sequences) if run else (False, cfg.batch_size)
@@ -83,9 +85,7 @@ class Run:
         self.cfg = cfg = checkpoints.keep_shape(saved, cfg, given) if saved else cfg
         self.asked = runner.asked(cfg, given)
         self.micro_steps = distributed.share(cfg.gradient_accumulation_steps, world)  # nanoGPT's, in an iteration
-        self.tokens = (
-            cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-        )  # in an iteration, over all processes
+        self.tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size  # of all processes' iteration
         self.saved: Path | None = None
         print(f"tokens per iteration will be: {self.tokens:,}")
         self.wandb = import_wandb() if cfg.wandb_log else None

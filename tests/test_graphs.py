@@ -53,8 +53,8 @@ class Batches:
 
 
 def train(
-    graphed, kernels="torch", accumulation=2, steps=4, dropout=0.0, recompute="none", shadows=False, dtype=torch.float32
-):
+    graphed, kernels="torch", accumulation=2, steps=4, dropout=0.0, recompute="none", shadows=False, dtype=torch.float32, scaled=False,
+):  # fmt: skip
     """(losses, gradient norms, weights at the end) of a few steps, the learning rate another each time; and what was said."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(8, 31, n_layer=1, n_head=1, n_embd=16, dropout=dropout, bias=True)).to(DEVICE)
@@ -63,7 +63,7 @@ def train(
     optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), DEVICE)
     if shadows:
         Shadows(model, dtype)
-    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**6, growth_factor=2.0**20, growth_interval=2, enabled=scaled)
     autocast = torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32)
     said, found = [], []
     settings = scaler, accumulation, autocast
@@ -95,8 +95,9 @@ def assert_same(a, b):
         (3, dict(dropout=0.2)),
         (1, dict(kernels="triton", recompute="block")),
         (2, dict(kernels="triton", dropout=0.2, dtype=torch.float16, shadows=True)),
+        (2, dict(dtype=torch.float16, scaled=True, steps=8)),
     ],
-    ids=["torch", "dropout", "triton recomputing", "triton dropout shadows"],
+    ids=["torch", "dropout", "triton recomputing", "triton dropout shadows", "a loss scale that falls and rises"],
 )
 def test_training_with_graphs_is_training_without(made_up, how, accumulation):
     plain, _ = train(False, accumulation=accumulation, **how)
@@ -104,8 +105,8 @@ def test_training_with_graphs_is_training_without(made_up, how, accumulation):
     assert_same(graphed, plain)
     assert said == ["CUDA graphs: from here on a micro-step is one replay"]
     assert len(made_up) == min(accumulation, 2), "one that begins the gradients, one that adds to them"
-    # Of four iterations two ran without; each micro-step since was one replay.
-    assert sum(r.replays for r in made_up) == 2 * accumulation
+    # Two iterations ran without; each micro-step since was one replay.
+    assert sum(r.replays for r in made_up) == (how.get("steps", 4) - 2) * accumulation
 
 
 @on_cpu

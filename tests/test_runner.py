@@ -234,6 +234,31 @@ def test_every_runner_trains_as_eager_does(made_up, dataset, fastgpt):
             assert losses(name) == pytest.approx(losses("eager"), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dropout=0.2", "--gradient_accumulation_steps=1"], ["--doc_mask=True", "--micro_batch=8"],
+        ["--recompute=block", "--gradient_accumulation_steps=3"], ["--recompute=gelu", "--eval_seed=3", "--bias=True", "--grad_clip=0"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_whatever_a_run_does_graphs_give_eagers_bits(made_up, dataset, fastgpt, flags, monkeypatch):
+    """Evaluated, saved and resumed half-way too."""
+    monkeypatch.setattr("fastgpt.tokenizer.separator", lambda meta: 3)
+    for name in ("eager", "graphs"):
+        made_up(graphs=1.0, plain=2.0, compile=2.0)
+        own = [f"--out_dir={name}", *(["--runner=eager"] if name == "eager" else [])]
+        for half in (["--max_iters=4"], ["--max_iters=8", "--init_from=resume"]):
+            status, out, err = fastgpt("train", "--dataset=letters", *AUTO, *flags, *own, *half)
+            assert status == 0, err
+            assert ("one replay" in out) == (name == "graphs")
+    assert losses("graphs") == losses("eager")
+    saved = [torch.load(f"{name}/ckpt.pt", weights_only=True) for name in ("eager", "graphs")]
+    assert saved[0]["best_val_loss"] == saved[1]["best_val_loss"]
+    for name, weight in saved[0]["model"].items():
+        assert torch.equal(saved[1]["model"][name], weight), name
+
+
 def test_plain_pytorch_keeps_the_update_that_was_chosen(monkeypatch):
     chosen = replace(ops.all_triton(), rows=(("adamw", "a row"),))
     asked = []
@@ -315,6 +340,8 @@ def test_memory_that_a_default_took_is_given_back(made_up, dataset, fastgpt, exe
 
     monkeypatch.setattr("fastgpt.trainer.train_step", full)
     assert begun_again(fastgpt, executed)[-1] == "--micro_batch=4"
+    executed.clear()
+    assert begun_again(fastgpt, executed, "--micro_batch=4")[-1] == "--runner=eager", "graphs keep their memory"
 
 
 def test_processes_agree_on_one_answer(monkeypatch):
