@@ -231,7 +231,7 @@ def pretend_gpu():
 
     for place in (torch.cuda, CudaInterface, CudaInterface.Worker):
         place.get_device_properties = staticmethod(always(H200))
-    torch.cuda.current_device = always(None)  # as the index of a CPU tensor's device: no launcher has to change it
+    torch.cuda.current_device = always(-1)  # as the index of a CPU tensor's device: no launcher has to change it
     _triton.has_triton = always(True)
     # Inductor measures whether to pad a product, on a GPU alone. The copies for an odd vocabulary are therefore not counted.
     torch._inductor.config.shape_padding = False
@@ -322,7 +322,17 @@ def inductor(found):
 
 
 def scheduled(graph, inputs, direction):
-    """The Launches of an aten graph: Inductor's passes and schedule, with the graph's tensors on CUDA."""
+    """The Launches of an aten graph, as Inductor schedules it."""
+    with lowered(graph, inputs, direction == "backward") as lowering:
+        lowering.init_wrapper_code()
+        lowering._update_scheduler()
+        fake = lowering.fake_mode
+        return [launch for node in lowering.scheduler.nodes for launch in node_launches(node, direction, fake)]
+
+
+@contextlib.contextmanager
+def lowered(graph, inputs, is_backward):
+    """Inductor's GraphLowering of an aten graph after its passes, with the graph's tensors on CUDA."""
     from torch._dynamo.utils import detect_fake_mode
     from torch._inductor.compile_fx import _recursive_record_original_output_strides
     from torch._inductor.debug import DebugContext
@@ -348,15 +358,12 @@ def scheduled(graph, inputs, direction):
     _recursive_record_original_output_strides(graph)
     with V.set_fake_mode(fake), torch.no_grad():
         post_grad_passes(graph, is_inference=False)
-        backward = direction == "backward"
         lowering = GraphLowering(
-            graph, example_inputs=inputs, shape_env=ShapeEnv(), is_inference=False, is_backward=backward
+            graph, example_inputs=inputs, shape_env=ShapeEnv(), is_inference=False, is_backward=is_backward
         )
         with V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
             lowering.run(*inputs)
-            lowering.init_wrapper_code()
-            lowering._update_scheduler()
-            return [launch for node in lowering.scheduler.nodes for launch in node_launches(node, direction, fake)]
+            yield lowering
 
 
 def node_launches(node, direction, fake):

@@ -70,7 +70,7 @@ class Kernels:
 
     def row(self, op: str) -> str:
         """The text of an op's launch configuration; "" means the table's row."""
-        return dict(self.rows).get(op, "")
+        return dict(self.rows).get(op, "") if self.rows else ""
 
 
 OPS = tuple(f.name for f in fields(Kernels) if f.name != "rows")

@@ -50,8 +50,8 @@ class AdamW(torch.optim.AdamW):
             names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
             shadows = [getattr(p, "shadow", None) for p in params]
             groups.append({**group, **dict(zip(names, tensors, strict=True)), "shadows": shadows})
-        order = {p: i for i, p in enumerate(self.in_order)}
-        params = sorted((p for group in groups for p in group["params"]), key=lambda p: order.get(p, len(order)))
+        order = {id(p): i for i, p in enumerate(self.in_order)}  # a tensor's own hash is slow
+        params = sorted((p for group in groups for p in group["params"]), key=lambda p: order.get(id(p), len(order)))
         grads = [p.grad for p in params]
         # torch.amp.GradScaler sets these two on a fused optimizer, which must then unscale and skip.
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)

@@ -13,6 +13,7 @@ clip_grad_norm_, fused AdamW and a copy of the shadows move 4 + 8, 28 and 6.
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.common import can_run, launch, on_device
+from fastgpt.kernels.common import can_run, cdiv, launch
 
 # The columns of the table, int64; a row for each tensor: its number of elements, the index of its first chunk, and addresses.
 COLUMNS = ("numel", "first", "grad", "p", "exp_avg", "exp_avg_sq", "step", "shadow")
@@ -162,35 +163,39 @@ def lists(group: dict[str, Any]) -> dict[str, list[Any]]:
 @functools.lru_cache(maxsize=4)
 def chunks_of(sizes: tuple[int, ...], chunk: int, device: torch.device) -> tuple[list[int], Tensor]:
     """(number of chunks of each tensor, index of each chunk's tensor on the device) for tensors of `sizes` elements."""
-    counts = [triton.cdiv(n, chunk) for n in sizes]
+    counts = [cdiv(n, chunk) for n in sizes]
     rows = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(counts))
     return counts, rows.to(device)
 
 
-def table_of(groups: list[dict[str, Any]], counts: list[int], device: torch.device) -> tuple[Tensor, bool]:
-    """(the table, copied to the device without a wait; whether all addresses are multiples of 16 bytes and all sizes of 16)."""
-    rows, first, aligned = [], 0, True
-    for group in groups:
-        for tensors in zip(*lists(group).values(), strict=True):
-            addresses = [0 if t is None else t.data_ptr() for t in tensors]
-            n = tensors[0].numel()
-            *vectors, _, shadow = addresses
-            aligned &= n % 16 == 0 and not any(a % 16 for a in (*vectors, shadow))
-            rows.append([n, first, *addresses])
-            first += counts[len(rows) - 1]
+def table_of(
+    groups: list[dict[str, Any]], sizes: tuple[int, ...], counts: list[int], device: torch.device
+) -> tuple[Tensor, bool]:
+    """(the table on the device; whether all addresses are multiples of 16 bytes and all sizes of 16)."""
+    columns = zip(*(lists(group).values() for group in groups), strict=True)  # of each, a list from every group
+    *vectors, steps, shadows = (
+        [0 if t is None else t.data_ptr() for t in itertools.chain(*column)] for column in columns
+    )
+    first = [0, *itertools.accumulate(counts[:-1])]
+    aligned = not any(n % 16 for n in itertools.chain(sizes, *vectors, shadows))
+    return copied((*zip(sizes, first, *vectors, steps, shadows, strict=True),), device), aligned
+
+
+@functools.lru_cache(maxsize=2)
+def copied(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """The table with these rows on the device, copied without a wait. Tensors that stay where they are have one table for all updates."""
     table = torch.tensor(rows, dtype=torch.int64)
-    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True), aligned
+    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
 
 
-@on_device
 def update(
     grad: Tensor, groups: list[dict[str, Any]], max_norm: float | None, found_inf: Tensor | None, row: str
 ) -> Tensor | None:
-    """See `adamw`. grad is one of the gradients: `on_device` reads its device."""
+    """See `adamw`. grad is one of the gradients."""
     config, device = configs.adamw(row), grad.device
     sizes = tuple(p.numel() for group in groups for p in group["params"])
     counts, rows = chunks_of(sizes, config.chunk, device)
-    table, aligned = table_of(groups, counts, device)
+    table, aligned = table_of(groups, sizes, counts, device)
     norm = scale = None
     constants = dict(CHUNK=config.chunk, BLOCK=config.block, ALIGNED=aligned, num_warps=config.warps)
     if max_norm is not None:
@@ -234,20 +239,25 @@ def takes(p: Tensor, groups: list[dict[str, Any]]) -> bool:
 
     They must be dense, fp32, on one device, and of their parameter's shape; a group's shadows must have one dtype.
     """
+    device = p.device
 
-    def fits(t, p, dtype, shape):
-        return t.dtype == dtype and t.shape == shape and t.is_contiguous() and t.device == p.device
+    def fit(tensors, shapes, dtype=torch.float32):
+        return all(
+            t.dtype == dtype and t.shape == shape and t.is_contiguous() and t.device == device
+            for t, shape in zip(tensors, shapes, strict=True)
+        )
 
     if not can_run(p):
         return False
     for group in groups:
-        shadow_dtype = next((t.dtype for t in group["shadows"] if t is not None), None)
-        for *tensors, step, shadow in zip(*lists(group).values(), strict=True):
-            whole = all(fits(t, p, torch.float32, tensors[1].shape) for t in tensors)
-            if not (whole and fits(step, p, torch.float32, ())):
-                return False
-            if shadow is not None and not fits(shadow, p, shadow_dtype, tensors[1].shape):
-                return False
+        shapes = [t.shape for t in group["params"]]
+        *vectors, steps, shadows = lists(group).values()
+        if not (all(fit(tensors, shapes) for tensors in vectors) and fit(steps, [()] * len(steps))):
+            return False
+        shadowed = [i for i, t in enumerate(shadows) if t is not None]
+        dtype = shadows[shadowed[0]].dtype if shadowed else None
+        if not fit([shadows[i] for i in shadowed], [shapes[i] for i in shadowed], dtype):
+            return False
     return True
 
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from fastgpt.kernels import configs
 from fastgpt.kernels.common import (
     can_run,
+    cdiv,
     check_seed,
     compute_dtype,
     forbid_double_backward,
@@ -44,6 +45,7 @@ from fastgpt.kernels.common import (
     kernel_op,
     launch,
     like,
+    next_power_of_2,
     precision,
 )
 
@@ -414,7 +416,7 @@ def attention_forward(
     config = configs.attention(qkv.device, qkv.dtype, D, row)
     if out.numel():
         launch(
-            _attention_forward, (triton.cdiv(T, config.block_m) * B * n_head,),
+            _attention_forward, (cdiv(T, config.block_m) * B * n_head,),
             qkv, doc_ids, seed, out, lse, T, n_head, *qkv.stride(), *_strides(doc_ids), LOG2E / math.sqrt(D), p, kept_scale(p),
             D=D, BD=_padded(D), BM=config.block_m, BN=config.block_n, DOC_MASK=doc_ids is not None, DROPOUT=p > 0,
             PRECISION=precision(qkv.dtype), num_warps=config.warps, num_stages=configs.pipeline(qkv.device, config.stages),
@@ -437,11 +439,11 @@ def attention_backward(
         inner = (gated and config.gated_inner) or config.inner
         rows = config.delta_rows
         launch(
-            _attention_delta, (triton.cdiv(T, rows) * B * n_head,),
+            _attention_delta, (cdiv(T, rows) * B * n_head,),
             out, dout, delta, T, n_head, *dout.stride(), D=D, BD=_padded(D), BM=rows,
         )  # fmt: skip
         launch(
-            _attention_backward, (triton.cdiv(T, config.outer) * B * n_head,),
+            _attention_backward, (cdiv(T, config.outer) * B * n_head,),
             qkv, dout, doc_ids, seed, lse, delta, dqkv, T, n_head, *qkv.stride(), *dout.stride(), *_strides(doc_ids),
             LOG2E / math.sqrt(D), 1 / math.sqrt(D), p, kept_scale(p),
             D=D, BD=_padded(D), OUTER=config.outer, INNER=inner, DOC_MASK=doc_ids is not None, DROPOUT=p > 0,
@@ -454,13 +456,13 @@ def dropout_mask(B: int, n_head: int, T: int, dropout_p: float, seed: Tensor) ->
     """The mask of `attention`'s dropout, bool [B, n_head, T, T]; True: the element is kept. seed: as for `attention`."""
     mask = torch.empty((B, n_head, T, T), dtype=torch.bool, device=seed.device)
     if mask.numel():
-        block = min(1024, triton.next_power_of_2(T))
+        block = min(1024, next_power_of_2(T))
         launch(_attention_mask, (T, B * n_head), seed, mask, T, n_head, dropout_p, BLOCK=block)
     return mask
 
 
 def _padded(head_size):
-    return max(16, triton.next_power_of_2(head_size))  # tl.dot needs a power of two, at least 16
+    return max(16, next_power_of_2(head_size))  # tl.dot needs a power of two, at least 16
 
 
 def _strides(doc_ids):

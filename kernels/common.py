@@ -8,6 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import Parameter
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastgpt.kernels import configs
 
 INTERPRETED = triton.knobs.runtime.interpret  # read once: later changes of it have no effect
 if INTERPRETED:
@@ -15,6 +19,7 @@ if INTERPRETED:
 
     interpreter.mend()
 
+RUNTIME, COMPILATION = triton.knobs.runtime, triton.knobs.compilation
 
 LIBRARY = torch.library.Library("fastgpt", "FRAGMENT")  # torch.ops.fastgpt
 
@@ -28,15 +33,15 @@ def kernel_op(*writes: str) -> Callable[[Callable], Any]:
     """
 
     def register(launcher):
-        name, launch = launcher.__name__, on_device(launcher)
+        name = launcher.__name__
         LIBRARY.define(name + torch.library.infer_schema(launcher, mutates_args=writes))
-        LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, launcher, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastgpt::{name}", lambda *args, **kwargs: None, lib=LIBRARY)
         opaque = getattr(torch.ops.fastgpt, name).default
 
         @functools.wraps(launcher)
         def call(*args):
-            return opaque(*args) if torch.compiler.is_compiling() else launch(*args)
+            return opaque(*args) if torch.compiler.is_compiling() else launcher(*args)
 
         call.opaque = opaque
         return call
@@ -64,26 +69,75 @@ def forbid_double_backward(name: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def on_device(launcher: Callable) -> Callable:
-    """The launcher, run on its first argument's GPU. Triton itself launches on the current GPU."""
-
-    @functools.wraps(launcher)
-    def launch(x, *args):
-        if x.is_cuda and x.device.index != torch.cuda.current_device():
-            with torch.cuda.device(x.device):
-                return launcher(x, *args)
-        return launcher(x, *args)
-
-    return launch
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a Triton kernel on a grid of programs. `options`: its constants, num_warps, num_stages.
+    """Launch a Triton kernel on a grid of programs, on its arguments' GPU. `options`: its constants, num_warps, num_stages.
 
     A multiplication and an addition become one FMA. This is said here because Triton 3.10 is to switch it off by default: LayerNorm's
     forward then has 12% more instructions.
+
+    At each launch Triton finds out anew which compiled kernel it needs: 10 to 18 us of host time. Here a launch takes the compiled kernel
+    of an earlier one with the same key, which holds all that Triton may compile for.
     """
-    kernel[grid](*args, enable_fp_fusion=True, **options)
+    if INTERPRETED:
+        kernel[grid](*args, **options)
+        return
+    likeness, tensor = _likeness(args)
+    device = tensor.get_device()
+    if tensor.is_cuda and device != torch.cuda.current_device():  # Triton launches on the current GPU
+        with torch.cuda.device(device):
+            launch(kernel, grid, *args, **options)
+        return
+    launched = kernel.__dict__.setdefault("launched", {})
+    key = None if likeness is None or _observed(kernel) else (device, kernel.hash, *options.items(), *likeness)
+    if key is not None and key in launched:
+        compiled, constants = launched[key]
+        x, y, z = (*grid, 1, 1)[:3]
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants)
+        return
+    compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
+    if key is not None and compiled is not None:
+        constants = [options[name] for name in kernel.arg_names[len(args) :]]
+        launched[key] = compiled, constants  # held: from 3.8 on Triton unloads a kernel that nothing holds
+
+
+def _likeness(args):
+    """(what Triton may compile for of a kernel's arguments, one of the tensors).
+
+    These are the dtypes, a descriptor's block, and the ints: Triton asks whether they are 1 or multiples of 16, and how many bits they
+    need. It also asks whether pointers are multiples of 16. If one is not, or an argument is of another type, None.
+    """
+    likeness, pointers, tensor = [], 0, None
+    for x in args:
+        kind = type(x)
+        if kind is int or x is None:
+            likeness.append(x)
+        elif kind is Tensor or kind is Parameter:
+            tensor = x
+            pointers |= x.data_ptr()
+            likeness.append(x.dtype)
+        elif kind is float:
+            likeness.append(kind)
+        elif kind is TensorDescriptor:
+            tensor = x.base
+            likeness += tensor.dtype, *x.block_shape
+        else:
+            tensor = x if isinstance(x, Tensor) else tensor
+            pointers = 1
+    return None if pointers % 16 else likeness, tensor
+
+
+def _observed(kernel):
+    """Whether a hook, a profiler or a mode of debugging wants to see a launch, or compile for it."""
+    enter, leave = RUNTIME.launch_enter_hook, RUNTIME.launch_exit_hook  # chains of hooks: `calls`
+    return (
+        RUNTIME.debug
+        or COMPILATION.instrumentation_mode
+        or getattr(RUNTIME, "add_stages_inspection_hook", None)  # Triton 3.6 has none
+        or getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or kernel.pre_run_hooks
+    )
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -97,7 +151,7 @@ def can_run(x: Tensor) -> bool:
 @torch.compiler.assume_constant_result  # torch.compile then does not trace it
 def _device_can_run(kind, index):
     if kind == "cuda":
-        return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 0)
+        return torch.version.hip is None and configs.architecture(torch.device(kind, index)) >= 80
     return kind == "cpu" and INTERPRETED
 
 
@@ -114,8 +168,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def cdiv(n: int, step: int) -> int:
+    """n / step, rounded up. (Triton's own costs a host 2 us, here and below.)"""
+    return -(-n // step)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def rows(x: Tensor) -> Tensor:
     """x [..., C] as [B, T, C], for kernels that take three strides. Copies only if x has more dimensions and no such view."""
+    if x.dim() == 3:
+        return x
     return x[(None,) * (3 - x.dim())] if x.dim() <= 3 else x.reshape(-1, *x.shape[-2:])
 
 
@@ -142,7 +208,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An uninitialised, contiguous tensor of x's shape."""
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:

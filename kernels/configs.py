@@ -194,6 +194,7 @@ ATTENTION = {
 }
 
 
+@functools.cache
 def architecture(device: torch.device) -> int:
     """The architecture of a device: 90 for sm_90; 0 for the CPU."""
     if device.type != "cuda":
@@ -202,6 +203,7 @@ def architecture(device: torch.device) -> int:
     return major * 10 + minor
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """The number of SMs of a GPU. For the CPU 2^16: every tile then has its own program."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2**16

@@ -27,6 +27,7 @@ from fastgpt.kernels import configs
 from fastgpt.kernels.accumulate import is_owned
 from fastgpt.kernels.common import (
     can_run,
+    cdiv,
     check_dtype,
     check_seed,
     dropout_keep_mask,
@@ -34,6 +35,7 @@ from fastgpt.kernels.common import (
     kept_scale,
     kernel_op,
     launch,
+    next_power_of_2,
 )
 
 
@@ -190,7 +192,7 @@ def embedding_forward(
         launch(
             _embed_forward, (B * T,),
             idx, wte, wpe, seed, x, T, V, C, *idx.stride(), *wte.stride(), *wpe.stride(), p, kept_scale(p),
-            BLOCK=min(config.block, triton.next_power_of_2(C)), DROPOUT=p > 0, num_warps=config.forward_warps,
+            BLOCK=min(config.block, next_power_of_2(C)), DROPOUT=p > 0, num_warps=config.forward_warps,
         )  # fmt: skip
 
 
@@ -203,20 +205,18 @@ def embedding_backward(
     config = configs.embedding(row)
     if dwpe.size(0) > T:
         dwpe[T:].zero_()
-    block = min(config.block, triton.next_power_of_2(C))
+    block = min(config.block, next_power_of_2(C))
     rows = max(1, config.backward_tile // block)
-    blocks = triton.cdiv(C, block)
+    blocks = cdiv(C, block)
     if T:
         launch(
             _embed_backward_wpe, (T, blocks),
             dx, seed, dwpe, B, T, C, *dx.stride(), p, kept_scale(p),
-            ROWS=min(rows, triton.next_power_of_2(max(B, 1))), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,
+            ROWS=min(rows, next_power_of_2(max(B, 1))), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,
         )  # fmt: skip
     if B * T:
         keys = torch.empty(B * T, dtype=torch.int32, device=dx.device)
-        launch(
-            _embed_keys, (triton.cdiv(B * T, config.block),), idx, keys, B * T, T, V, *idx.stride(), BLOCK=config.block
-        )
+        launch(_embed_keys, (cdiv(B * T, config.block),), idx, keys, B * T, T, V, *idx.stride(), BLOCK=config.block)
         ids, places = torch.sort(keys, stable=True)
         launch(
             _embed_backward_wte, (B * T, blocks),

@@ -34,6 +34,7 @@ from fastgpt.kernels.accumulate import weight_gradient
 from fastgpt.kernels.common import (
     can_run,
     cast,
+    cdiv,
     compute_dtype,
     forbid_double_backward,
     kernel_op,
@@ -179,19 +180,26 @@ def _config(row, *matrices):
     return configs.gelu_mlp(matrices[0].device, matrices[0].dtype, aligned, row)
 
 
+def _descriptor(t, block):
+    """TensorDescriptor.from_tensor(t, block) without its checks, which take 3 us: `_config` has seen to the alignment."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides, descriptor.block_shape = t, t.shape, t.stride(), block
+    return descriptor
+
+
 def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
     """Launch the kernel. `pre`, `post` and `dpre` are dense [M, N], or None if they are not needed."""
     M, K = a.shape
     if not M:
         return
     stride_bn, stride_bk = b.stride()[:: -1 if backward else 1]
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
     programs = min(tiles, config.programs_per_sm * configs.multiprocessors(a.device))
     out_block = [config.block_m, config.block_n]
     b_block = [config.block_k, config.block_n] if backward else [config.block_n, config.block_k]
     blocks = [[config.block_m, config.block_k], b_block, out_block, out_block, out_block]
     operands = [
-        TensorDescriptor.from_tensor(t, block) if config.tma and t is not None else t
+        _descriptor(t, block) if config.tma and t is not None else t
         for t, block in zip((a, b, pre, post, dpre), blocks, strict=True)
     ]
     launch(
@@ -230,7 +238,7 @@ def gelu_mlp_backward(
     config = _config(row, dy2, w_proj, pre)
     dpre = like(pre, pre.dtype)
     recomputed = like(pre, pre.dtype) if post is None else None
-    tiles = triton.cdiv(M, config.block_m)
+    tiles = cdiv(M, config.block_m)
     partial = None if db_fc is None else torch.empty((tiles, F), dtype=torch.float32, device=h.device)
     _launch_gemm(dy2, w_proj, F, pre, recomputed, dpre, None, partial, config, backward=True)
     if db_fc is not None:

@@ -40,6 +40,7 @@ from fastgpt.kernels.common import (
     kernel_op,
     launch,
     like,
+    next_power_of_2,
     rows,
 )
 
@@ -179,7 +180,7 @@ def layer_norm_forward(
         launch(
             _norm_forward, (M,),
             x3, b3, weight, bias, seed, stream, h, stats, M, x3.size(1), *strides, eps, p, kept_scale(p),
-            N=N, BLOCK=triton.next_power_of_2(N), HAS_BRANCH=branch is not None, HAS_BIAS=bias is not None,
+            N=N, BLOCK=next_power_of_2(N), HAS_BRANCH=branch is not None, HAS_BIAS=bias is not None,
             DROPOUT=p > 0, num_warps=configs.layer_norm(N, row).forward_warps,
         )  # fmt: skip
 
@@ -201,7 +202,7 @@ def layer_norm_backward(
             _norm_backward, (programs,),
             h3, d3, s3, stats, weight, seed, dx, dbranch, partial,
             M, h3.size(1), *strides, p, kept_scale(p),
-            N=N, BLOCK=triton.next_power_of_2(N), HAS_DSTREAM=dstream is not None, HAS_BRANCH=dbranch is not None,
+            N=N, BLOCK=next_power_of_2(N), HAS_DSTREAM=dstream is not None, HAS_BRANCH=dbranch is not None,
             DROPOUT=p > 0, num_warps=configs.layer_norm(N, row).backward_warps,
         )  # fmt: skip
     torch.sum(partial[: len(sums)], 1, out=sums)
@@ -243,8 +244,8 @@ class _AddLayerNorm(torch.autograd.Function):
         dbranch = None if same or ctx.branch_dtype is None else like(stream, ctx.branch_dtype)
         sums = torch.empty((1 + ctx.has_bias, stream.size(-1)), dtype=torch.float32, device=stream.device)
         layer_norm_backward(dh, dstream, stream, stats, weight, ctx.p, seed, ctx.row, dx, dbranch, sums)
-        dweight, *dbias = sums.to(weight.dtype)
-        return dx, dx if same else dbranch, dweight, dbias[0] if ctx.has_bias else None, *(None,) * 6
+        sums = sums.to(weight.dtype)
+        return dx, dx if same else dbranch, sums[0], sums[1] if ctx.has_bias else None, *(None,) * 6
 
 
 def takes(x: Tensor, branch: Tensor | None = None) -> bool:
@@ -272,7 +273,8 @@ def add_layer_norm(
     With `last` nobody reads the stream, and None is returned for it. Dropout needs a seed, an int64 tensor of one element. row: as for
     `layer_norm`. Raises ValueError for shapes that do not match.
     """
-    if x.dim() < 1 or any(t is not None and t.shape != x.shape[-1:] for t in (weight, bias)):
+    width = x.shape[-1:]
+    if not width or weight.shape != width or (bias is not None and bias.shape != width):
         shapes = [None if t is None else tuple(t.shape) for t in (weight, bias)]
         raise ValueError(f"layer_norm: weight and bias of {shapes[0]} and {shapes[1]} for x of {tuple(x.shape)}")
     if branch is None:

@@ -26,6 +26,7 @@ from fastgpt.kernels.accumulate import mark_owned
 from fastgpt.kernels.common import (
     can_run,
     cast,
+    cdiv,
     compute_dtype,
     forbid_double_backward,
     kernel_op,
@@ -33,6 +34,7 @@ from fastgpt.kernels.common import (
     like,
     mm,
     needs_grad,
+    next_power_of_2,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -128,7 +130,7 @@ def _loss_scale(
 def chunk_rows(M: int, V: int, itemsize: int, memory: int, config: configs.LossConfig) -> int:
     """Rows of a chunk: its logits take at most a share of the device's memory; min_chunk rows at least; all chunks about equal."""
     most = max(config.min_chunk, int(memory * config.memory_share) // (V * itemsize))
-    return triton.cdiv(M, triton.cdiv(M, most)) if M else 1
+    return cdiv(M, cdiv(M, most)) if M else 1
 
 
 @kernel_op("loss", "share", "dh", "dweight")
@@ -148,10 +150,10 @@ def linear_cross_entropy_forward(
     chunk = chunk_rows(M, V, h.element_size(), memory, config)
     losses = torch.empty(M, dtype=torch.float32, device=device)
     # Rows of the logits begin at multiples of 128 bytes for any V: loads and GEMMs are then aligned.
-    room = triton.cdiv(V, 64) * 64
+    room = cdiv(V, 64) * 64
     buffer = torch.empty((chunk, room), dtype=h.dtype, device=device)
     # At most one thread for each logit of a block: a second thread would read a logit while the first overwrites it.
-    block = min(config.block, triton.next_power_of_2(V))
+    block = min(config.block, next_power_of_2(V))
     if dweight is not None and not M:
         dweight.zero_()
     for start in range(0, M, chunk):
@@ -180,7 +182,7 @@ def linear_cross_entropy_backward(
     block = configs.linear_cross_entropy(row).scale_block
     for x, out in ((dh, dh_out), (dweight, dweight_out)):
         if x.numel():
-            launch(_loss_scale, (triton.cdiv(x.numel(), block),), x, dloss, share, out, x.numel(), BLOCK=block)
+            launch(_loss_scale, (cdiv(x.numel(), block),), x, dloss, share, out, x.numel(), BLOCK=block)
 
 
 # ---- the public op ----

@@ -11,6 +11,7 @@ import torch
 from conftest import TINY, command, in_two_processes, losses
 from kernel_case import DEVICE
 from replay import Recording
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import graphs, runner
 from fastgpt.graphs import CaptureEnded
@@ -131,6 +132,39 @@ def test_the_made_up_graph_replays_and_does_not_run(made_up, monkeypatch):
     assert y.tolist() == [1.0, 1.0, 1.0]
     with pytest.raises(RuntimeError, match="waits"):
         Recording().record(lambda: float(x.sum()))
+
+
+@on_cpu
+def test_a_micro_step_under_graphs_is_one_replay_on_the_host(made_up, monkeypatch):
+    """The host copies the two inputs and replays: it calls neither the model nor autograd, and no kernel."""
+    model = GPT(GPTConfig(8, 31, n_layer=1, n_head=1, n_embd=16))
+    model.set_kernels("triton")
+    runs, calls = [], []
+    scaler, autocast = torch.amp.GradScaler("cuda", enabled=False), nullcontext()
+
+    def run(x, y):
+        runs.append("micro_step")
+        return micro_step(model, x, y, scaler, 2, autocast)
+
+    graphed, batches = graphs.Graphs(run, model.parameters(), lambda line: None), Batches()
+    for _ in range(graphs.WARM_UP + 1):
+        for i in range(2):
+            graphed(*batches.get(), fresh=i == 0)
+        model.zero_grad(set_to_none=True)
+    runs.clear()
+    for name, (_, loss) in dict(graphed.captured).items():
+        graphed.captured[name] = lambda: calls.append("replay"), loss
+
+    class Dispatched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Dispatched():
+        for i in range(2):
+            graphed(*batches.get(), fresh=i == 0)
+    assert calls == 2 * ["copy_", "copy_", "replay"]
+    assert runs == []
 
 
 @on_cpu
