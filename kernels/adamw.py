@@ -193,6 +193,10 @@ def update(
 ) -> Tensor | None:
     """See `adamw`. grad is one of the gradients."""
     config, device = configs.adamw(row), grad.device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "adamw: a CUDA graph cannot hold it; it reads addresses on the host, and keeps a few tables only"
+        )
     sizes = tuple(p.numel() for group in groups for p in group["params"])
     counts, rows = chunks_of(sizes, config.chunk, device)
     table, aligned = table_of(groups, sizes, counts, device)
