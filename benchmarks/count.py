@@ -36,13 +36,16 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from fastgpt import ops
 from fastgpt.benchmarks.peers.plain import PlainGPT
+from fastgpt.benchmarks.roofline import step_parts
 from fastgpt.config import RESIDUAL, Residual, StepShape, UserError
+from fastgpt.metrics import PEAKS
 from fastgpt.model import GPT
 from fastgpt.parse import parse
-from fastgpt.records import RECORDS
+from fastgpt.records import RECORDS, Shape
 from fastgpt.shadows import Shadows
 
 ARMS = ("eager", "compiled", "fastgpt", "fastgpt-eager")
+PREDICTED = ("A100", "RTX 4090", "H100", "H200", "B200")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # pydantic has a deprecated method `json`, which nobody calls here
@@ -54,6 +57,22 @@ with warnings.catch_warnings():
         residual: Residual = Field("fp32", description="dtype of the residual stream in fastgpt's arms: fp32 or bf16")
         by_kernel: bool = Field(False, description="a row for each kernel instead of for each op")
         json: bool = Field(False, description="print JSON instead of the tables")
+        predict: bool = Field(
+            False, description="what a micro-step would take on each GPU at the next four flags' rates"
+        )
+        gemm_share: float = Field(
+            0.8, gt=0, le=1, description="of a data sheet's FLOP/s, which large products reach: 788 of an H200's 989"
+        )
+        attention_share: float = Field(
+            0.27,
+            gt=0,
+            le=1,
+            description="the same of attention: cuDNN's 288 forward and about 240 backward on an H100, at 1024 tokens and heads of 64",
+        )
+        memory_share: float = Field(
+            0.85, gt=0, le=1, description="of a data sheet's bytes/s, which a streaming kernel reaches"
+        )
+        launch_us: float = Field(1.5, ge=0, description="microseconds on the GPU from one kernel to the next")
 
 
 # What aten operators are for. Of a fused kernel's operators the first match in this order names it.
@@ -482,6 +501,46 @@ def show(found, arms):
             print(f"  {r['op']:22}{r['direction']:10}{r['launches']:9,}{gb}  {r.get('kernel', '')[:100]}".rstrip())
 
 
+def predicted(found, cfg, arm, gpu):
+    """{what: milliseconds} of an arm's micro-step on a GPU of metrics.PEAKS, at a CountConfig's rates.
+
+    Each launch outside GEMMs and attention is bound by memory; nothing overlaps. fastgpt's attention computes seven products backward,
+    the others' five.
+    """
+    config = cfg.gpt_config()
+    parts = [p for p in step_parts(Shape.of(cfg.batch_size, config), config.n_layer) if p.direction != "update"]
+    flops, bandwidth = PEAKS[gpu]
+    attention = {
+        d: sum(p.times * p.flops for p in parts if (p.op, p.direction) == ("attention", d))
+        for d in ("forward", "backward")
+    }
+    gemms = sum(p.times * p.flops for p in parts) - sum(attention.values())
+    products = 7 / 5 if arm.startswith("fastgpt") else 1
+    return {
+        "GEMMs": gemms / (cfg.gemm_share * flops) * 1e3,
+        "attention": (attention["forward"] + products * attention["backward"]) / (cfg.attention_share * flops) * 1e3,
+        "memory": found[arm]["non_gemm_bytes"] / (cfg.memory_share * bandwidth) * 1e3,
+        "launches": found[arm]["launches"] * cfg.launch_us / 1e3,
+    }
+
+
+def show_predicted(found, cfg):
+    """Print the table of `predicted`, with each arm's time and the first one's over it."""
+    print(
+        f"\n{'GPU':10}{'arm':16}{'GEMMs ms':>10}{'attention':>11}{'memory':>9}{'launches':>10}{'sum ms':>9}{'ratio':>7}"
+    )
+    for gpu in PREDICTED:
+        first = None
+        for arm in cfg.arms.split(","):
+            ms = predicted(found, cfg, arm, gpu)
+            total = sum(ms.values())
+            first = first or total
+            cells = "".join(
+                f"{x:{w}.2f}" for x, w in zip((*ms.values(), total, first / total), (10, 11, 9, 10, 9, 7), strict=True)
+            )
+            print(f"{gpu:10}{arm:16}{cells}")
+
+
 def main(argv):
     """The command; its exit status."""
     cfg, _ = parse(CountConfig, argv, "fastgpt bench count")
@@ -492,6 +551,8 @@ def main(argv):
         print(json.dumps(found, indent=1))
     else:
         show(found, cfg.arms.split(","))
+        if cfg.predict:
+            show_predicted(found, cfg)
     return 0
 
 

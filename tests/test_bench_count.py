@@ -140,6 +140,27 @@ def test_an_added_pass_over_the_stream_shows(counted):
     assert slow["fastgpt"]["non_gemm_bytes"] > clean["fastgpt"]["non_gemm_bytes"] + stream
 
 
+def test_the_prediction_is_the_counts_at_the_rates_given(capsys):
+    """By hand for GPT-2 on an H100 at its data sheet's rates: 989 TFLOP/s, 3.35 TB/s."""
+    cfg = count.CountConfig(arms="compiled,fastgpt", gemm_share=1, attention_share=1, memory_share=1, launch_us=2)
+    counts = dict(launches=100, non_gemm_bytes=3.35e9)
+    found = {"compiled": counts, "fastgpt": counts}
+    ms = count.predicted(found, cfg, "compiled", "H100")
+    tokens, pair = 32 * 1024, 2 * 1024 * 768 * 12
+    assert ms["attention"] == pytest.approx(tokens * (2 + 5) / 2 * pair / 989e12 * 1e3, rel=0.01)
+    assert ms["GEMMs"] == pytest.approx(tokens * 6 * (12 * 12 * 768**2 + 50304 * 768) / 989e12 * 1e3, rel=0.01)
+    assert (ms["memory"], ms["launches"]) == (pytest.approx(1.0), pytest.approx(0.2))
+    seven = count.predicted(found, cfg, "fastgpt", "H100")["attention"]
+    assert seven == pytest.approx(ms["attention"] * (2 + 7) / (2 + 5))
+    count.show_predicted(found, cfg)
+    lines = capsys.readouterr().out.splitlines()
+    assert [tuple(line.split()[-8:-6]) for line in lines if line.startswith("H100")] == [
+        ("H100", "compiled"),
+        ("H100", "fastgpt"),
+    ]
+    assert len(lines) == 2 + 2 * len(count.PREDICTED)
+
+
 def test_the_tables_name_every_arm_and_kernel_and_a_wrong_arm_is_refused(counted, capsys):
     count.show(counted["fp32"], count.ARMS)
     said = capsys.readouterr().out
