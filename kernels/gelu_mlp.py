@@ -107,6 +107,7 @@ def _mlp_gemm(
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     BACKWARD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -116,7 +117,9 @@ def _mlp_gemm(
 ):
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     # Persistent: a program computes every num_programs-th tile. Tiles are in groups of GROUP tile rows, which share b in L2.
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
+    ):
         group = tile // (GROUP * tiles_n)
         height = tl.minimum(tiles_m - group * GROUP, GROUP)
         tile_m = group * GROUP + tile % (GROUP * tiles_n) % height
@@ -180,7 +183,7 @@ def _config(row, *matrices):
 
 
 def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
-    """Launch the kernel. `pre`, `post` and `dpre` are dense [M, N], or None if they are not needed."""
+    """Launch the kernel as a GemmConfig says. `pre`, `post` and `dpre` are dense [M, N], or None if they are not needed."""
     M, K = a.shape
     if not M:
         return
@@ -197,10 +200,12 @@ def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
     launch(
         _mlp_gemm, (programs,),
         *operands, bias, partial, M, N, K, *a.stride(), stride_bn, stride_bk,
-        BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TMA=config.tma, FLATTEN=config.flatten,
-        PRECISION=precision(a.dtype), BACKWARD=backward, HAS_BIAS=(partial if backward else bias) is not None,
+        BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TMA=config.tma,
+        FLATTEN=config.flatten, WARP_SPECIALIZE=configs.warp_specialize(a.device, config), PRECISION=precision(a.dtype),
+        BACKWARD=backward, HAS_BIAS=(partial if backward else bias) is not None,
         KEEP_PRE=pre is not None, KEEP_POST=post is not None, DTYPE=getattr(tl, str(a.dtype).removeprefix("torch.")),
-        num_warps=config.warps, num_stages=config.stages if config.tma else configs.pipeline(a.device, config.stages),
+        num_warps=config.warps, maxnreg=config.registers,
+        num_stages=config.stages if config.tma else configs.pipeline(a.device, config.stages),
     )  # fmt: skip
 
 
@@ -212,7 +217,8 @@ def gelu_mlp_forward(
     """Compute y [..., C] from h [..., C]; write pre and post [M, F] unless they are None. The weights have h's dtype."""
     h2, F = h.reshape(-1, h.size(-1)), w_fc.size(0)
     activation = torch.empty((h2.size(0), F), dtype=h.dtype, device=h.device) if post is None else post
-    _launch_gemm(h2, w_fc, F, pre, activation, None, b_fc, None, _config(row, h2, w_fc, activation), backward=False)
+    config = _config(row, h2, w_fc, activation).forward
+    _launch_gemm(h2, w_fc, F, pre, activation, None, b_fc, None, config, backward=False)
     project(activation, w_proj, b_proj, y.view(h2.shape))
 
 
@@ -227,7 +233,7 @@ def gelu_mlp_backward(
     """
     dy2, h2 = dy.reshape(-1, dy.size(-1)).to(h.dtype), h.reshape(-1, h.size(-1))
     M, F = pre.shape
-    config = _config(row, dy2, w_proj, pre)
+    config = _config(row, dy2, w_proj, pre).backward
     dpre = like(pre, pre.dtype)
     recomputed = like(pre, pre.dtype) if post is None else None
     tiles = triton.cdiv(M, config.block_m)

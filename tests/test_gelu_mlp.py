@@ -62,10 +62,20 @@ def test_lengths(T, dtype):
 @pytest.mark.parametrize("tma", [False, True])
 def test_descriptors_and_pointers(tma, dtype):
     """On the pointers' path too where TMA would be taken; and through descriptors in the interpreter."""
-    row = replace(configs.gelu_mlp(torch.device(DEVICE), dtype, True), tma=tma).text
+    shipped = configs.gelu_mlp(torch.device(DEVICE), dtype, True)
+    row = replace(shipped, forward=replace(shipped.forward, tma=tma), backward=replace(shipped.backward, tma=tma)).text
     check((2, 35), 48, dtype, row=row)
     check((2, 35), 48, dtype, recompute=True, row=row)
     check((1, 5), 12, dtype, row=row)  # rows that do not begin on 16 bytes: a descriptor cannot describe them
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_backward_by_rows_of_their_own(dtype):
+    shipped = configs.gelu_mlp(torch.device(DEVICE), dtype, True)
+    small, wide = (replace(shipped.forward, block_m=m, block_n=n, group=1) for m, n in ((16, 64), (32, 32)))
+    for row in (configs.MLPConfig(small, wide), configs.MLPConfig(wide, small)):
+        check((1, 70), 40, dtype, row=row.text)
+        check((1, 70), 40, dtype, recompute=True, row=row.text)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
