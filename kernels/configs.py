@@ -176,7 +176,7 @@ GELU_MLP = {
     (0, 2): both(32, 64, 32, warps=4, stages=1),
     (0, 4): both(32, 64, 32, warps=4, stages=1),
 }
-UNALIGNED = both(64, 64, 32, warps=4, stages=3)  # rows read element by element: no TMA, more registers
+UNALIGNED = both(64, 64, 32, warps=8, stages=3)  # rows read element by element: no TMA, more registers
 
 
 @dataclass(frozen=True)
