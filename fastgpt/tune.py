@@ -11,7 +11,7 @@ import contextlib
 import functools
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -209,6 +209,12 @@ def libraries(shape: Shape, n_layer: int, dtype: torch.dtype, device: str, measu
 
 
 def difference(row: Any, shipped: Any) -> str:
-    """The fields in which a row differs from the shipped one, as text."""
-    values = ((f.name, getattr(row, f.name), getattr(shipped, f.name)) for f in fields(row))
-    return " ".join(f"{name}={value}" for name, value, other in values if value != other)
+    """The fields in which a row differs from the shipped one, as text. A field of a field is named with a dot."""
+    parts = []
+    for f in fields(row):
+        value, other = getattr(row, f.name), getattr(shipped, f.name)
+        if is_dataclass(value):
+            parts += [f"{f.name}.{part}" for part in difference(value, other).split()]
+        elif value != other:
+            parts.append(f"{f.name}={value}")
+    return " ".join(parts)

@@ -113,8 +113,8 @@ ADAMW = AdamWConfig()
 
 
 @dataclass(frozen=True)
-class MLPConfig(Config):
-    """gelu_mlp's two Triton GEMMs: the output tile, the step along K, and how a program runs."""
+class GemmConfig(Config):
+    """A Triton GEMM: the output tile, the step along K, and how a program runs."""
 
     block_m: int
     block_n: int
@@ -123,28 +123,60 @@ class MLPConfig(Config):
     stages: int
     tma: bool = False
     flatten: bool = False  # pipeline across tiles: the next tile's loads begin in this tile's epilogue
+    warp_specialize: bool = False  # loads, products and epilogue have warps of their own; on sm_100 alone
     programs_per_sm: int = 1
     group: int = 8  # rows of tiles that share a column of weights in L2
 
     def __post_init__(self):
         super().__post_init__()
-        if self.block_m * self.block_n > 128 * 32 * self.warps:
+        held = self.block_m * self.block_n  # fp32 sums, which may take half of a thread's and of an SM's registers
+        if held > 128 * 32 * self.warps or held * self.programs_per_sm > 32768:
             raise ValueError(
-                f"MLPConfig: a thread cannot hold its share of {self.block_m} x {self.block_n} in registers"
+                f"GemmConfig: {self.programs_per_sm} programs cannot hold {self.block_m} x {self.block_n} sums in registers"
             )
+
+    @property
+    def registers(self) -> int | None:
+        """The most registers a thread may have for programs_per_sm programs to fit on an SM. None: the compiler's choice."""
+        return 65536 // (32 * self.warps * self.programs_per_sm) if self.programs_per_sm > 1 else None
+
+
+@dataclass(frozen=True)
+class MLPConfig(Config):
+    """gelu_mlp's two Triton GEMMs, h w_fc^T and dy w_proj. Their epilogues differ, and so do the tiles that fit."""
+
+    forward: GemmConfig
+    backward: GemmConfig
+
+    def __post_init__(self):
+        for name in ("forward", "backward"):
+            if isinstance(half := getattr(self, name), dict):  # a row read from JSON
+                object.__setattr__(self, name, GemmConfig(**half))
+        super().__post_init__()
+
+
+def both(*args: Any, **others: Any) -> MLPConfig:
+    """The MLPConfig whose two GEMMs run alike."""
+    gemm = GemmConfig(*args, **others)
+    return MLPConfig(gemm, gemm)
 
 
 # By (lowest architecture, bytes of an element), newest first. 0 is the interpreter, whose tests have few rows.
 GELU_MLP = {
-    (120, 2): MLPConfig(128, 128, 32, warps=8, stages=3, tma=True),
-    (100, 2): MLPConfig(128, 128, 64, warps=8, stages=3, tma=True),
-    (90, 2): MLPConfig(128, 128, 64, warps=8, stages=3, tma=True, flatten=True),
-    (80, 2): MLPConfig(128, 128, 32, warps=8, stages=3),
-    (80, 4): MLPConfig(64, 64, 32, warps=4, stages=3),
-    (0, 2): MLPConfig(32, 64, 32, warps=4, stages=1),
-    (0, 4): MLPConfig(32, 64, 32, warps=4, stages=1),
+    (120, 2): both(128, 128, 32, warps=8, stages=3, tma=True),
+    (100, 2): both(128, 128, 64, warps=8, stages=3, tma=True),
+    # 128 x 256 reads three quarters of what 128 x 128 reads from L2. Flattened, the backward's 3 stages would not fit beside its tiles of
+    # pre and dpre; with 2 stages no load is under way when a step waits for its own.
+    (90, 2): MLPConfig(
+        forward=GemmConfig(128, 256, 64, warps=8, stages=3, tma=True, flatten=True),
+        backward=GemmConfig(128, 256, 64, warps=8, stages=3, tma=True),
+    ),
+    (80, 2): both(128, 128, 32, warps=8, stages=3),
+    (80, 4): both(64, 64, 32, warps=4, stages=3),
+    (0, 2): both(32, 64, 32, warps=4, stages=1),
+    (0, 4): both(32, 64, 32, warps=4, stages=1),
 }
-UNALIGNED = MLPConfig(64, 64, 32, warps=4, stages=3)  # rows read element by element: no TMA, more registers
+UNALIGNED = both(64, 64, 32, warps=8, stages=3)  # rows read element by element: no TMA, more registers
 
 
 @dataclass(frozen=True)
@@ -219,6 +251,11 @@ def pipeline(device: torch.device, stages: int) -> int:
     return stages if FENCED or architecture(device) not in (90, 100, 103) else 1
 
 
+def warp_specialize(device: torch.device, config: GemmConfig) -> bool:
+    """Whether a GEMM's warps specialize. On sm_90 Triton ignores it, or the accumulators spill; on sm_120 they spill."""
+    return config.warp_specialize and architecture(device) in (100, 103)
+
+
 # Each function returns the table's row for its arguments; or, if `row` is given, the row with that text (such as `fastgpt tune` found).
 
 
@@ -267,14 +304,30 @@ def adamw(row: str = "") -> AdamWConfig:
     return AdamWConfig.of(row) if row else ADAMW
 
 
-# What `fastgpt tune` tries, grid by grid. The fields outside a grid keep the best values so far. Forward and backward share few fields.
-GRIDS: dict[type, tuple[dict[str, tuple[Any, ...]], ...]] = {
-    MLPConfig: (
-        dict(block_m=(64, 128, 256), block_n=(64, 128, 256), warps=(4, 8), stages=(2, 3)),  # the largest fit with 2
-        dict(block_k=(32, 64, 128), stages=(2, 3, 4)),
-        dict(flatten=(False, True), programs_per_sm=(1, 2)),
-        dict(group=(4, 8, 16)),
+def combined(**values: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
+    """Every combination of some fields' values, as changes of a GemmConfig."""
+    return tuple(dict(zip(values, of, strict=True)) for of in itertools.product(*values.values()))
+
+
+# How a tile and a way to hide its epilogue go together: one large tile whose end overlaps with the next one's loads, or two small ones.
+GEMM_GRIDS = (
+    tuple(
+        dict(block_m=m, block_n=n, warps=warps, **way)
+        for m, n, warps in ((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (64, 256, 4), (64, 128, 4))
+        for way in (
+            dict(stages=3, flatten=True, programs_per_sm=1),
+            dict(stages=3, flatten=False, programs_per_sm=1),
+            dict(stages=2, flatten=False, programs_per_sm=2),
+        )
     ),
+    combined(block_k=(32, 64, 128), stages=(2, 3, 4), flatten=(False, True)),
+    combined(warp_specialize=(False, True), group=(4, 8, 16)),
+)
+
+# What `fastgpt tune` tries, grid by grid. The fields outside a grid keep the best values so far. Forward and backward share few fields.
+# A dict among the values is a set of changes of what the field holds.
+GRIDS: dict[type, tuple[dict[str, tuple[Any, ...]], ...]] = {
+    MLPConfig: tuple({half: changes} for half in ("forward", "backward") for changes in GEMM_GRIDS),
     AttentionConfig: (
         dict(block_m=(64, 128), block_n=(32, 64, 128), warps=(4, 8)),
         dict(stages=(1, 2, 3, 4)),
@@ -305,7 +358,11 @@ def neighbours(row: Any, grid: dict[str, tuple[Any, ...]]) -> list[Any]:
     rows = []
     for values in itertools.product(*grid.values()):
         try:
-            rows.append(replace(row, **dict(zip(grid, values, strict=True))))
+            changes = {
+                name: replace(getattr(row, name), **value) if isinstance(value, dict) else value
+                for name, value in zip(grid, values, strict=True)
+            }
+            rows.append(replace(row, **changes))
         except ValueError:  # some combinations are not valid
             continue
     return rows

@@ -11,8 +11,8 @@ Shapes: h [..., C], which has M rows; w_fc [F, C]; w_proj [C, F]; biases [F], [C
     dw_fc = dpre^T h;  db_fc = the sum over rows of dpre;  dw_proj = dy^T post;  db_proj = the sum of dy
 
 The two GEMMs next to the activation, h w_fc^T and dy w_proj, are one Triton kernel with two epilogues. The first epilogue writes pre and
-post. The second reads pre, writes dpre (and post, if that was not saved), and sums the columns of its tile for db_fc; torch.sum adds up
-these sums. The other four GEMMs have nothing to fuse: cuBLAS computes them.
+post. The second reads pre, writes dpre (and post, if that was not saved), and sums the columns of its tile of dpre, as rounded, in fp32 for
+db_fc; torch.sum adds up these sums. The other four GEMMs have nothing to fuse: cuBLAS computes them.
 
 GELU(x) = max(x, 0) - |x| PHI(|x|), where PHI(t) = P[X < -t] = 2^poly(t) for a normal X. log2 PHI is smooth: a polynomial of degree 7 gives
 PHI with a relative error of 5e-6, including the tail. docs/fit_gelu.py fits it. It shows that over all fp16 and bf16 inputs this GELU is
@@ -87,6 +87,15 @@ def gelu_derivative(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def widened(z):
+    """z in fp32. If bf16 is widened by its bits, what rounded z is compiled to packed conversions; otherwise, from sm_90 on, to scalar
+    ones, which share a unit with exponentials."""
+    if z.dtype == tl.bfloat16:
+        return (z.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return z.to(tl.float32)
+
+
+@triton.jit
 def _mlp_gemm(
     a,  # [M, K] in: h; dy if BACKWARD. a, b, pre, post, dpre: pointers, or descriptors if TMA
     b,  # in: w_fc [N, K]; w_proj [K, N] if BACKWARD
@@ -108,6 +117,7 @@ def _mlp_gemm(
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     BACKWARD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -117,7 +127,9 @@ def _mlp_gemm(
 ):
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     # Persistent: a program computes every num_programs-th tile. Tiles are in groups of GROUP tile rows, which share b in L2.
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
+    ):
         group = tile // (GROUP * tiles_n)
         height = tl.minimum(tiles_m - group * GROUP, GROUP)
         tile_m = group * GROUP + tile % (GROUP * tiles_n) % height
@@ -140,33 +152,41 @@ def _mlp_gemm(
         if BACKWARD:
             z = pre.load([m0, n0]) if TMA else tl.load(pre + out, mask, other=0.0)
             z = z.to(tl.float32)
+            if KEEP_POST:  # as a pair with acc it has acc's layout: what it shares with the derivative is computed once
+                value, acc = tl.split(tl.join(gelu(z, tl.float32 == DTYPE), acc))
+                value = value.to(DTYPE)
+            dz = (acc * gelu_derivative(z, tl.float32 == DTYPE)).to(DTYPE)
             if KEEP_POST:
-                value = gelu(z, tl.float32 == DTYPE).to(DTYPE)
                 if TMA:
                     post.store([m0, n0], value)
                 else:
                     tl.store(post + out, value, mask)
-            acc *= gelu_derivative(z, tl.float32 == DTYPE)
             if TMA:
-                dpre.store([m0, n0], acc.to(DTYPE))
+                dpre.store([m0, n0], dz)
             else:
-                tl.store(dpre + out, acc.to(DTYPE), mask)
-            if HAS_BIAS:  # rows beyond M are zero in acc
-                tl.store(partial_ptr + tile_m.to(tl.int64) * N + rn, tl.sum(acc, 0), rn < N)
+                tl.store(dpre + out, dz, mask)
+            if HAS_BIAS:  # rows beyond M are zero in dz
+                sums_ptrs = partial_ptr + tile_m.to(tl.int64) * N + rn
+                if WARP_SPECIALIZE:  # the compiler allows no second product
+                    tl.store(sums_ptrs, tl.sum(dz.to(tl.float32), 0), rn < N)
+                else:  # a product with a row of ones: a third of the instructions of tl.sum, which shuffles every element three times
+                    first = (tl.arange(0, 16) == 0)[:, None]
+                    sums = tl.dot(tl.broadcast_to(first, (16, BM)).to(DTYPE), dz, input_precision="ieee")
+                    tl.store(tl.broadcast_to(sums_ptrs[None, :], (16, BN)), sums, first & (rn < N)[None, :])
         else:
             if HAS_BIAS:
                 acc += tl.load(bias_ptr + rn, rn < N, other=0.0).to(tl.float32)[None, :]
             z = acc.to(DTYPE)
-            value = gelu(z.to(tl.float32), tl.float32 == DTYPE).to(DTYPE)
-            if TMA:
-                post.store([m0, n0], value)
-            else:
-                tl.store(post + out, value, mask)
-            if KEEP_PRE:
+            if KEEP_PRE:  # before GELU, which computes while TMA reads the tile that this writes to shared memory
                 if TMA:
                     pre.store([m0, n0], z)
                 else:
                     tl.store(pre + out, z, mask)
+            value = gelu(widened(z), tl.float32 == DTYPE).to(DTYPE)
+            if TMA:
+                post.store([m0, n0], value)
+            else:
+                tl.store(post + out, value, mask)
 
 
 # ---- launchers ----
@@ -188,7 +208,7 @@ def _descriptor(t, block):
 
 
 def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
-    """Launch the kernel. `pre`, `post` and `dpre` are dense [M, N], or None if they are not needed."""
+    """Launch the kernel as a GemmConfig says. `pre`, `post` and `dpre` are dense [M, N], or None if they are not needed."""
     M, K = a.shape
     if not M:
         return
@@ -205,10 +225,12 @@ def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
     launch(
         _mlp_gemm, (programs,),
         *operands, bias, partial, M, N, K, *a.stride(), stride_bn, stride_bk,
-        BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TMA=config.tma, FLATTEN=config.flatten,
-        PRECISION=precision(a.dtype), BACKWARD=backward, HAS_BIAS=(partial if backward else bias) is not None,
+        BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TMA=config.tma,
+        FLATTEN=config.flatten, WARP_SPECIALIZE=configs.warp_specialize(a.device, config), PRECISION=precision(a.dtype),
+        BACKWARD=backward, HAS_BIAS=(partial if backward else bias) is not None,
         KEEP_PRE=pre is not None, KEEP_POST=post is not None, DTYPE=getattr(tl, str(a.dtype).removeprefix("torch.")),
-        num_warps=config.warps, num_stages=config.stages if config.tma else configs.pipeline(a.device, config.stages),
+        num_warps=config.warps, maxnreg=config.registers,
+        num_stages=config.stages if config.tma else configs.pipeline(a.device, config.stages),
     )  # fmt: skip
 
 
@@ -220,7 +242,8 @@ def gelu_mlp_forward(
     """Compute y [..., C] from h [..., C]; write pre and post [M, F] unless they are None. The weights have h's dtype."""
     h2, F = h.reshape(-1, h.size(-1)), w_fc.size(0)
     activation = torch.empty((h2.size(0), F), dtype=h.dtype, device=h.device) if post is None else post
-    _launch_gemm(h2, w_fc, F, pre, activation, None, b_fc, None, _config(row, h2, w_fc, activation), backward=False)
+    config = _config(row, h2, w_fc, activation).forward
+    _launch_gemm(h2, w_fc, F, pre, activation, None, b_fc, None, config, backward=False)
     project(activation, w_proj, b_proj, y.view(h2.shape))
 
 
@@ -235,7 +258,7 @@ def gelu_mlp_backward(
     """
     dy2, h2 = dy.reshape(-1, dy.size(-1)).to(h.dtype), h.reshape(-1, h.size(-1))
     M, F = pre.shape
-    config = _config(row, dy2, w_proj, pre)
+    config = _config(row, dy2, w_proj, pre).backward
     dpre = like(pre, pre.dtype)
     recomputed = like(pre, pre.dtype) if post is None else None
     tiles = cdiv(M, config.block_m)

@@ -24,6 +24,7 @@ from ptx.launch import Gpu
 from ptx.parse import UnknownPTX
 
 from fastgpt import kernels
+from fastgpt.kernels import configs
 from fastgpt.records import Shape, problem
 from fastgpt.verify import run
 
@@ -33,7 +34,6 @@ ARCHITECTURES = (80, 90, 100)
 T, C, V, D = 1024, 768, 50304, 64
 ROWS = 2 * T
 MULTIPROCESSORS = 132
-MLP_TILES = 6  # of 384, that two programs of so many have
 
 
 def pairs(T):
@@ -41,7 +41,15 @@ def pairs(T):
     return T * (T + 1) // 2
 
 
-CASES = {  # name: (op, shape, blocks of each launch that run, {kernel: (unit, how many units those blocks are)})
+def mlp_elements(half):
+    """Of the tiles that a launch's first two programs compute, on the architecture that is emulated."""
+    config = getattr(configs.gelu_mlp(torch.device("cpu"), torch.bfloat16, True), half)
+    tiles = ROWS // config.block_m * (4 * C // config.block_n)
+    programs = min(tiles, config.programs_per_sm * MULTIPROCESSORS)
+    return sum(len(range(first, tiles, programs)) for first in range(2)) * config.block_m * config.block_n
+
+
+CASES = {  # name: (op, shape, blocks of each launch that run, {kernel: (unit, how many units those blocks are, or what gives it)})
     "layer_norm": ("layer_norm", Shape(2, T, C, 12, 65), None, dict(
         norm_forward=("element", ROWS * C), norm_backward=("element", ROWS * C))),
     "layer_norm, bf16 stream": ("layer_norm", Shape(2, T, C, 12, 65, narrow_residual=True), None, dict(
@@ -56,7 +64,8 @@ CASES = {  # name: (op, shape, blocks of each launch that run, {kernel: (unit, h
     "attention, dropout": ("attention", Shape(1, T // 2, C, 12, 65, dropout=0.1), T // 256, dict(
         attention_forward=("pair", pairs(T // 2)), attention_backward=("pair", pairs(T // 2)))),
     "gelu_mlp": ("gelu_mlp", Shape(2, T, C, 12, 65), 2, {
-        "mlp_gemm forward": ("element", MLP_TILES * 128 * 128), "mlp_gemm backward": ("element", MLP_TILES * 128 * 128)}),
+        "mlp_gemm forward": ("element", lambda: mlp_elements("forward")),
+        "mlp_gemm backward": ("element", lambda: mlp_elements("backward"))}),
     "linear_cross_entropy": ("linear_cross_entropy", Shape(1, 4, C, 12, V), 4, dict(
         loss_rows=("logit", 4 * V), loss_scale=("element", 3072))),
     # The bias has one element more than the width: 16 divides the elements of both tensors, as of all of a GPT-2.
@@ -129,6 +138,7 @@ def rows(architecture, only=()):
             it.targets.clamp_(min=0)  # none is ignored: a row of zeros is another kind of work
         with Gpu(architecture, multiprocessors=MULTIPROCESSORS, blocks=blocks, counting=True, keep=True) as gpu:
             run(it.kernel, it.inputs.values(), it.grads)
+            units = {kernel: (unit, n() if callable(n) else n) for kernel, (unit, n) in units.items()}
         first = {}
         for machine in gpu.machines:
             first.setdefault(machine.label, machine)

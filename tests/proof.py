@@ -160,7 +160,7 @@ CASES = {  # op: {name: (shape, variation or None)}
         "partial": (S(2, 67, 48, 3, 101), None),
         "whole": (S(1, 256, 64, 4, 64), None),
         "tiles": (S(1, 130, 96, 4, 64), None),  # more than there are programs: each has several
-        "pipeline": (S(1, 64, 192, 4, 64), None),  # as many steps along K as there are stages; three tiles a program
+        "pipeline": (S(1, 130, 192, 4, 64), None),  # as many steps along K as there are stages; three tiles a program
         "one token": (S(1, 1, 64, 2, 65), None),
         "no bias": (S(1, 40, 64, 2, 65, bias=False), None),
         "many rows": (S(1, 2100, 9, 1, 17), None),  # several groups of tiles, and more tiles than a step of the sums over them

@@ -14,7 +14,7 @@ import triton.language as tl
 from kernel_case import DEVICE, DTYPES, HALVES, VIEWS, far, hold, randn, run_as, same_bits
 
 from fastgpt.kernels import configs
-from fastgpt.kernels.gelu_mlp import gelu, gelu_derivative, gelu_mlp
+from fastgpt.kernels.gelu_mlp import gelu, gelu_derivative, gelu_mlp, widened
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -62,10 +62,20 @@ def test_lengths(T, dtype):
 @pytest.mark.parametrize("tma", [False, True])
 def test_descriptors_and_pointers(tma, dtype):
     """On the pointers' path too where TMA would be taken; and through descriptors in the interpreter."""
-    row = replace(configs.gelu_mlp(torch.device(DEVICE), dtype, True), tma=tma).text
+    shipped = configs.gelu_mlp(torch.device(DEVICE), dtype, True)
+    row = replace(shipped, forward=replace(shipped.forward, tma=tma), backward=replace(shipped.backward, tma=tma)).text
     check((2, 35), 48, dtype, row=row)
     check((2, 35), 48, dtype, recompute=True, row=row)
     check((1, 5), 12, dtype, row=row)  # rows that do not begin on 16 bytes: a descriptor cannot describe them
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_backward_by_rows_of_their_own(dtype):
+    shipped = configs.gelu_mlp(torch.device(DEVICE), dtype, True)
+    small, wide = (replace(shipped.forward, block_m=m, block_n=n, group=1) for m, n in ((16, 64), (32, 32)))
+    for row in (configs.MLPConfig(small, wide), configs.MLPConfig(wide, small)):
+        check((1, 70), 40, dtype, row=row.text)
+        check((1, 70), 40, dtype, recompute=True, row=row.text)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -135,6 +145,26 @@ def test_what_is_refused():
         gelu_mlp(randn(2, 16), randn(64, 16), None, randn(64, 16), None)
     with pytest.raises(ValueError, match="w_proj"):
         gelu_mlp(randn(2, 16), randn(64, 16), randn(16), randn(16, 64), None)
+
+
+@triton.jit
+def _widened_of(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, widened(tl.load(x_ptr + i)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_widened_are_the_bits_of_a_conversion(dtype):
+    """Every number of 16 bits: nan with its payload, both zeros, subnormal ones."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).to(DEVICE)
+    x = x.view(dtype) if dtype in HALVES else x.view(torch.float16).to(dtype)
+    y = torch.full(x.shape, float("nan"), device=DEVICE)
+    _widened_of[(64,)](x, y, BLOCK=1024)
+    sound = (
+        ~x.isnan() if dtype == torch.float16 else torch.ones_like(x, dtype=torch.bool)
+    )  # of fp16's nan a GPU keeps no payload
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(y.view(torch.int32)[sound], x.float().view(torch.int32)[sound])
 
 
 @triton.jit

@@ -250,8 +250,11 @@ def test_fp32_products_are_ieee_unless_tf32_is_allowed():
 def test_every_architecture_has_a_configuration(sm, monkeypatch):
     monkeypatch.setattr(configs, "architecture", lambda device: sm)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert configs.gelu_mlp("cuda", dtype, aligned=True).tma == (sm >= 90 and dtype != torch.float32)
-        assert not configs.gelu_mlp("cuda", dtype, aligned=False).tma
+        for half in ("forward", "backward"):
+            config = getattr(configs.gelu_mlp("cuda", dtype, aligned=True), half)
+            assert config.tma == (sm >= 90 and dtype != torch.float32)
+            assert not config.warp_specialize or 100 <= sm < 120
+            assert not getattr(configs.gelu_mlp("cuda", dtype, aligned=False), half).tma
         for head_size in range(1, 129):
             assert configs.attention("cuda", dtype, head_size) in configs.ATTENTION.values()
 

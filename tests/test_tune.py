@@ -2,7 +2,8 @@
 
 import functools
 import json
-from dataclasses import asdict, fields, replace
+import re
+from dataclasses import asdict, fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -49,11 +50,17 @@ def farthest(op):
     return row
 
 
+def leaves(row):
+    """The values of a row's fields, and of the fields of these."""
+    values = [getattr(row, f.name) for f in fields(row)]
+    return [leaf for value in values for leaf in (leaves(value) if is_dataclass(value) else [value])]
+
+
 def nearer(target):
     """A clock by which a row is the faster, the more it has in common with the target."""
 
     def rounds(row):
-        same = row != "shipped" and sum(getattr(row, f.name) == getattr(target, f.name) for f in fields(target))
+        same = row != "shipped" and sum(a == b for a, b in zip(leaves(row), leaves(target), strict=True))
         return [2 - same / 20] * 3
 
     return rounds
@@ -176,25 +183,28 @@ def test_a_lucky_time_is_measured_again(few):
 def test_what_is_wrong_or_does_not_run_is_rejected_with_its_reason(monkeypatch, capsys):
     def planted(h, w_fc, b_fc, w_proj, b_proj, recompute=False, row="", sound=gelu_mlp.gelu_mlp):
         config = configs.MLPConfig.of(row) if row else shipped("gelu_mlp")
-        if config.group == 16:
+        if config.forward.group == 16:
             raise RuntimeError("out of resource: shared memory\nand more")
         y = sound(h, w_fc, b_fc, w_proj, b_proj, recompute, row)
-        return y * (1.001 if config.block_m == 128 else 1)
+        return y * (1.001 if config.forward.block_m == 128 else 1)
 
     monkeypatch.setattr(gelu_mlp, "gelu_mlp", planted)
-    grids = dict(block_m=(64, 128), warps=(4, 8)), dict(group=(8, 16))
+    grids = (
+        dict(forward=configs.combined(block_m=(64, 128), warps=(4, 8))),
+        dict(forward=configs.combined(group=(8, 16))),
+    )
     monkeypatch.setitem(configs.GRIDS, configs.MLPConfig, grids)
 
     def rounds(row):  # what is wrong would be the fastest
-        return [1.0 if row != "shipped" and (row.block_m == 128 or row.group == 16) else 2.0] * 3
+        return [1.0 if row != "shipped" and (row.forward.block_m == 128 or row.forward.group == 16) else 2.0] * 3
 
     found = json.loads(run(rounds, "--only=gelu_mlp").read_text())["ops"]["gelu_mlp"]
     assert found["kept"] is False
-    assert found["rejected"]["group=16"] == "out of resource: shared memory"
+    assert found["rejected"]["forward.group=16"] == "out of resource: shared memory"
     unequal = [row for row, why in found["rejected"].items() if "is not equal: y has" in why]
-    assert {"block_m=128", "group=16"} <= {row.split()[0] for row in found["rejected"]}
+    assert {"forward.block_m=128", "forward.group=16"} <= {row.split()[0] for row in found["rejected"]}
     assert len(unequal) == len(found["rejected"]) - 1 == 2
-    assert all("block_m=128" in row for row in unequal)
+    assert all("forward.block_m=128" in row for row in unequal)
     out = capsys.readouterr().out
     for row, why in found["rejected"].items():
         assert f"    {row}: {why}\n" in out
@@ -378,20 +388,33 @@ def test_the_grids_are_around_the_shipped_rows(sm, dtype, monkeypatch):
             for grid in grids:
                 found = configs.neighbours(row, grid)
                 assert 3 <= len(set(found)) == len(found) <= 28
-                assert all(
-                    type(r) is type(row) and set(tune.difference(r, row).replace("=", " ").split()[::2]) <= set(grid)
-                    for r in found
-                )
+                changed = {name for r in found for name in re.findall(r"(\w+)\S*=", tune.difference(r, row))}
+                assert changed <= set(grid)
+                assert all(type(r) is type(row) for r in found)
                 if dtype == torch.bfloat16 and n_embd // n_head == 64 and n_embd % 8 == 0:
-                    assert all(getattr(row, field) in values for field, values in grid.items()), (op, grid)
+                    assert row in found, (op, grid)
+
+
+def test_two_small_tiles_that_share_an_sm_are_tried_for_each_gemm():
+    """Tile, stages and programs are changed together: one by one each change would be slower."""
+    shipped = configs.GELU_MLP[90, 2]
+    small = dict(block_m=128, block_n=128, stages=2, flatten=False, programs_per_sm=2)
+    for half in ("forward", "backward"):
+        wanted = replace(shipped, **{half: replace(getattr(shipped, half), **small)})
+        assert any(wanted in configs.neighbours(shipped, grid) for grid in configs.GRIDS[configs.MLPConfig])
+        gemm = getattr(wanted, half)
+        assert gemm.registers * gemm.warps * 32 * gemm.programs_per_sm == 65536  # what an SM has
+        assert getattr(shipped, half).registers is None
 
 
 def test_what_cannot_be_launched_is_no_row():
     for kind, wrong in (
-        (configs.MLPConfig, dict(block_m=100)),
-        (configs.MLPConfig, dict(block_m=256, block_n=256)),
-        (configs.MLPConfig, dict(stages=0)),
-        (configs.MLPConfig, dict(tma=1)),
+        (configs.GemmConfig, dict(block_m=100)),
+        (configs.GemmConfig, dict(block_m=256, block_n=256)),
+        (configs.GemmConfig, dict(programs_per_sm=2)),  # of 128 x 256 sums
+        (configs.GemmConfig, dict(stages=0)),
+        (configs.GemmConfig, dict(tma=1)),
+        (configs.MLPConfig, dict(forward=None)),
         (configs.AttentionConfig, dict(inner=256)),
         (configs.AttentionConfig, dict(gated_inner=256)),
         (configs.AttentionConfig, dict(outer="128")),
@@ -400,7 +423,8 @@ def test_what_cannot_be_launched_is_no_row():
         (configs.AdamWConfig, dict(block=128)),  # two warps would hold an element that is updated in place
     ):
         row = {
-            configs.MLPConfig: configs.GELU_MLP[90, 2], configs.AttentionConfig: configs.ATTENTION[90, 2, 64],
+            configs.MLPConfig: configs.GELU_MLP[90, 2], configs.GemmConfig: configs.GELU_MLP[90, 2].forward,
+            configs.AttentionConfig: configs.ATTENTION[90, 2, 64],
             configs.NormConfig: configs.LAYER_NORM[0], configs.LossConfig: configs.LINEAR_CROSS_ENTROPY,
             configs.AdamWConfig: configs.ADAMW,
         }[kind]  # fmt: skip
