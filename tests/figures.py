@@ -41,6 +41,11 @@ def pairs(T):
     return T * (T + 1) // 2
 
 
+def of_one_head(blocks):
+    """The first of so many blocks of 12 heads."""
+    return blocks // 12
+
+
 CASES = {  # name: (op, shape, blocks of each launch that run, {kernel: (unit, how many units those blocks are)})
     "layer_norm": ("layer_norm", Shape(2, T, C, 12, 65), None, dict(
         norm_forward=("element", ROWS * C), norm_backward=("element", ROWS * C))),
@@ -51,9 +56,9 @@ CASES = {  # name: (op, shape, blocks of each launch that run, {kernel: (unit, h
     "embedding": ("embedding", Shape(2, T, C, 12, 600), None, dict(
         embed_forward=("element", ROWS * C), embed_keys=("token", ROWS), embed_backward_wpe=("element", ROWS * C),
         embed_backward_wte=("element", ROWS * C))),
-    "attention": ("attention", Shape(1, T, C, 12, 65), T // 128, dict(
+    "attention": ("attention", Shape(1, T, C, 12, 65), of_one_head, dict(
         attention_forward=("pair", pairs(T)), attention_backward=("pair", pairs(T)))),
-    "attention, dropout": ("attention", Shape(1, T // 2, C, 12, 65, dropout=0.1), T // 256, dict(
+    "attention, dropout": ("attention", Shape(1, T // 2, C, 12, 65, dropout=0.1), of_one_head, dict(
         attention_forward=("pair", pairs(T // 2)), attention_backward=("pair", pairs(T // 2)))),
     "gelu_mlp": ("gelu_mlp", Shape(2, T, C, 12, 65), 2, {
         "mlp_gemm forward": ("element", MLP_TILES * 128 * 128), "mlp_gemm backward": ("element", MLP_TILES * 128 * 128)}),
