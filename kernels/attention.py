@@ -24,7 +24,7 @@ Dropout: Philox4x32-7 of the seed at the counter (column, row, head, batch) deci
 
 Bytes for each token, 16-bit elements, if tiles are reread from L2: forward 2 (3 C + C) + 4 H; backward 2 (3 C + 3 C + 3 C) + 12 H, where
 dout is also read for delta. FLOPs for each token, causal: forward 2 T C, backward 7/2 of that. At D = 64 the exponentials take as long
-as the products. So the kernels use exp2, with the scale folded into one FMA.
+as the products. So the kernels use exp2, with the scale folded into one FMA: a row's maximum is that of its scores before the scale.
 """
 
 import math
@@ -61,26 +61,34 @@ def _dropout_keep_mask(seed, b, h, rows, cols, p):
 
 
 @triton.jit
-def _tile(ptr, rows, stride_row, stride_col, bound, D: tl.constexpr, BD: tl.constexpr, BOUNDED: tl.constexpr):
-    """Load rows [R] of a [bound, D] matrix, padded with zeros to [R, BD]."""
-    d = tl.arange(0, BD)
-    ptrs = ptr + rows.to(tl.int64)[:, None] * stride_row + (d * stride_col)[None, :]
-    if BOUNDED and D < BD:
-        return tl.load(ptrs, (rows < bound)[:, None] & (d < D)[None, :], other=0.0)
-    elif BOUNDED:
-        return tl.load(ptrs, (rows < bound)[:, None], other=0.0)
-    elif D < BD:
-        return tl.load(ptrs, (d < D)[None, :], other=0.0)
-    else:
-        return tl.load(ptrs)
+def _inside(rows, bound, KNOWN: tl.constexpr):
+    """Whether each row is before bound. KNOWN: all are, and loads need no mask."""
+    return tl.full(rows.shape, 1, tl.int1) if KNOWN else rows < bound
 
 
 @triton.jit
-def _store(ptr, rows, stride_row, bound, value, D: tl.constexpr, BD: tl.constexpr):
+def _reaches(ahead, lanes):
+    """ahead >= lanes, an arange; their shapes broadcast. In the layouts of products only bits 1, 2 and 5 of a lane depend on the thread.
+    With these on the left a thread compares with constants, which need no registers. Positions are compared relative to the loop's: of
+    the loop's own the compiler makes 64 bits, as addresses need them."""
+    return ahead - (lanes & 38) >= (lanes & ~38)
+
+
+@triton.jit
+def _tile(ptr, rows, stride_row, stride_col, inside, D: tl.constexpr, BD: tl.constexpr):
+    """Load rows [R] of a matrix [., D], padded to [R, BD]. The padding and the rows that are not `inside` are zeros."""
+    d = tl.arange(0, BD)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride_row + (d * stride_col)[None, :]
+    mask = inside[:, None] & (d < D)[None, :] if D < BD else inside[:, None]
+    return tl.load(ptrs, mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, rows, stride_row, inside, value, D: tl.constexpr, BD: tl.constexpr):
     """Store what _tile loads; columns have stride 1."""
     d = tl.arange(0, BD)
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride_row + d[None, :]
-    tl.store(ptrs, value.to(ptr.dtype.element_ty), (rows < bound)[:, None] & (d < D)[None, :])
+    tl.store(ptrs, value.to(ptr.dtype.element_ty), inside[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -99,25 +107,31 @@ def _meeting(doc_ids_ptr, stride, low, high, start, end):
 
 @triton.jit
 def _forward_step(
-    acc, total, m, q, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p, keep_scale,
-    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOC_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    acc, total, m, q, k_ptr, v_ptr, b, h, rows, row_docs, n0, lanes, col_docs, T, stride_t, stride_c, seed, scale, p, keep_scale,
+    D: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr, DOC_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Process one block of keys: (new accumulator, new sum, new maximum) of each row."""
-    k = _tile(k_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
-    s = tl.dot(q, k.T, input_precision=PRECISION) * scale
+    cols = n0 + lanes
+    inside = _inside(lanes, T - n0, EVEN or not MASKED)
+    k = _tile(k_ptr, cols, stride_t, stride_c, inside, D, BD)
+    s = tl.dot(q, k.T, input_precision=PRECISION)
     # Minus infinity, but finite: a row without keys so far accumulates garbage, which its first key multiplies by 2^-1e30 = 0.
     if MASKED:
-        s = tl.where((rows[:, None] >= cols[None, :]) & (cols < T)[None, :], s, -1e30)
+        s = tl.where(_reaches((rows - n0)[:, None], lanes[None, :]), s, -1e30)
     if DOC_MASK:
         s = tl.where(row_docs[:, None] == col_docs[None, :], s, -1e30)
     m_new = tl.maximum(m, tl.max(s, 1))
-    prob = tl.exp2(s - m_new[:, None])
-    alpha = tl.exp2(m - m_new)
+    # One FMA a score. In it s scale is exact, and m scale is rounded: that moves all exponents of a row alike, by half of the last bit of
+    # m scale. From 2^28 on this is more than fp16 bears. From 2^26 on two exponents are equal or at least 4 apart: only equal scores
+    # share. Any scale tells these, and a scale of 1 is exact. It also makes 0 of -1e30 minus -1e30.
+    unit = tl.where(tl.abs(m_new * scale) < 2.0**26, scale, 1.0)
+    prob = tl.exp2(s * unit[:, None] - (m_new * unit)[:, None])
+    alpha = tl.exp2((m - m_new) * unit)
     total = total * alpha + tl.sum(prob, 1)  # before dropout, as softmax is
     if DROPOUT:
         prob = tl.where(_dropout_keep_mask(seed, b, h, rows[:, None], cols[None, :], p), prob * keep_scale, 0.0)
-    v = _tile(v_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
+    v = _tile(v_ptr, cols, stride_t, stride_c, inside, D, BD)
     acc = tl.dot(prob.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, total, m_new
 
@@ -143,6 +157,7 @@ def _attention_forward(
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    EVEN: tl.constexpr,  # T is a multiple of BM and BN
     DOC_MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -157,11 +172,12 @@ def _attention_forward(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     rows = m0 + tl.arange(0, BM)
     lanes = tl.arange(0, BN)
-    q = _tile(q_ptr, rows, stride_t, stride_c, T, D, BD, True)
+    inside = _inside(rows, T, EVEN)
+    q = _tile(q_ptr, rows, stride_t, stride_c, inside, D, BD)
     if DOC_MASK:
         doc_ids_ptr += b.to(tl.int64) * stride_db
         some = tl.load(doc_ids_ptr + m0.to(tl.int64) * stride_dt)
-        row_docs = tl.load(doc_ids_ptr + rows.to(tl.int64) * stride_dt, rows < T, other=some)
+        row_docs = tl.load(doc_ids_ptr + rows.to(tl.int64) * stride_dt, inside, other=some)
         low, high = tl.min(row_docs, 0), tl.max(row_docs, 0)
     acc = tl.zeros([BM, BD], tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -172,25 +188,25 @@ def _attention_forward(
         first, after = _meeting(doc_ids_ptr, stride_dt, low, high, 0, end)
         for n0 in range(first // BN * BN, after, BN):
             cols = n0 + lanes
-            col_docs = tl.load(doc_ids_ptr + cols.to(tl.int64) * stride_dt, cols < T, other=low)
+            col_docs = tl.load(doc_ids_ptr + cols.to(tl.int64) * stride_dt, _inside(lanes, T - n0, EVEN), other=low)
             acc, total, m = _forward_step(
-                acc, total, m, q, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p,
-                keep_scale, D, BD, True, True, DROPOUT, PRECISION,
+                acc, total, m, q, k_ptr, v_ptr, b, h, rows, row_docs, n0, lanes, col_docs, T, stride_t, stride_c, seed, scale, p,
+                keep_scale, D, BD, EVEN, True, True, DROPOUT, PRECISION,
             )  # fmt: skip
     else:
         for n0 in range(0, diagonal, BN):
             acc, total, m = _forward_step(
-                acc, total, m, q, k_ptr, v_ptr, b, h, rows, 0, n0 + lanes, 0, T, stride_t, stride_c, seed, scale, p,
-                keep_scale, D, BD, False, False, DROPOUT, PRECISION,
+                acc, total, m, q, k_ptr, v_ptr, b, h, rows, 0, n0, lanes, 0, T, stride_t, stride_c, seed, scale, p,
+                keep_scale, D, BD, EVEN, False, False, DROPOUT, PRECISION,
             )  # fmt: skip
         for n0 in range(diagonal, end, BN):
             acc, total, m = _forward_step(
-                acc, total, m, q, k_ptr, v_ptr, b, h, rows, 0, n0 + lanes, 0, T, stride_t, stride_c, seed, scale, p,
-                keep_scale, D, BD, True, False, DROPOUT, PRECISION,
+                acc, total, m, q, k_ptr, v_ptr, b, h, rows, 0, n0, lanes, 0, T, stride_t, stride_c, seed, scale, p,
+                keep_scale, D, BD, EVEN, True, False, DROPOUT, PRECISION,
             )  # fmt: skip
-    tl.store(lse_ptr + bh.to(tl.int64) * T + rows, m + tl.log2(total), rows < T)
+    tl.store(lse_ptr + bh.to(tl.int64) * T + rows, m * scale + tl.log2(total), inside)
     out_ptr += b.to(tl.int64) * T * H * D + h * D
-    _store(out_ptr, rows, H * D, T, acc / total[:, None], D, BD)
+    _store(out_ptr, rows, H * D, inside, acc / total[:, None], D, BD)
 
 
 @triton.jit
@@ -211,20 +227,21 @@ def _attention_delta(
     bh = tl.program_id(0) // blocks
     b, h = bh // H, bh % H
     rows = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
-    out = _tile(out_ptr + b.to(tl.int64) * T * H * D + h * D, rows, H * D, 1, T, D, BD, True).to(tl.float32)
+    inside = rows < T
+    out = _tile(out_ptr + b.to(tl.int64) * T * H * D + h * D, rows, H * D, 1, inside, D, BD).to(tl.float32)
     dout_ptr += b.to(tl.int64) * stride_b + h * D * stride_c
-    dout = _tile(dout_ptr, rows, stride_t, stride_c, T, D, BD, True).to(tl.float32)
-    tl.store(delta_ptr + bh.to(tl.int64) * T + rows, tl.sum(out * dout, 1), rows < T)
+    dout = _tile(dout_ptr, rows, stride_t, stride_c, inside, D, BD).to(tl.float32)
+    tl.store(delta_ptr + bh.to(tl.int64) * T + rows, tl.sum(out * dout, 1), inside)
 
 
 @triton.jit
 def _probabilities(
-    s, rows, cols, row_docs, col_docs, lse, T, scale, MASKED: tl.constexpr, DOC_MASK: tl.constexpr
+    s, seen, row_docs, col_docs, lse, scale, MASKED: tl.constexpr, DOC_MASK: tl.constexpr
 ):  # fmt: skip
-    """The softmax of scores s by each row's lse. The shapes of rows and cols broadcast to that of s."""
+    """The softmax of scores s by each row's lse. seen, if MASKED: where the row is not before the column."""
     prob = tl.exp2(s * scale - lse)
     if MASKED:
-        prob = tl.where((rows >= cols) & (cols < T), prob, 0.0)
+        prob = tl.where(seen, prob, 0.0)
     if DOC_MASK:
         prob = tl.where(row_docs == col_docs, prob, 0.0)
     return prob
@@ -232,21 +249,23 @@ def _probabilities(
 
 @triton.jit
 def _dkv_step(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c,
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, m0, lanes, row_docs, cols, col_docs, T, stride_t, stride_c,
     stride_ot, stride_oc, seed, scale, p, keep_scale,
-    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOC_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr, DOC_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Process one block of queries: (new dk, new dv) of a block of keys. Scores are transposed, [keys, queries]: p and ds are then
     left operands, which tl.dot reads from registers."""
-    q = _tile(q_ptr, rows, stride_t, stride_c, T, D, BD, True)
-    lse = tl.load(lse_ptr + rows, rows < T, other=float("inf"))  # rows beyond T get probability 0
+    rows = m0 + lanes
+    inside = _inside(lanes, T - m0, EVEN)
+    q = _tile(q_ptr, rows, stride_t, stride_c, inside, D, BD)
+    lse = tl.load(lse_ptr + rows, inside, other=0.0)  # rows beyond T add 0: their q and dout are 0, p is 1, ds 0
     st = tl.dot(k, q.T, input_precision=PRECISION)
     prob = _probabilities(
-        st, rows[None, :], cols[:, None], row_docs[None, :] if DOC_MASK else 0, col_docs[:, None] if DOC_MASK else 0, lse[None, :], T,
-        scale, MASKED, DOC_MASK,
+        st, ~_reaches((cols - m0 - 1)[:, None], lanes[None, :]), row_docs[None, :] if DOC_MASK else 0,
+        col_docs[:, None] if DOC_MASK else 0, lse[None, :], scale, MASKED, DOC_MASK,
     )  # fmt: skip
-    dout = _tile(dout_ptr, rows, stride_ot, stride_oc, T, D, BD, True)
+    dout = _tile(dout_ptr, rows, stride_ot, stride_oc, inside, D, BD)
     dp = tl.dot(v, dout.T, input_precision=PRECISION)
     dropped = prob
     if DROPOUT:
@@ -254,7 +273,7 @@ def _dkv_step(
         dropped = tl.where(keep, prob * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
-    delta = tl.load(delta_ptr + rows, rows < T, other=0.0)
+    delta = tl.load(delta_ptr + rows, inside, other=0.0)
     ds = prob * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -262,19 +281,21 @@ def _dkv_step(
 
 @triton.jit
 def _dq_step(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, rows, row_docs, cols, col_docs, T, stride_t, stride_c, seed, scale, p,
+    dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, rows, row_docs, n0, lanes, col_docs, T, stride_t, stride_c, seed, scale, p,
     keep_scale,
-    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, DOC_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr, DOC_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Process one block of keys: the new dq of a block of queries."""
-    k = _tile(k_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
+    cols = n0 + lanes
+    inside = _inside(lanes, T - n0, EVEN or not MASKED)
+    k = _tile(k_ptr, cols, stride_t, stride_c, inside, D, BD)
     s = tl.dot(q, k.T, input_precision=PRECISION)
     prob = _probabilities(
-        s, rows[:, None], cols[None, :], row_docs[:, None] if DOC_MASK else 0, col_docs[None, :] if DOC_MASK else 0, lse[:, None], T,
-        scale, MASKED, DOC_MASK,
+        s, _reaches((rows - n0)[:, None], lanes[None, :]), row_docs[:, None] if DOC_MASK else 0,
+        col_docs[None, :] if DOC_MASK else 0, lse[:, None], scale, MASKED, DOC_MASK,
     )  # fmt: skip
-    v = _tile(v_ptr, cols, stride_t, stride_c, T, D, BD, MASKED)
+    v = _tile(v_ptr, cols, stride_t, stride_c, inside, D, BD)
     dp = tl.dot(dout, v.T, input_precision=PRECISION)
     if DROPOUT:
         dp = tl.where(_dropout_keep_mask(seed, b, h, rows[:, None], cols[None, :], p), dp * keep_scale, 0.0)
@@ -309,6 +330,7 @@ def _attention_backward(
     BD: tl.constexpr,
     OUTER: tl.constexpr,  # keys (then queries) whose gradients a program computes
     INNER: tl.constexpr,  # queries (then keys) of one loop step
+    EVEN: tl.constexpr,  # T is a multiple of OUTER
     DOC_MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -326,71 +348,72 @@ def _attention_backward(
     dq_ptr = dqkv_ptr + b.to(tl.int64) * T * 3 * H * D + h * D
     seed = tl.load(seed_ptr) if DROPOUT else 0
     block = start + tl.arange(0, OUTER)
+    inside = _inside(block, T, EVEN)
     lanes = tl.arange(0, INNER)
     if DOC_MASK:
         doc_ids_ptr += b.to(tl.int64) * stride_db
         some = tl.load(doc_ids_ptr + start.to(tl.int64) * stride_dt)
-        block_docs = tl.load(doc_ids_ptr + block.to(tl.int64) * stride_dt, block < T, other=some)
+        block_docs = tl.load(doc_ids_ptr + block.to(tl.int64) * stride_dt, inside, other=some)
         low, high = tl.min(block_docs, 0), tl.max(block_docs, 0)
 
     # dk and dv of the keys in `block`
-    k = _tile(k_ptr, block, stride_t, stride_c, T, D, BD, True)
-    v = _tile(v_ptr, block, stride_t, stride_c, T, D, BD, True)
+    k = _tile(k_ptr, block, stride_t, stride_c, inside, D, BD)
+    v = _tile(v_ptr, block, stride_t, stride_c, inside, D, BD)
     dk = tl.zeros([OUTER, BD], tl.float32)
     dv = tl.zeros([OUTER, BD], tl.float32)
     if DOC_MASK:
         first, after = _meeting(doc_ids_ptr, stride_dt, low, high, start, T)
         for m0 in range(first // INNER * INNER, after, INNER):
             rows = m0 + lanes
-            row_docs = tl.load(doc_ids_ptr + rows.to(tl.int64) * stride_dt, rows < T, other=low)
+            row_docs = tl.load(doc_ids_ptr + rows.to(tl.int64) * stride_dt, _inside(lanes, T - m0, EVEN), other=low)
             dk, dv = _dkv_step(
-                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, rows, row_docs, block, block_docs, T, stride_t,
-                stride_c, stride_ot, stride_oc, seed, scale, p, keep_scale, D, BD, True, True, DROPOUT, PRECISION,
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, m0, lanes, row_docs, block, block_docs, T, stride_t,
+                stride_c, stride_ot, stride_oc, seed, scale, p, keep_scale, D, BD, EVEN, True, True, DROPOUT, PRECISION,
             )  # fmt: skip
     else:
         # Queries from start to start + OUTER are on the diagonal. Later queries see all of these keys.
         diagonal_end = tl.minimum(start + OUTER, T)
         for m0 in range(start, diagonal_end, INNER):
             dk, dv = _dkv_step(
-                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, m0 + lanes, 0, block, 0, T, stride_t,
-                stride_c, stride_ot, stride_oc, seed, scale, p, keep_scale, D, BD, True, False, DROPOUT, PRECISION,
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, m0, lanes, 0, block, 0, T, stride_t,
+                stride_c, stride_ot, stride_oc, seed, scale, p, keep_scale, D, BD, EVEN, True, False, DROPOUT, PRECISION,
             )  # fmt: skip
         for m0 in range(start + OUTER, T, INNER):
             dk, dv = _dkv_step(
-                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, m0 + lanes, 0, block, 0, T, stride_t,
-                stride_c, stride_ot, stride_oc, seed, scale, p, keep_scale, D, BD, False, False, DROPOUT, PRECISION,
+                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, m0, lanes, 0, block, 0, T, stride_t,
+                stride_c, stride_ot, stride_oc, seed, scale, p, keep_scale, D, BD, EVEN, False, False, DROPOUT, PRECISION,
             )  # fmt: skip
-    _store(dq_ptr + H * D, block, 3 * H * D, T, dk * grad_scale, D, BD)
-    _store(dq_ptr + 2 * H * D, block, 3 * H * D, T, dv, D, BD)
+    _store(dq_ptr + H * D, block, 3 * H * D, inside, dk * grad_scale, D, BD)
+    _store(dq_ptr + 2 * H * D, block, 3 * H * D, inside, dv, D, BD)
 
     # dq of the queries in `block`
-    q = _tile(q_ptr, block, stride_t, stride_c, T, D, BD, True)
-    dout = _tile(dout_ptr, block, stride_ot, stride_oc, T, D, BD, True)
-    lse = tl.load(lse_ptr + block, block < T, other=float("inf"))
-    delta = tl.load(delta_ptr + block, block < T, other=0.0)
+    q = _tile(q_ptr, block, stride_t, stride_c, inside, D, BD)
+    dout = _tile(dout_ptr, block, stride_ot, stride_oc, inside, D, BD)
+    lse = tl.load(lse_ptr + block, inside, other=0.0)
+    delta = tl.load(delta_ptr + block, inside, other=0.0)
     dq = tl.zeros([OUTER, BD], tl.float32)
     end = tl.minimum(start + OUTER, T)
     if DOC_MASK:
         first, after = _meeting(doc_ids_ptr, stride_dt, low, high, 0, end)
         for n0 in range(first // INNER * INNER, after, INNER):
             cols = n0 + lanes
-            col_docs = tl.load(doc_ids_ptr + cols.to(tl.int64) * stride_dt, cols < T, other=low)
+            col_docs = tl.load(doc_ids_ptr + cols.to(tl.int64) * stride_dt, _inside(lanes, T - n0, EVEN), other=low)
             dq = _dq_step(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, block, block_docs, cols, col_docs, T, stride_t, stride_c,
-                seed, scale, p, keep_scale, D, BD, True, True, DROPOUT, PRECISION,
+                dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, block, block_docs, n0, lanes, col_docs, T, stride_t, stride_c,
+                seed, scale, p, keep_scale, D, BD, EVEN, True, True, DROPOUT, PRECISION,
             )  # fmt: skip
     else:
         for n0 in range(0, start, INNER):  # OUTER is a multiple of INNER
             dq = _dq_step(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, block, 0, n0 + lanes, 0, T, stride_t, stride_c,
-                seed, scale, p, keep_scale, D, BD, False, False, DROPOUT, PRECISION,
+                dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, block, 0, n0, lanes, 0, T, stride_t, stride_c,
+                seed, scale, p, keep_scale, D, BD, EVEN, False, False, DROPOUT, PRECISION,
             )  # fmt: skip
         for n0 in range(start, end, INNER):
             dq = _dq_step(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, block, 0, n0 + lanes, 0, T, stride_t, stride_c,
-                seed, scale, p, keep_scale, D, BD, True, False, DROPOUT, PRECISION,
+                dq, q, dout, lse, delta, k_ptr, v_ptr, b, h, block, 0, n0, lanes, 0, T, stride_t, stride_c,
+                seed, scale, p, keep_scale, D, BD, EVEN, True, False, DROPOUT, PRECISION,
             )  # fmt: skip
-    _store(dq_ptr, block, 3 * H * D, T, dq * grad_scale, D, BD)
+    _store(dq_ptr, block, 3 * H * D, inside, dq * grad_scale, D, BD)
 
 
 @triton.jit
@@ -418,8 +441,9 @@ def attention_forward(
         launch(
             _attention_forward, (cdiv(T, config.block_m) * B * n_head,),
             qkv, doc_ids, seed, out, lse, T, n_head, *qkv.stride(), *_strides(doc_ids), LOG2E / math.sqrt(D), p, kept_scale(p),
-            D=D, BD=_padded(D), BM=config.block_m, BN=config.block_n, DOC_MASK=doc_ids is not None, DROPOUT=p > 0,
-            PRECISION=precision(qkv.dtype), num_warps=config.warps, num_stages=configs.pipeline(qkv.device, config.stages),
+            D=D, BD=_padded(D), BM=config.block_m, BN=config.block_n, EVEN=T % max(config.block_m, config.block_n) == 0,
+            DOC_MASK=doc_ids is not None, DROPOUT=p > 0, PRECISION=precision(qkv.dtype), num_warps=config.warps,
+            num_stages=configs.pipeline(qkv.device, config.stages),
         )  # fmt: skip
 
 
@@ -446,8 +470,8 @@ def attention_backward(
             _attention_backward, (cdiv(T, config.outer) * B * n_head,),
             qkv, dout, doc_ids, seed, lse, delta, dqkv, T, n_head, *qkv.stride(), *dout.stride(), *_strides(doc_ids),
             LOG2E / math.sqrt(D), 1 / math.sqrt(D), p, kept_scale(p),
-            D=D, BD=_padded(D), OUTER=config.outer, INNER=inner, DOC_MASK=doc_ids is not None, DROPOUT=p > 0,
-            PRECISION=precision(qkv.dtype), num_warps=config.backward_warps,
+            D=D, BD=_padded(D), OUTER=config.outer, INNER=inner, EVEN=T % config.outer == 0,
+            DOC_MASK=doc_ids is not None, DROPOUT=p > 0, PRECISION=precision(qkv.dtype), num_warps=config.backward_warps,
             num_stages=configs.pipeline(qkv.device, config.backward_stages),
         )  # fmt: skip
 

@@ -202,22 +202,26 @@ class AttentionConfig(Config):
             )
 
 
-# By (lowest architecture, bytes of an element, largest head size), newest first.
+# By (lowest architecture, bytes of an element, largest head size), newest first. A loop of two stages waits for the loads that it has just
+# issued. With three it has those of the next step in flight.
 ATTENTION = {
-    (120, 2, 64): AttentionConfig(128, 64, 8, 2, outer=128, inner=32, backward_warps=8, backward_stages=2),
-    (120, 2, 128): AttentionConfig(64, 64, 8, 2, outer=64, inner=32, backward_warps=8, backward_stages=1),
+    (120, 2, 64): AttentionConfig(128, 64, 8, 3, outer=64, inner=32, backward_warps=4, backward_stages=3),
+    (120, 2, 128): AttentionConfig(128, 32, 8, 3, outer=128, inner=16, backward_warps=8, backward_stages=3),
     (100, 2, 64): AttentionConfig(
-        128, 64, 8, 3, outer=128, inner=64, gated_inner=32, backward_warps=8, backward_stages=2
+        128, 64, 8, 3, outer=128, inner=64, gated_inner=32, backward_warps=8, backward_stages=3
     ),
     (100, 2, 128): AttentionConfig(
-        128, 64, 8, 2, outer=64, inner=64, gated_inner=32, backward_warps=8, backward_stages=1
+        128, 64, 8, 3, outer=64, inner=64, gated_inner=32, backward_warps=8, backward_stages=2
     ),
     (90, 2, 64): AttentionConfig(
-        128, 64, 8, 3, outer=128, inner=64, gated_inner=32, backward_warps=8, backward_stages=2
+        128, 64, 8, 3, outer=128, inner=64, gated_inner=32, backward_warps=8, backward_stages=3
     ),
-    (90, 2, 128): AttentionConfig(128, 64, 8, 2, outer=64, inner=32, backward_warps=8, backward_stages=2),
-    (80, 2, 64): AttentionConfig(128, 64, 8, 2, outer=128, inner=32, backward_warps=8, backward_stages=2),
-    (80, 2, 128): AttentionConfig(64, 64, 8, 2, outer=64, inner=32, backward_warps=8, backward_stages=1),
+    (90, 2, 128): AttentionConfig(
+        128, 64, 8, 3, outer=128, inner=32, gated_inner=16, backward_warps=8, backward_stages=3
+    ),
+    # Each warp reads all keys of a step from shared memory: with 32 rows a warp they are read half as often as with 16.
+    (80, 2, 64): AttentionConfig(128, 32, 4, 3, outer=64, inner=32, backward_warps=4, backward_stages=3),
+    (80, 2, 128): AttentionConfig(128, 32, 8, 3, outer=128, inner=16, backward_warps=8, backward_stages=3),
     # IEEE fp32 does not use tensor cores: a product keeps its operands in registers.
     (80, 4, 64): AttentionConfig(64, 32, 8, 1, outer=32, inner=32, backward_warps=8, backward_stages=1),
     (80, 4, 128): AttentionConfig(32, 16, 8, 1, outer=16, inner=16, backward_warps=8, backward_stages=1),
@@ -331,7 +335,7 @@ GRIDS: dict[type, tuple[dict[str, tuple[Any, ...]], ...]] = {
     AttentionConfig: (
         dict(block_m=(64, 128), block_n=(32, 64, 128), warps=(4, 8)),
         dict(stages=(1, 2, 3, 4)),
-        dict(outer=(64, 128), inner=(32, 64), backward_warps=(4, 8)),
+        dict(outer=(64, 128), inner=(16, 32, 64), backward_warps=(4, 8)),
         dict(backward_stages=(1, 2, 3)),
     ),
     NormConfig: (

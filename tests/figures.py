@@ -41,6 +41,11 @@ def pairs(T):
     return T * (T + 1) // 2
 
 
+def of_one_head(blocks):
+    """The first of so many blocks of 12 heads."""
+    return blocks // 12
+
+
 def mlp_elements(half):
     """Of the tiles that a launch's first two programs compute, on the architecture that is emulated."""
     config = getattr(configs.gelu_mlp(torch.device("cpu"), torch.bfloat16, True), half)
@@ -59,9 +64,9 @@ CASES = {  # name: (op, shape, blocks of each launch that run, {kernel: (unit, h
     "embedding": ("embedding", Shape(2, T, C, 12, 600), None, dict(
         embed_forward=("element", ROWS * C), embed_keys=("token", ROWS), embed_backward_wpe=("element", ROWS * C),
         embed_backward_wte=("element", ROWS * C))),
-    "attention": ("attention", Shape(1, T, C, 12, 65), T // 128, dict(
+    "attention": ("attention", Shape(1, T, C, 12, 65), of_one_head, dict(
         attention_forward=("pair", pairs(T)), attention_backward=("pair", pairs(T)))),
-    "attention, dropout": ("attention", Shape(1, T // 2, C, 12, 65, dropout=0.1), T // 256, dict(
+    "attention, dropout": ("attention", Shape(1, T // 2, C, 12, 65, dropout=0.1), of_one_head, dict(
         attention_forward=("pair", pairs(T // 2)), attention_backward=("pair", pairs(T // 2)))),
     "gelu_mlp": ("gelu_mlp", Shape(2, T, C, 12, 65), 2, {
         "mlp_gemm forward": ("element", lambda: mlp_elements("forward")),

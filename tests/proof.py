@@ -150,6 +150,7 @@ CASES = {  # op: {name: (shape, variation or None)}
         "dropout": (S(1, 140, 32, 1, 65, dropout=0.2), None),
         "documents": (S(2, 129, 32, 1, 64, doc_mask=True), None),  # one more than whole blocks: the last begins with a document's last
         "documents dropout": (S(1, 70, 16, 1, 65, dropout=0.2, doc_mask=True), None),
+        "whole, documents dropout": (S(1, 256, 64, 1, 65, dropout=0.2, doc_mask=True), None),
         "strides": (S(1, 40, 48, 3, 23), "sliced columns"),
         "other strides": (S(2, 40, 48, 3, 23), "some transposed"),
         "part of a row": (S(2, 40, 48, 3, 23), "part of a wider row"),
@@ -244,6 +245,12 @@ def mask(architecture):
     """attention's dropout mask [2, 3, 37, 37] as the compiled kernel exports it, in lists."""
     with Gpu(architecture):
         return kernels.attention.dropout_mask(2, 3, 37, 0.2, torch.tensor([SEED])).tolist()
+
+
+def equal(value, dtype, architecture):
+    """attention [1, 20, 64] of queries, keys and values that are all one value, in a list."""
+    with Gpu(architecture):
+        return kernels.attention.attention(torch.full((1, 20, 192), value, dtype=getattr(torch, dtype)), 1).tolist()
 
 
 # ---- what must be seen ----

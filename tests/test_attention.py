@@ -92,8 +92,9 @@ def test_documents(documents, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_documents_with_dropout_from_a_view(dtype):
-    check(1, 70, 1, 16, dtype, p=0.2, doc_ids=(torch.arange(140, device=DEVICE) // 23)[::2].expand(1, 70))
+@pytest.mark.parametrize("T", [70, 128])  # 128: whole blocks, without bounds
+def test_documents_with_dropout_from_a_view(T, dtype):
+    check(1, T, 1, 16, dtype, p=0.2, doc_ids=(torch.arange(2 * T, device=DEVICE) // 23)[::2].expand(1, T))
 
 
 def test_a_document_is_as_if_it_stood_alone():
@@ -118,6 +119,14 @@ def test_large_magnitudes(dtype):
     check(1, 40, 1, 16, dtype, view=lambda t: t * scale if t.size(-1) == 48 else t)
     same = torch.full((1, 40, 48), 1e4, dtype=dtype, device=DEVICE)  # q k^T is 1.6e9
     assert torch.equal(attention(same, 1), same[..., :16])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("magnitude", [1e2, 1e3, 3e3, 6e3, 8e3, 3e4, 6e4])
+def test_equal_scores_of_any_size(magnitude, dtype):
+    """From 1.6e5 to 5.8e10: what rounds the product of the maximum and the scale must not reach the exponent."""
+    same = torch.full((1, 40, 48), magnitude, dtype=dtype, device=DEVICE)
+    torch.testing.assert_close(attention(same, 1), same[..., :16], rtol=torch.finfo(dtype).eps, atol=0)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)

@@ -123,7 +123,7 @@ row = configs.attention(codegen.CPU, torch.bfloat16, 64)
 compile_all(row)
 plant(gelu_mlp._mlp_gemm, "gelu(widened(z), tl.float32 == DTYPE)", "gelu(gelu(widened(z), False), False)")
 plant(layer_norm._norm_forward, "row // T", "row * row // T")
-compile_all(replace(row, stages=1, backward_stages=3))
+compile_all(replace(row, stages=1, backward_stages=2))
 """
 
 
@@ -131,16 +131,17 @@ compile_all(replace(row, stages=1, backward_stages=3))
 def test_what_makes_code_worse_is_named():
     found = [sass.figures([r]) for r in compiling("-c", PLANTED)]
     shipped, planted = {which: f for figures in found[:4] for which, f in figures.items()}, found[4:]
-    one_stage, three_stages, two_gelus, division = map(sass.worse, found[:4], planted)
+    one_stage, two_stages, two_gelus, division = map(sass.worse, found[:4], planted)
 
     loop = "attention bf16 D=64 | attention_forward | sm_90 | n0 in range(0, diagonal, BN)"
     assert any(line.startswith(f"{loop}: copies {shipped[loop]['copies']} -> ") for line in one_stage)
     assert any(line.startswith(f"{loop}: exposed 0 -> ") for line in one_stage)
     assert shipped[loop]["copies"] > 0 == shipped[loop]["exposed"]
 
-    loops = [figures for which, figures in planted[1].items() if which.endswith("INNER)")]
-    assert [(f["copies"], f["exposed"]) for f in loops] == [(4, 0), (4, 0), (2, 0), (2, 0)]
-    assert not any("copies" in line or "exposed" in line for line in three_stages if "INNER)" in line)
+    waits = [(f["copies"], f["exposed"]) for f in found[1].values()]
+    assert waits[:4] == [(4, 0), (4, 0), (2, 0), (2, 0)]
+    assert sum("INNER): copies " in line for line in two_stages) == 4
+    assert sum("INNER): exposed 0 -> 1" in line for line in two_stages) == 4
 
     tile = "gelu_mlp bf16 | mlp_gemm forward | sm_90 | tile in tl.range(...): in some passes"
     assert planted[2][tile]["bound"] > 1.2 * shipped[tile]["bound"]

@@ -44,8 +44,8 @@ class Gpu:
     """An emulated GPU of an architecture, 90 for sm_90, while it is entered.
 
     multiprocessors: how many SMs persistent kernels see. edit(name, ptx) may change a kernel's text before it runs. blocks: of each
-    launch only the first so many run, for figures, not for results. With `keep` the machines of all launches are in `machines`, in
-    order; with `counting` they count memory's traffic.
+    launch only the first so many run, a number or a function of the launch's, for figures, not for results. With `keep` the machines of all
+    launches are in `machines`, in order; with `counting` they count memory's traffic.
     """
 
     def __init__(self, architecture, multiprocessors=2, edit=None, blocks=None, counting=False, keep=False):
@@ -116,6 +116,6 @@ class Gpu:
         machine.counting = self.counting
         machine.label = label(kernel, arguments)
         self.launched.append((kernel.__name__, math.prod(grid)))
-        machine.run(self.blocks)
+        machine.run(self.blocks(math.prod(grid)) if callable(self.blocks) else self.blocks)
         if self.keep:
             self.machines.append(machine)
