@@ -49,18 +49,20 @@ class Config:
 
 @dataclass(frozen=True)
 class NormConfig(Config):
-    """LayerNorm: the largest row width C, and the warps that share a row."""
+    """LayerNorm: the largest row width C, the warps that share a row, and the backward's programs on an SM."""
 
     max_width: int
     forward_warps: int
     backward_warps: int
+    programs_per_sm: int
 
 
+# programs_per_sm: as many as an SM's registers hold, with dropout too. A program more would run after the others, alone.
 LAYER_NORM = (
-    NormConfig(1024, forward_warps=1, backward_warps=8),  # one warp for each row needs no barrier
-    NormConfig(2048, forward_warps=4, backward_warps=8),
-    NormConfig(4096, forward_warps=8, backward_warps=16),
-    NormConfig(8192, forward_warps=16, backward_warps=16),
+    NormConfig(1024, forward_warps=1, backward_warps=4, programs_per_sm=5),  # one warp for each row needs no barrier
+    NormConfig(2048, forward_warps=4, backward_warps=4, programs_per_sm=3),
+    NormConfig(4096, forward_warps=8, backward_warps=8, programs_per_sm=2),  # with dropout one, so the two take turns
+    NormConfig(8192, forward_warps=16, backward_warps=16, programs_per_sm=1),
 )
 
 
@@ -281,10 +283,10 @@ GRIDS: dict[type, tuple[dict[str, tuple[Any, ...]], ...]] = {
     ),
     NormConfig: (
         dict(forward_warps=(1, 2, 4, 8)),
-        dict(backward_warps=(4, 8, 16)),
+        dict(backward_warps=(2, 4, 8, 16), programs_per_sm=(1, 2, 3, 5, 8)),  # fewer warps: more programs fit
     ),
     LossConfig: (
-        dict(block=(2048, 4096, 8192, 16384), warps=(4, 8, 16)),
+        dict(block=(4096, 8192, 16384, 32768), warps=(8, 16, 32)),
         dict(scale_block=(1024, 2048, 4096, 8192)),
     ),
     AdamWConfig: (

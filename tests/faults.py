@@ -18,8 +18,8 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
     "layer_norm": [
         ("a wrong eps", "/ N + eps)", "/ N + 2 * eps)", FEWER),
         ("a variance that forgets the mean", "tl.where(mask, x - mean, 0.0)", "x", FEWER),
-        ("a dropped term of dx", "- xhat * (tl.sum(g * xhat, 0) / N)", "", FEWER),
-        ("the stream's gradient left out", "dx += tl.load(dstream_ptrs", "dx += 0 * tl.load(dstream_ptrs", FEWER),
+        ("a dropped term of dx", " + xhat * mean_gx", "", FEWER),
+        ("the stream's gradient left out", "dx += dstream", "dx += 0 * dstream", FEWER),
         ("a partial sum dropped", "partial[: len(sums)]", "partial[: len(sums), 1:]", FEWER),
         ("dropout without its scale", "tl.where(dropout_keep_mask(seed_ptr, row * N + cols, p), branch * scale, 0.0)",
          "tl.where(dropout_keep_mask(seed_ptr, row * N + cols, p), branch, 0.0)", DROPOUT),

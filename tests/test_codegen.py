@@ -15,11 +15,9 @@ pytest.importorskip("triton")
 import sass
 import triton
 
-# Bytes that may spill: LayerNorm at a width that no GPT-2 has, and IEEE fp32, whose products have no tensor cores. Of a bf16 stream ptxas
-# keeps to 64 registers on sm_80, eight bytes too few, so that four blocks fit an SM in place of three.
+# Bytes that may spill: LayerNorm at a width that no GPT-2 has, and IEEE fp32, whose products have no tensor cores.
 ALLOWED = {
-    "layer_norm C=8192 dropout": 48,
-    "layer_norm C=2048 bf16 stream": 8,
+    "layer_norm C=8192": 48,
     "attention fp32": 24,
     "gelu_mlp fp32": 24,
 }
