@@ -68,11 +68,13 @@ LAYER_NORM = (
 
 @dataclass(frozen=True)
 class EmbeddingConfig(Config):
-    """The embedding: columns and warps of a program; elements that a backward program reads at once, as rows of `block` columns."""
+    """The embedding: columns and warps of a program; backward, elements that a program reads at once, as rows of `block` columns, and the
+    sorted positions of a span, beyond which no program sums."""
 
     block: int = 1024
     forward_warps: int = 4
     backward_tile: int = 8192
+    backward_span: int = 64
     backward_warps: int = 8
 
 
@@ -298,6 +300,7 @@ GRIDS: dict[type, tuple[dict[str, tuple[Any, ...]], ...]] = {
     EmbeddingConfig: (
         dict(block=(512, 1024), forward_warps=(2, 4, 8)),
         dict(backward_tile=(4096, 8192, 16384), backward_warps=(4, 8)),
+        dict(backward_span=(32, 64, 128)),
     ),
 }
 

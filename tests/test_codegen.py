@@ -40,7 +40,7 @@ def compiling(*command):
 slow = pytest.mark.slow
 KERNELS = {
     "layer_norm": {"norm_forward", "norm_backward"},
-    "embedding": {"embed_forward", "embed_keys", "embed_backward_wpe", "embed_backward_wte"},
+    "embedding": {"embed_forward", "embed_keys", "embed_backward_wpe", "embed_backward_wte", "embed_backward_spans"},
     "linear_cross_entropy": {"loss_rows", "loss_mean", "loss_scale"},
     "adamw": {"adamw_norm", "adamw_clip", "adamw_update"},
     "gelu_mlp": {"mlp_gemm forward", "mlp_gemm backward"},
