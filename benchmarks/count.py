@@ -259,6 +259,7 @@ def pretend_gpu():
     FakeTensor.data_ptr = always(0)  # fresh memory begins on 16 bytes
     ops.triton.common._device_can_run = always(True)
     ops.triton.configs.architecture = always(90)
+    ops.triton.configs.multiprocessors = always(H200.multi_processor_count)
     JITFunction.run = launch
 
 

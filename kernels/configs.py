@@ -49,28 +49,32 @@ class Config:
 
 @dataclass(frozen=True)
 class NormConfig(Config):
-    """LayerNorm: the largest row width C, and the warps that share a row."""
+    """LayerNorm: the largest row width C, the warps that share a row, and the backward's programs on an SM."""
 
     max_width: int
     forward_warps: int
     backward_warps: int
+    programs_per_sm: int
 
 
+# programs_per_sm: as many as an SM's registers hold, with dropout too. A program more would run after the others, alone.
 LAYER_NORM = (
-    NormConfig(1024, forward_warps=1, backward_warps=8),  # one warp for each row needs no barrier
-    NormConfig(2048, forward_warps=4, backward_warps=8),
-    NormConfig(4096, forward_warps=8, backward_warps=16),
-    NormConfig(8192, forward_warps=16, backward_warps=16),
+    NormConfig(1024, forward_warps=1, backward_warps=4, programs_per_sm=5),  # one warp for each row needs no barrier
+    NormConfig(2048, forward_warps=4, backward_warps=4, programs_per_sm=3),
+    NormConfig(4096, forward_warps=8, backward_warps=8, programs_per_sm=2),  # with dropout one, so the two take turns
+    NormConfig(8192, forward_warps=16, backward_warps=16, programs_per_sm=1),
 )
 
 
 @dataclass(frozen=True)
 class EmbeddingConfig(Config):
-    """The embedding: columns and warps of a program; elements that a backward program reads at once, as rows of `block` columns."""
+    """The embedding: columns and warps of a program; backward, elements that a program reads at once, as rows of `block` columns, and the
+    sorted positions of a span, beyond which no program sums."""
 
     block: int = 1024
     forward_warps: int = 4
     backward_tile: int = 8192
+    backward_span: int = 64
     backward_warps: int = 8
 
 
@@ -81,8 +85,10 @@ EMBEDDING = EmbeddingConfig()
 class LossConfig(Config):
     """The loss: columns of a row that are in registers at once, warps for each row, and how rows are divided into chunks."""
 
-    block: int = 8192  # GPT-2's 50,304 columns are 6.1 blocks; one block of 65,536 would spill
-    warps: int = 8
+    # An SM has two rows of GPT-2's 50,304 columns at a time: 27 MB on an H100, whose L2 holds 50, so a row's second read comes from there.
+    # An A100's are 22 MB of 40; a B200's SM has four, 60 MB of 126. With 8 warps an H100's SM would have four. Columns: 3.07 blocks.
+    block: int = 16384
+    warps: int = 16
     mean_block: int = 4096
     scale_block: int = 4096
     min_chunk: int = 8192
@@ -340,10 +346,10 @@ GRIDS: dict[type, tuple[dict[str, tuple[Any, ...]], ...]] = {
     ),
     NormConfig: (
         dict(forward_warps=(1, 2, 4, 8)),
-        dict(backward_warps=(4, 8, 16)),
+        dict(backward_warps=(2, 4, 8, 16), programs_per_sm=(1, 2, 3, 5, 8)),  # fewer warps: more programs fit
     ),
     LossConfig: (
-        dict(block=(2048, 4096, 8192, 16384), warps=(4, 8, 16)),
+        dict(block=(4096, 8192, 16384, 32768), warps=(8, 16, 32)),
         dict(scale_block=(1024, 2048, 4096, 8192)),
     ),
     AdamWConfig: (
@@ -353,6 +359,7 @@ GRIDS: dict[type, tuple[dict[str, tuple[Any, ...]], ...]] = {
     EmbeddingConfig: (
         dict(block=(512, 1024), forward_warps=(2, 4, 8)),
         dict(backward_tile=(4096, 8192, 16384), backward_warps=(4, 8)),
+        dict(backward_span=(32, 64, 128)),
     ),
 }
 

@@ -6,8 +6,11 @@ Shapes: idx [B, T] int64; wte [V, C]; wpe [>= T, C]; x [B, T, C] in the weights'
 Saved: idx, and the dropout's seed. Recomputed: the dropout mask.
 
 Backward: dwpe[t] is the sum over b of dx[b, t]. dwte[v] is the sum over all (b, t) with idx[b, t] = v. The ids are sorted; the sort is
-stable, so equal ids keep the order of their positions. The program of the first id in a run of equal ids sums the whole run, and adds it
-to that id's row. There are no atomics, and repeated runs give the same bits.
+stable, so equal ids keep the order of their positions. The sorted positions are divided into spans of 64. The program of the first id in
+a run of equal ids sums the run up to the end of its span, and adds it to that id's row. A run that goes on has another program in each
+further span, which writes its sum to a row of `partial`. A last kernel adds those sums to the id's row, in their order. So a token that is
+4% of the text, 1,300 of 32,768, is at most 8 steps of 8 rows for a program and then 3 steps of 8 sums; in one program it would be 163 steps
+one after another. partial has at most C / 64 elements for each token. There are no atomics, and repeated runs give the same bits.
 
 wte is also the head's weight, whose gradient is dense. nanoGPT's backward fills a second dense [V, C] for the embedding, and adds the
 two. Here the op returns wte too, `x, head = embedding(...)`, and the head uses that. So the head's gradient passes through this op's
@@ -91,6 +94,14 @@ def _gradient(
 
 
 @triton.jit
+def _add_rows(ptrs, x, mask):
+    """Add the sum of the rows of x [R, BLOCK] to what is at the pointers [BLOCK]."""
+    # Load first: if several threads hold one element, the sum's barriers come before the store of one of them.
+    before = tl.load(ptrs, mask, other=0.0).to(tl.float32)
+    tl.store(ptrs, (before + tl.sum(x, 0)).to(ptrs.dtype.element_ty), mask)
+
+
+@triton.jit
 def _embed_backward_wpe(
     dx_ptr,  # [B, T, C]
     seed_ptr,  # [1] int64, if DROPOUT
@@ -141,6 +152,8 @@ def _embed_backward_wte(
     places_ptr,  # [B T] int64, the position of each sorted id before the sort
     seed_ptr,  # [1] int64, if DROPOUT
     dwte_ptr,  # [V, C] in and out, contiguous
+    runs_ptr,  # [spans] int32 out: the token of the run within which a span begins; -1 if one begins with it
+    partial_ptr,  # [spans, C] fp32 out: the sum of that run's rows in the span
     M,  # B * T
     T,
     V,
@@ -150,32 +163,67 @@ def _embed_backward_wte(
     stride_dc,
     p,
     scale,
+    SPAN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
     first = tl.program_id(0)
+    span = first // SPAN
     token = tl.load(ids_ptr + first)
-    before = tl.load(ids_ptr + first - 1, first > 0, other=-1)
-    if (token != before) & (token >= 0) & (token < V):
+    known = (token >= 0) & (token < V)
+    begins = token != tl.load(ids_ptr + first - 1, first > 0, other=-1)
+    opens = first % SPAN == 0
+    tl.store(runs_ptr + span, tl.where(begins | (token >= V), -1, token), opens & (tl.program_id(1) == 0))
+    if known & (begins | opens):
+        end = tl.minimum((span + 1) * SPAN, M)
         cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros([ROWS, BLOCK], tl.float32)
         start = first
         going = True
         while going:
             i = start + tl.arange(0, ROWS)
-            mine = tl.load(ids_ptr + i, i < M, other=-1) == token
-            place = tl.load(places_ptr + i, mine, other=0)
+            mine = tl.load(ids_ptr + i, i < end, other=-1) == token
+            place = tl.load(places_ptr + i, i < end, other=0).to(tl.int32)  # it fits, as the grid has M programs
             mask = mine[:, None] & (cols < C)[None, :]
-            b, t = place // T, place % T
+            b, t = (place // T).to(tl.int64), (place % T).to(tl.int64)
             total += _gradient(
                 dx_ptr, seed_ptr, b, t, cols, mask, T, C, stride_db, stride_dt, stride_dc, p, scale, DROPOUT
             )
             start += ROWS
-            going = tl.min(mine.to(tl.int32), 0) == 1
-        dwte_ptrs = dwte_ptr + token.to(tl.int64) * C + cols
-        dwte = tl.load(dwte_ptrs, cols < C, other=0.0).to(tl.float32) + tl.sum(total, 0)
-        tl.store(dwte_ptrs, dwte.to(dwte_ptr.dtype.element_ty), cols < C)
+            going = tl.load(ids_ptr + start, start < end, other=-1) == token
+        if begins:
+            _add_rows(dwte_ptr + token.to(tl.int64) * C + cols, total, cols < C)
+        else:
+            tl.store(partial_ptr + span.to(tl.int64) * C + cols, tl.sum(total, 0), cols < C)
+
+
+@triton.jit
+def _embed_backward_spans(
+    runs_ptr,  # [spans] int32
+    partial_ptr,  # [spans, C] fp32
+    dwte_ptr,  # [V, C] in and out, contiguous
+    spans,
+    C,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add to tokens' rows what runs have in the spans that begin within them. The program of a run's first such span adds all."""
+    first = tl.program_id(0)
+    token = tl.load(runs_ptr + first)
+    if (token >= 0) & (token != tl.load(runs_ptr + first - 1, first > 0, other=-1)):
+        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros([ROWS, BLOCK], tl.float32)
+        start = first
+        going = True
+        while going:
+            i = start + tl.arange(0, ROWS)
+            mine = tl.load(runs_ptr + i, i < spans, other=-1) == token
+            partial_ptrs = partial_ptr + i.to(tl.int64)[:, None] * C + cols[None, :]
+            total += tl.load(partial_ptrs, mine[:, None] & (cols < C)[None, :], other=0.0)
+            start += ROWS
+            going = tl.load(runs_ptr + start, start < spans, other=-1) == token
+        _add_rows(dwte_ptr + token.to(tl.int64) * C + cols, total, cols < C)
 
 
 # ---- launchers ----
@@ -218,11 +266,16 @@ def embedding_backward(
         keys = torch.empty(B * T, dtype=torch.int32, device=dx.device)
         launch(_embed_keys, (cdiv(B * T, config.block),), idx, keys, B * T, T, V, *idx.stride(), BLOCK=config.block)
         ids, places = torch.sort(keys, stable=True)
+        spans = triton.cdiv(B * T, config.backward_span)
+        runs = torch.empty(spans, dtype=torch.int32, device=dx.device)
+        partial = torch.empty((spans, C), dtype=torch.float32, device=dx.device)
+        shared = dict(ROWS=min(rows, 64), BLOCK=block, num_warps=config.backward_warps)
         launch(
             _embed_backward_wte, (B * T, blocks),
-            dx, ids, places, seed, dwte, B * T, T, V, C, *dx.stride(), p, kept_scale(p),
-            ROWS=min(rows, 64), BLOCK=block, DROPOUT=p > 0, num_warps=config.backward_warps,
+            dx, ids, places, seed, dwte, runs, partial, B * T, T, V, C, *dx.stride(), p, kept_scale(p),
+            SPAN=config.backward_span, DROPOUT=p > 0, **shared,
         )  # fmt: skip
+        launch(_embed_backward_spans, (spans, blocks), runs, partial, dwte, spans, C, **shared)
 
 
 # ---- the public op ----

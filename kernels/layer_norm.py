@@ -14,8 +14,9 @@ Backward, from the gradients dstream' and dh, in one pass over the rows:
     dstream = dx, in the stream's dtype;  dbranch = dropout'(dx), in the branch's dtype
     dweight = the sum over rows of dh * xhat;  dbias = the sum over rows of dh
 
-A program processes every PROGRAMS-th row, and keeps its sums of dweight and dbias in registers. torch.sum then adds the programs' sums.
-There are no atomics: repeated runs give the same bits.
+A program processes every so-many-th row, and keeps its sums of dweight and dbias in registers. torch.sum then adds the programs' sums.
+There are no atomics: repeated runs give the same bits. There are as many programs as fit on the GPU at once. So a GPU with another number
+of SMs adds dweight and dbias in another order, which may change their last bits; dstream and dbranch are the same everywhere.
 
 Without dropout and with equal dtypes, dbranch equals dx, and is not written a second time.
 
@@ -43,10 +44,6 @@ from fastgpt.kernels.common import (
     next_power_of_2,
     rows,
 )
-
-# The backward's programs. The number is fixed, so that a program adds the same rows on every GPU. It gives about four programs for each
-# SM of an H100, and 3 MB of partial sums at C = 768.
-PROGRAMS = 512
 
 
 @triton.jit
@@ -139,10 +136,14 @@ def _norm_backward(
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
     for i in range(tl.cdiv(M - program, programs)):
-        row = program.to(tl.int64) + i * programs
-        b, t = row // T, row % T
+        row = program + i * programs
+        b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)  # divided in 32 bits: in 64 bits it is a call
+        row = row.to(tl.int64)  # offsets may exceed 2^31 elements
         dh = tl.load(dh_ptr + b * stride_hb + t * stride_ht + cols * stride_hn, mask, other=0.0).to(tl.float32)
         x = tl.load(stream_ptr + b * stride_sb + t * stride_st + cols * stride_sn, mask, other=0.0).to(tl.float32)
+        if HAS_DSTREAM:
+            dstream_ptrs = dstream_ptr + b * stride_db + t * stride_dt + cols * stride_dn
+            dstream = tl.load(dstream_ptrs, mask, other=0.0).to(tl.float32)
         rstd = tl.load(stats_ptr + M + row)
         xhat = tl.where(mask, (x - tl.load(stats_ptr + row)) * rstd, 0.0)
         if BLOCK > 4096:  # read for every row, from L1: in registers it would spill
@@ -150,10 +151,15 @@ def _norm_backward(
         dweight += dh * xhat
         dbias += dh
         g = dh * weight
-        dx = rstd * (g - tl.sum(g, 0) / N - xhat * (tl.sum(g * xhat, 0) / N))
+        if N == 1:  # xhat is 0, whatever x is: below, g would leave its rounding
+            g *= 0.0
+        # Use dstream before the sums. ptxas would otherwise load it after the wait for x, and each row would wait for memory twice.
+        dx = rstd * g
         if HAS_DSTREAM:
-            dstream_ptrs = dstream_ptr + b * stride_db + t * stride_dt + cols * stride_dn
-            dx += tl.load(dstream_ptrs, mask, other=0.0).to(tl.float32)
+            dx += dstream
+        # One reduction of pairs has half as many barriers as two reductions.
+        mean_g, mean_gx = tl.split(tl.sum(tl.join(g, g * xhat), 0) / N)
+        dx -= rstd * (mean_g + xhat * mean_gx)
         tl.store(dx_ptr + row * N + cols, dx.to(dx_ptr.dtype.element_ty), mask)
         if HAS_BRANCH:
             if DROPOUT:
@@ -193,7 +199,8 @@ def layer_norm_backward(
     """Compute dx [..., C], dbranch [..., C] unless it is None, and sums [1 or 2, C] fp32: dweight and, with a bias, dbias."""
     N = stream.size(-1)
     M = stream.numel() // N
-    programs = min(M, PROGRAMS)
+    config = configs.layer_norm(N, row)
+    programs = min(M, config.programs_per_sm * configs.multiprocessors(stream.device))
     partial = torch.empty((2, programs, N), dtype=torch.float32, device=stream.device)
     h3, s3, d3 = rows(dh), rows(stream), None if dstream is None else rows(dstream)
     strides = *h3.stride(), *(h3 if d3 is None else d3).stride(), *s3.stride()
@@ -203,7 +210,7 @@ def layer_norm_backward(
             h3, d3, s3, stats, weight, seed, dx, dbranch, partial,
             M, h3.size(1), *strides, p, kept_scale(p),
             N=N, BLOCK=next_power_of_2(N), HAS_DSTREAM=dstream is not None, HAS_BRANCH=dbranch is not None,
-            DROPOUT=p > 0, num_warps=configs.layer_norm(N, row).backward_warps,
+            DROPOUT=p > 0, num_warps=config.backward_warps,
         )  # fmt: skip
     torch.sum(partial[: len(sums)], 1, out=sums)
 

@@ -41,6 +41,21 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _online(x, m, total):
+    """The maximum of the logits so far, and the sum of their exponentials relative to it, with those of x [BLOCK]."""
+    m_new = tl.maximum(m, tl.max(x, 0))
+    return m_new, total * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((x - m_new) * LOG2E), 0)
+
+
+@triton.jit
+def _overwrite(ptrs, mask, m, log2_total):
+    """Overwrite logits with their softmax. Nothing reads either before they have left L2."""
+    x = tl.load(ptrs, mask, eviction_policy="evict_first").to(tl.float32)
+    softmax = tl.exp2((x - m) * LOG2E - log2_total)
+    tl.store(ptrs, softmax.to(ptrs.dtype.element_ty), mask, eviction_policy="evict_first")
+
+
+@triton.jit
 def _loss_rows(
     logits_ptr,  # [rows, V] in; softmax - onehot out, if GRAD
     targets_ptr,  # [rows] int64
@@ -51,6 +66,7 @@ def _loss_rows(
     stride_y,
     ignore_index,
     BLOCK: tl.constexpr,
+    REST: tl.constexpr,  # columns of the last block: at least V % BLOCK; 0 if that is 0
     GRAD: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * V exceeds 2^31 from 43,000 rows of GPT-2's vocabulary on
@@ -67,24 +83,29 @@ def _loss_rows(
         # A target outside the vocabulary reads nothing, and gives nan, which shows in the loss.
         known = (target >= 0) & (target < V)
         at_target = tl.load(logits_ptr + target, known, other=float("nan")).to(tl.float32)
+        # The first read leaves the row in L2 for the second. Nothing is read after that.
+        FIRST: tl.constexpr = "evict_last" if GRAD else "evict_first"
         m = -3e38  # finite, since all logits of a block may be -inf
         total = 0.0
-        for start in range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            x = tl.load(logits_ptr + cols, cols < room, other=-float("inf")).to(tl.float32)
-            x = tl.where(cols < V, x, -float("inf"))
-            m_new = tl.maximum(m, tl.max(x, 0))
-            total = total * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((x - m_new) * LOG2E), 0)
-            m = m_new
+        whole = V // BLOCK * BLOCK  # columns of whole blocks, which need no masks
+        for start in range(0, whole, BLOCK):
+            x = tl.load(logits_ptr + start + tl.arange(0, BLOCK), eviction_policy=FIRST).to(tl.float32)
+            m, total = _online(x, m, total)
+        if REST:
+            rest = whole + tl.arange(0, REST)
+            last = tl.load(logits_ptr + rest, rest < room, eviction_policy=FIRST).to(tl.float32)
+            m, total = _online(tl.where(rest < V, last, -float("inf")), m, total)
         # Subtract the maximum first, as PyTorch does: a small loss of large logits keeps its digits.
         log2_total = tl.log2(total)
         tl.store(loss_ptr + row, (m - at_target) + log2_total / LOG2E)
         if GRAD:
-            for start in range(0, V, BLOCK):
-                cols = start + tl.arange(0, BLOCK)
-                x = tl.load(logits_ptr + cols, cols < room, other=0.0).to(tl.float32)
-                gradient = tl.exp2((x - m) * LOG2E - log2_total) - tl.where(cols == target, 1.0, 0.0)
-                tl.store(logits_ptr + cols, gradient.to(logits_ptr.dtype.element_ty), cols < room)
+            for start in range(0, whole, BLOCK):
+                _overwrite(logits_ptr + start + tl.arange(0, BLOCK), None, m, log2_total)
+            if REST:
+                _overwrite(logits_ptr + rest, rest < room, m, log2_total)
+            tl.debug_barrier()  # another thread has written the target's softmax
+            gradient = tl.exp2((at_target - m) * LOG2E - log2_total) - 1
+            tl.store(logits_ptr + target, gradient.to(logits_ptr.dtype.element_ty), known)
 
 
 @triton.jit
@@ -154,6 +175,8 @@ def linear_cross_entropy_forward(
     buffer = torch.empty((chunk, room), dtype=h.dtype, device=device)
     # At most one thread for each logit of a block: a second thread would read a logit while the first overwrites it.
     block = min(config.block, next_power_of_2(V))
+    warps = min(config.warps, max(1, block // 32))
+    rest = V % block and max(next_power_of_2(V % block), min(block, 32 * warps))
     if dweight is not None and not M:
         dweight.zero_()
     for start in range(0, M, chunk):
@@ -163,7 +186,7 @@ def linear_cross_entropy_forward(
         launch(
             _loss_rows, (x.size(0),),
             logits, y, losses[start:], V, room, room, y.stride(0), ignore_index,
-            BLOCK=block, GRAD=dh is not None, num_warps=min(config.warps, max(1, block // 32)),
+            BLOCK=block, REST=rest, GRAD=dh is not None, num_warps=warps,
         )  # fmt: skip
         if dh is not None:
             torch.mm(logits, weight, out=dh.view(-1, C)[start : start + chunk])

@@ -18,8 +18,8 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
     "layer_norm": [
         ("a wrong eps", "/ N + eps)", "/ N + 2 * eps)", FEWER),
         ("a variance that forgets the mean", "tl.where(mask, x - mean, 0.0)", "x", FEWER),
-        ("a dropped term of dx", "- xhat * (tl.sum(g * xhat, 0) / N)", "", FEWER),
-        ("the stream's gradient left out", "dx += tl.load(dstream_ptrs", "dx += 0 * tl.load(dstream_ptrs", FEWER),
+        ("a dropped term of dx", " + xhat * mean_gx", "", FEWER),
+        ("the stream's gradient left out", "dx += dstream", "dx += 0 * dstream", FEWER),
         ("a partial sum dropped", "partial[: len(sums)]", "partial[: len(sums), 1:]", FEWER),
         ("dropout without its scale", "tl.where(dropout_keep_mask(seed_ptr, row * N + cols, p), branch * scale, 0.0)",
          "tl.where(dropout_keep_mask(seed_ptr, row * N + cols, p), branch, 0.0)", DROPOUT),
@@ -29,9 +29,13 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
     ],
     "embedding": [
         ("positions off by one", "wpe_ptr + t * stride_pt", "wpe_ptr + (t + 1) * stride_pt", FEWER),
-        ("a token's other places forgotten", "going = tl.min(mine.to(tl.int32), 0) == 1", "going = False", FEWER),
-        ("places past the run counted", "i < M, other=-1) == token", "i < M, other=-1) >= token", FEWER),
-        ("the head's gradient overwritten", "tl.load(dwte_ptrs, cols < C, other=0.0).to(tl.float32) + tl.sum", "tl.sum", FEWER),
+        ("a token's other places forgotten", "going = tl.load(ids_ptr + start, start < end, other=-1) == token", "going = False", FEWER),
+        ("places past the run counted", "i < end, other=-1) == token", "i < end, other=-1) >= token", FEWER),
+        ("a run cut at its span's end", "tl.where(begins | (token >= V), -1, token)", "-1", FEWER),
+        ("a run's spans added more than once", "(token != tl.load(runs_ptr", "(-1 != tl.load(runs_ptr", FEWER),
+        ("a span of a run forgotten", "mine[:, None] & (cols < C)[None, :], other",
+         "mine[:, None] & (i > first)[:, None] & (cols < C)[None, :], other", FEWER),
+        ("the head's gradient overwritten", "(before + tl.sum(x, 0))", "tl.sum(x, 0)", FEWER),
         ("a sequence dropped", "for start in range(0, B, ROWS)", "for start in range(0, B - ROWS, ROWS)", FEWER),
         ("the backward without dropout", "        dx = tl.where(dropout_keep_mask", "        tl.where(dropout_keep_mask", DROPOUT),
     ],
@@ -79,11 +83,12 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
         ("steps that are not counted", "torch._foreach_add_(steps, 1 if", "torch._foreach_add_(steps, 0 if", SHAPE),
     ],
     "linear_cross_entropy": [
-        ("no target in the gradient", "- tl.where(cols == target, 1.0, 0.0)", "", FEWER),
+        ("no target in the gradient", "- log2_total) - 1", "- log2_total)", FEWER),
         ("ignored targets counted", "!= ignore_index).to(tl.int32)", "!= -2).to(tl.int32)", FEWER),
         ("ignored rows with a gradient", "tl.store(logits_ptr + cols, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), cols < room)",
          "pass", FEWER),
         ("a sum without the new maximum", "total * tl.exp2((m - m_new) * LOG2E)", "total", FEWER),
+        ("the rest of a row left as it was", "_overwrite(logits_ptr + rest, rest < room, m, log2_total)", "pass", FEWER),
         ("the loss's own gradient left out", "tl.load(dloss_ptr).to(tl.float32) * ", "", FEWER),
         ("a chunk's weight gradient dropped", "accumulate=start > 0", "accumulate=False", FEWER),
     ],
@@ -112,7 +117,7 @@ def plant(op, right, wrong, folder):
 def small_blocks():
     """{table of configs: a row so small that every loop runs more than once}."""
     return {
-        "EMBEDDING": configs.EmbeddingConfig(block=32, backward_tile=256),
+        "EMBEDDING": configs.EmbeddingConfig(block=32, backward_tile=64, backward_span=4),
         "LINEAR_CROSS_ENTROPY": replace(configs.LINEAR_CROSS_ENTROPY, block=32, min_chunk=50, memory_share=0),
         "ADAMW": configs.AdamWConfig(chunk=512, block=128, warps=4, clip_block=4),
     }

@@ -112,7 +112,7 @@ def pipe(inst):
         return "integer"
     if op in ("shfl", "redux", "vote", "elect"):
         return "warp"
-    if op in ("mov", "cvta", "bra", "ret"):
+    if op in ("mov", "cvta", "bra", "ret", "createpolicy"):
         return "other"
     raise UnknownPTX(f"{inst.name}: no pipe is known for it")
 

@@ -29,7 +29,13 @@ from fastgpt.verify import compare, run
 
 DTYPES = ("bfloat16", "float16", "float32")
 KERNELS = {  # that each op launches, forward and backward
-    "embedding": {"_embed_forward", "_embed_keys", "_embed_backward_wpe", "_embed_backward_wte"},
+    "embedding": {
+        "_embed_forward",
+        "_embed_keys",
+        "_embed_backward_wpe",
+        "_embed_backward_wte",
+        "_embed_backward_spans",
+    },
     "layer_norm": {"_norm_forward", "_norm_backward"},
     "attention": {"_attention_forward", "_attention_delta", "_attention_backward"},
     "gelu_mlp": {"_mlp_gemm"},
@@ -102,8 +108,14 @@ def in_chunks(it):
     return replace(it, kernel=functools.partial(it.kernel, row=row))
 
 
+def in_short_spans(it):
+    """The embedding's backward in spans of a few places, and few rows at once."""
+    return replace(it, kernel=functools.partial(it.kernel, row=faults.small_blocks()["EMBEDDING"].text))
+
+
 VARIATIONS = {name: functools.partial(viewed, view) for name, view in {**VIEWS, "one further": one_further}.items()}
 VARIATIONS |= {"recompute": recomputing, "some transposed": some_transposed, "chunks": in_chunks}
+VARIATIONS |= {"short spans": in_short_spans}
 VARIATIONS |= {"one gradient": one_gradient, "copied further": copied_further}
 
 S = Shape
@@ -115,6 +127,8 @@ CASES = {  # op: {name: (shape, variation or None)}
         "dropout": (S(1, 40, 32, 2, 65, dropout=0.2), None),
         "odd width": (S(1, 33, 131, 1, 17), None),
         "wide": (S(1, 40, 1100, 4, 3), None),  # two blocks of columns; runs of one id longer than a program reads at once
+        "long runs": (S(2, 200, 48, 3, 5), None),  # over several spans
+        "short spans": (S(2, 33, 48, 3, 7), "short spans"),
         "narrow": (S(2, 20, 64, 2, 65, narrow_residual=True), None),
         "narrow dropout": (S(2, 20, 48, 3, 65, dropout=0.2, narrow_residual=True), None),
         "strides": (S(2, 9, 48, 3, 23), "sliced columns"),
@@ -176,7 +190,7 @@ CASES = {  # op: {name: (shape, variation or None)}
     "linear_cross_entropy": {
         "partial": (S(2, 67, 48, 3, 101), None),
         "bytes": (S(2, 8, 48, 3, 256), None),
-        "several blocks": (S(1, 7, 16, 1, 17000), None),
+        "several blocks": (S(1, 4, 16, 1, 40000), None),  # two whole ones, and a rest
         "two tokens": (S(1, 2, 64, 2, 65), None),  # of which one counts
         "odd": (S(1, 33, 31, 1, 517), None),
         "chunks": (S(2, 67, 48, 3, 101), "chunks"),

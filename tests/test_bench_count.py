@@ -55,8 +55,8 @@ def counted():
 # a kernel or a pass over memory: lower them where it lowers, and raise them only with the reason in the commit. The peers' are recorded so
 # that they are not slowed down unseen.
 RECORDED = {
-    2: {"fastgpt": (11.669e9, 57), "fastgpt-eager": (11.669e9, 58), "eager": (70.68e9, 102), "compiled": (24.27e9, 84)},
-    12: {"fastgpt": (29.89e9, 267), "fastgpt-eager": (29.89e9, 268), "eager": (114.83e9, 492), "compiled": (56.37e9, 414)},
+    2: {"fastgpt": (11.682e9, 58), "fastgpt-eager": (11.682e9, 59), "eager": (70.68e9, 102), "compiled": (24.27e9, 84)},
+    12: {"fastgpt": (29.93e9, 268), "fastgpt-eager": (29.93e9, 269), "eager": (114.83e9, 492), "compiled": (56.37e9, 414)},
 }  # fmt: skip
 
 
@@ -214,7 +214,8 @@ def test_kernels_read_and_write_what_is_counted(touched, bias, dropout, stream):
     model = GPT(GPTConfig(32, 64, 1, 2, 32, dropout, bias))
     model.set_kernels(ops.all_triton())
     model.set_residual(stream)
-    idx = torch.randint(64, (2, 32))
+    idx = torch.randint(64, (5, 32))
+    idx[:, ::2] = 0  # a run over more than one span of the embedding's backward
     with torch.autocast("cpu", torch.bfloat16, enabled=stream is not None):
         loss = model(idx, idx, return_logits=False)[1]
     loss.backward()

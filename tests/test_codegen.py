@@ -15,11 +15,9 @@ pytest.importorskip("triton")
 import sass
 import triton
 
-# Bytes that may spill: LayerNorm at a width that no GPT-2 has, and IEEE fp32, whose products have no tensor cores. Of a bf16 stream ptxas
-# keeps to 64 registers on sm_80, eight bytes too few, so that four blocks fit an SM in place of three.
+# Bytes that may spill: LayerNorm at a width that no GPT-2 has, and IEEE fp32, whose products have no tensor cores.
 ALLOWED = {
-    "layer_norm C=8192 dropout": 48,
-    "layer_norm C=2048 bf16 stream": 8,
+    "layer_norm C=8192": 48,
     "attention fp32": 24,
 }
 
@@ -41,7 +39,7 @@ def compiling(*command):
 slow = pytest.mark.slow
 KERNELS = {
     "layer_norm": {"norm_forward", "norm_backward"},
-    "embedding": {"embed_forward", "embed_keys", "embed_backward_wpe", "embed_backward_wte"},
+    "embedding": {"embed_forward", "embed_keys", "embed_backward_wpe", "embed_backward_wte", "embed_backward_spans"},
     "linear_cross_entropy": {"loss_rows", "loss_mean", "loss_scale"},
     "adamw": {"adamw_norm", "adamw_clip", "adamw_update"},
     "gelu_mlp": {"mlp_gemm forward", "mlp_gemm backward"},

@@ -59,9 +59,28 @@ def test_many_sequences():
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 33])
 def test_a_token_that_comes_again(n):
     """Runs of equal ids of all lengths around that of a step, which is 16."""
+    check(1, 40, 8, 64, idx=repeated(n, 5), row=configs.EmbeddingConfig(backward_tile=16 * 8).text)
+
+
+def repeated(n, token):
+    """40 ids in any order, of which n are one token and the others differ."""
     idx = torch.arange(40, device=DEVICE)[None].clone()
-    idx[:, :n] = 5
-    check(1, 40, 8, 64, idx=idx[:, torch.randperm(40)], row=configs.EmbeddingConfig(backward_tile=16 * 8).text)
+    idx[:, :n] = token
+    return idx[:, torch.randperm(40)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("token", [0, 39, 20])  # its run begins with a span, ends with one, or neither
+@pytest.mark.parametrize("n", [3, 4, 5, 8, 9, 26, 40])
+def test_a_run_over_many_spans(n, token, dtype):
+    """A span is 4 places, and a step 2 rows, or 2 sums of spans."""
+    row = configs.EmbeddingConfig(backward_tile=2 * 8, backward_span=4).text
+    check(1, 40, 8, 40, dtype, idx=repeated(n, token), row=row)
+
+
+def test_runs_over_many_spans_are_the_same_bits_every_time():
+    row, idx = configs.EmbeddingConfig(backward_span=4).text, repeated(30, 20)
+    assert same_bits(lambda *w: embedding(idx, *w, row=row)[0].sin().sum(), [randn(40, 8), randn(40, 8)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

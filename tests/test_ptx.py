@@ -113,6 +113,7 @@ def quotient(a, b):
         ("bfe.s32 {d}, {0}, 28, 6;", (I,), python(lambda a: ((a >> 28 & 15) ^ 8) - 8)),
         ("shfl.sync.idx.b32 {d}, {0}, 35, 31, -1;", (I,), lambda a: np.full(32, a[3])),
         ("shfl.sync.bfly.b32 {d}, {0}, 33, 31, -1;", (I,), lambda a: a.reshape(16, 2)[:, ::-1].reshape(32)),
+        ("createpolicy.fractional.L2::evict_last.b64 %rd9, 1.0; ld.global.L1::evict_last.L2::cache_hint.b32 {d}, [%rd61], %rd9;", (I,), lambda a: a),
         ("popc.b32 {d}, {0};", (I,), python(lambda a: bin(a % 2**32).count("1"))),
         ("prmt.b32 {d}, {0}, {1}, 0x7531;", (I, J), python(lambda a, b: int.from_bytes(((b % 2**32 << 32) + a % 2**32).to_bytes(8, "little")[1::2], "little"))),
         ("setp.lt.u32 %p1, {0}, {1}; selp.b32 {d}, 1, 0, %p1;", (I, J), python(lambda a, b: a % 2**32 < b % 2**32)),

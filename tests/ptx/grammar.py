@@ -58,6 +58,9 @@ FORMS = {
     # memory
     r"ld\.param\.(?:[bsu](?:32|64)|f32)": r"r \[\]",
     rf"ld\.(?:global|{SHARED})(?:\.L1::evict_(?:last|first)|\.L1::no_allocate)?(?:\.v[248])?\.[bsu](?:8|16|32|64)": r"(?:r|\{\d\}) \[\]",
+    r"createpolicy\.fractional\.L2::evict_(?:last|first)\.b64": "r f",
+    r"ld\.global\.L1::evict_(?:last|first)\.L2::cache_hint(?:\.v[248])?\.b(?:8|16|32|64)": r"(?:r|\{\d\}) \[\] r",
+    r"st\.global\.L1::evict_(?:last|first)\.L2::cache_hint(?:\.v[248])?\.b(?:8|16|32|64)": rf"\[\] (?:{V}|\{{\d\}}) r",
     rf"st\.(?:global|{SHARED})(?:\.v[248])?\.b(?:8|16|32|64)": rf"\[\] (?:{V}|\{{\d\}})",
     rf"cp\.async\.ca\.{SHARED}\.global": rf"\[\] \[\] (?:4|8|16)(?: {V})?",
     rf"cp\.async\.cg\.{SHARED}\.global": rf"\[\] \[\] 16(?: {V})?",

@@ -485,6 +485,8 @@ def handler(m, inst):
         return memory.copy(m, inst)
     if op in ("shfl", "redux", "elect", "vote"):
         return across_warp(m, inst)
+    if op == "createpolicy":  # of a cache, of which there is none
+        return lambda lanes: m.registers[inst.operands[0]].__setitem__(lanes, 0)
     if inst.name == "bar.warp.sync":  # groups that met run together: of a warp all are here
         return lambda lanes: m.whole_warps(inst, lanes) and None
     if inst.name == "griddepcontrol.wait" or inst.name == "griddepcontrol.launch_dependents":

@@ -240,6 +240,8 @@ class Body:
         if "|" in text:
             return tuple(self.operand(o) for o in text.split("|"))
         if text[0] in "-0123456789":
+            if text == "1.0":  # the fraction of a cache policy
+                return Bits(0x3F800000, True)
             found = LITERAL.match(text)
             if not found:
                 raise UnknownPTX(f"{self.kernel.name}: a literal that is not understood: {text}")
