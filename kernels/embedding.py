@@ -266,7 +266,7 @@ def embedding_backward(
         keys = torch.empty(B * T, dtype=torch.int32, device=dx.device)
         launch(_embed_keys, (cdiv(B * T, config.block),), idx, keys, B * T, T, V, *idx.stride(), BLOCK=config.block)
         ids, places = torch.sort(keys, stable=True)
-        spans = triton.cdiv(B * T, config.backward_span)
+        spans = cdiv(B * T, config.backward_span)
         runs = torch.empty(spans, dtype=torch.int32, device=dx.device)
         partial = torch.empty((spans, C), dtype=torch.float32, device=dx.device)
         shared = dict(ROWS=min(rows, 64), BLOCK=block, num_warps=config.backward_warps)
