@@ -162,7 +162,8 @@ class Run:
         cfg, world = self.cfg, self.world
         saved = saved or {}
         before = (saved.get("fastgpt") or {}).get("micro_batch")
-        left = 0 if cfg.eval_only else cfg.max_iters - saved.get("iter_num", 0)  # iterations
+        done = saved.get("iter_num")
+        left = 0 if cfg.eval_only else cfg.max_iters - (done if isinstance(done, int) else 0)  # iterations
 
         def find():
             return runner.find(self.work(), world.device, left * self.accumulation)

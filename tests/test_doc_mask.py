@@ -11,7 +11,7 @@ from helpers import uncached
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fastgpt import ops, tokenizer, trainer
+from fastgpt import ops, runner, tokenizer
 from fastgpt.config import UserError
 from fastgpt.model import GPT, GPTConfig
 
@@ -235,10 +235,8 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(train):
 
 def test_kernels_are_chosen_on_documents(train, monkeypatch):
     shapes = []
-    choose = trainer.choose
-    monkeypatch.setattr(
-        trainer, "choose", lambda spec, shape, *rest: shapes.append(shape) or choose(spec, shape, *rest)
-    )
+    choose = runner.choose
+    monkeypatch.setattr(runner, "choose", lambda spec, shape, *rest: shapes.append(shape) or choose(spec, shape, *rest))
     train("--doc_mask")
     train()
     assert shapes[0] == replace(shapes[1], doc_mask=True)

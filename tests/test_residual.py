@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY, losses
 
-from fastgpt import ops, trainer
+from fastgpt import ops, runner, trainer
 from fastgpt.config import RESIDUAL, TrainConfig, UserError
 from fastgpt.model import GPT, GPTConfig
 
@@ -155,12 +155,10 @@ def test_it_is_refused_where_products_are_not_in_bf16(dataset, fastgpt):
 
 
 def test_kernels_are_chosen_on_such_a_stream(train, monkeypatch):
-    shapes, choose = [], trainer.choose
+    shapes, choose = [], runner.choose
     monkeypatch.setattr(trainer, "check_residual", lambda *args: None)
     monkeypatch.setattr(trainer, "nullcontext", lambda: torch.autocast("cpu", BF16))
-    monkeypatch.setattr(
-        trainer, "choose", lambda spec, shape, *rest: shapes.append(shape) or choose(spec, shape, *rest)
-    )
+    monkeypatch.setattr(runner, "choose", lambda spec, shape, *rest: shapes.append(shape) or choose(spec, shape, *rest))
     train("--residual=bf16")
     train()
     assert [s.narrow_residual for s in shapes] == [True, False]
