@@ -52,15 +52,16 @@ print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
 """
 TESTS = (
     "adamw", "attention", "doc_mask", "embedding", "gelu_mlp", "graphs", "kernels", "kernels_in_training", "layer_norm", "linear",
-    "linear_cross_entropy", "planted_faults",
+    "linear_cross_entropy", "planted_faults", "runner", "timing",
 )  # fmt: skip
 TRAIN = (
     "train", "--preset=tiny", "--dtype=bfloat16", "--kernels=triton", "--gradient_accumulation_steps=4", "--max_iters=20",
-    "--eval_interval=20", "--eval_iters=2",
+    "--micro_batch=8", "--eval_interval=20", "--eval_iters=2",
 )  # fmt: skip
-# The last losses of the first four must be the same up to rounding: of graphs and recompute the bits of eager.
+# The last losses of the first five must be the same up to rounding: of graphs, auto and recompute the bits of eager.
 MODES = {
     "eager": "--runner=eager",
+    "auto": "",
     "graphs": "--runner=graphs",
     "recompute": "--runner=eager --recompute=block",
     "compiled": "--runner=compile",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastgpt.config import PrepareConfig, SampleConfig, TuneConfig, UserError, VerifyConfig
+from fastgpt.config import PrepareConfig, SampleConfig, TuneConfig, UserError, VerifyConfig, own_environment
 from fastgpt.parse import parse, parse_train
 
 USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
@@ -62,7 +62,8 @@ def run(command: str, argv: list[str]) -> int | None:
         except Again as e:  # in a process anew: of this one CUDA may be lost, or its memory in pieces
             print(f"fastgpt: {e}", file=sys.stderr, flush=True)
             sys.stdout.flush()
-            os.execv(sys.executable, [sys.executable, "-m", "fastgpt.cli", "train", *argv, *e.flags])
+            words = [sys.executable, "-m", "fastgpt.cli", "train", *argv, *e.flags]
+            os.execve(sys.executable, words, own_environment())
     elif command == "sample":
         from fastgpt.sample import sample
 

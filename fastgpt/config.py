@@ -24,6 +24,12 @@ def cache_folder() -> Path:
     return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt")
 
 
+def own_environment() -> dict[str, str]:
+    """The environment of a process that is to import this very fastgpt, installed or not."""
+    here = str(Path(__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
+
+
 @dataclass
 class GPTConfig:
     """The shape of a model, as nanoGPT's: same fields, order and defaults."""

@@ -84,11 +84,11 @@ def sequence_bytes(config: GPTConfig, itemsize: int, recompute: str = "none", st
 
 
 def what_fits(
-    cfg: TrainConfig, config: GPTConfig, memory: float, itemsize: int, failed: int, graphed: bool = False
-) -> str:
+    cfg: TrainConfig, config: GPTConfig, memory: float, itemsize: int, failed: int, micro_steps: int, graphed: bool = False
+) -> str:  # fmt: skip
     """The flags to give, as text, where a run did not fit into `memory` bytes: to recompute, or to compute fewer sequences at a time.
 
-    failed: the sequences of its micro-steps. graphed: whether they were CUDA graphs.
+    failed: the sequences of its micro-steps. micro_steps: how many of nanoGPT's a process has. graphed: whether they were CUDA graphs.
     """
     room = MEMORY_SHARE * memory - state_bytes(config) * 18 / 14  # the weights too
     modes, stream = get_args(Recompute), RESIDUAL[cfg.residual].itemsize
@@ -99,7 +99,8 @@ def what_fits(
         if failed * sequence_bytes(config, itemsize, mode, stream) <= room:
             return f"give --recompute={mode}"
     total = cfg.batch_size * cfg.gradient_accumulation_steps
-    merged = [n for n in range(cfg.batch_size, failed, cfg.batch_size) if total % n == 0 and n * sequence <= room]
+    mine = cfg.batch_size * micro_steps
+    merged = [n for n in range(cfg.batch_size, failed, cfg.batch_size) if mine % n == 0 and n * sequence <= room]
     if merged:
         return f"give --micro_batch={merged[-1]}"
     if failed > cfg.batch_size:

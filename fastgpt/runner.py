@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 
 from fastgpt import graphs, metrics, ops, timing, tuned
 from fastgpt.choose import choose, recall, remember
-from fastgpt.config import RESIDUAL, GPTConfig, TrainConfig, UserError
+from fastgpt.config import RESIDUAL, GPTConfig, TrainConfig, UserError, own_environment
 from fastgpt.model import GPT
 from fastgpt.records import Shape
 from fastgpt.shadows import Shadows, shadow_dtype
@@ -30,7 +30,7 @@ from fastgpt.step import micro_step
 SECONDS = 120.0  # that all candidates together may take
 GAIN = 0.1  # of a run's time, that the fastest candidate may save at best
 OVERHEAD = 1e-3  # seconds that even a tiny micro-step takes
-ITERATIONS, WINDOWS = 3, 5  # timed in a row, and how often
+ITERATIONS, WINDOWS = 2, 3  # timed in a row, and how often
 DOCUMENT = 512  # tokens of a document, on average, where attention stays within them
 
 
@@ -85,7 +85,12 @@ class Work:
 
     def key(self, device: str) -> dict[str, Any]:
         """Everything that its time depends on."""
-        return {"work": asdict(self), **tuned.environment(device)}
+        dtype, rows = getattr(torch, self.dtype), {}
+        with suppress(OSError, ValueError):  # not tuned, or not for this run
+            _, rows = tuned.read(tuned.path(self.shape, dtype, device), self.shape, dtype, device)
+        library = str(torch.backends.cuda.preferred_blas_library())
+        rows = {op: row.text for op, row in rows.items()}
+        return {"work": asdict(self), "rows": rows, "blas": library, **tuned.environment(device)}
 
     def candidates(self) -> list[str]:
         """The names of the runners to time, the likeliest first. Pinned kernels stay: plain PyTorch is then no candidate."""
@@ -127,30 +132,30 @@ def find(
     micro_steps: how many the run has left. If they are too few to earn the timing back, it is `work.first`. Raises
     torch.OutOfMemoryError if no candidate's micro-step fits.
     """
+    first = NAMES[work.first]
+    if ops.triton is None or micro_steps <= 0:
+        return first
     found: Any = recall("runners", work.key(device)).get("found")
-    heading = f"  {'runner':52}{'GPU ms':>10}{'wall ms':>10}"
-    if usable(found, work):
-        print("\n".join([heading, *(row(name, ms) for name, ms in found.items())]))
-    else:
-        about = micro_steps * estimate(work, device)
-        if about * GAIN < seconds:
-            why = f"the run takes about {about:.0f} s, too short to time others (`fastgpt tune` does that beforehand)"
-            print(f"runner: {NAMES[work.first].text}; {why}")
-            return NAMES[work.first]
-        print(
-            f"choosing the runner, by whole micro-steps (once, {seconds:.0f} s at most; --runner=graphs skips it)\n{heading}"
-        )
-        found = time_all(work, device, seconds, time_one)
+    found = found if usable(found, work) else {}
+    about = micro_steps * estimate(work, device)
+    if not found and about * GAIN < seconds:
+        print(f"runner: {first.text}; the run takes about {about:.0f} s, too short to time others")
+        return first
+    if missing := [name for name in work.candidates() if name not in found]:
+        print(f"choosing the runner, by whole micro-steps (once, {seconds:.0f} s at most; --runner=graphs skips it)")
+    print("\n".join([f"  {'runner':52}{'GPU ms':>10}{'wall ms':>10}", *(row(name, ms) for name, ms in found.items())]))
+    if missing:
+        found = time_all(work, device, seconds, found, time_one)
     timed = {name: ms for name, ms in found.items() if "wall" in ms}
     if not timed:
-        if found and all(ms.get("memory") for ms in found.values()):
+        if len(found) == len(work.candidates()) and all(ms.get("memory") for ms in found.values()):
             raise torch.OutOfMemoryError(next(iter(found.values()))["failed"])
-        print(f"runner: {EAGER.text}, since none of these could be timed")
-        return EAGER
+        print(f"runner: {first.text}, since nothing could be timed")
+        return first
     best = min(timed, key=lambda name: timed[name]["wall"])
-    ratio = (
-        f", {timed['plain']['wall'] / timed[best]['wall']:.2f} times as fast as nanoGPT's" if "plain" in timed else ""
-    )
+    ratio = ""
+    if "plain" in timed:
+        ratio = f", {timed['plain']['wall'] / timed[best]['wall']:.2f} times as fast as plain PyTorch compiled"
     print(f"runner: {NAMES[best].text}{ratio}")
     return NAMES[best]
 
@@ -183,15 +188,23 @@ def estimate(work: Work, device: str) -> float:
     return max(OVERHEAD, flops / (peak / 2))
 
 
-def time_all(work: Work, device: str, seconds: float, time_one: Callable | None = None) -> dict[str, Any]:
-    """Time the candidates in turn, for `seconds` in all, and keep what was found: {name: what `in_a_process` gives}. Prints each."""
-    found, deadline = {}, time.monotonic() + seconds
-    for name in work.candidates():
+def time_all(
+    work: Work, device: str, seconds: float, found: dict[str, Any], time_one: Callable | None = None
+) -> dict[str, Any]:
+    """Time the candidates that are not in `found`, for `seconds` in all, print each, and keep the answer: {name: `in_a_process`'s}.
+
+    What is not reached is left to the next run. What did not end though it had all the time has failed.
+    """
+    found, deadline, alone = dict(found), time.monotonic() + seconds, True
+    for name in [name for name in work.candidates() if name not in found]:
         left = deadline - time.monotonic()
         result = (time_one or in_a_process)(work, name, device, left) if left > 0 else None
+        if result is None and alone:
+            result = {"failed": f"not done in {seconds:.0f} s"}
+        print(row(name, result or {"failed": f"not reached in {seconds:.0f} s; the next run times it"}), flush=True)
         if result is not None:
             found[name] = result
-        print(row(name, result or {"failed": f"not reached in {seconds:.0f} s"}), flush=True)
+        alone = False
     if usable(found, work):
         remember("runners", work.key(device), {"found": found})
     return found
@@ -207,7 +220,7 @@ def in_a_process(work: Work, name: str, device: str, seconds: float) -> dict[str
     """
     command = [sys.executable, "-m", "fastgpt.runner", json.dumps(asdict(work)), name, device]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=own_environment())
     except subprocess.TimeoutExpired:
         return None
     try:
@@ -227,7 +240,8 @@ def main(argv: list[str]) -> None:
     except torch.OutOfMemoryError as e:
         found = {"failed": str(e).splitlines()[0], "memory": True}
     except Exception as e:  # whatever keeps a candidate from running is its result
-        found = {"failed": graphs.first_line(str(e)) if str(e) else type(e).__name__}
+        reason = graphs.first_line(str(e)) if str(e) else type(e).__name__
+        found = {"failed": reason, "memory": "out of memory" in reason}
     print(json.dumps(found))
 
 
@@ -235,7 +249,8 @@ def measure(work: Work, runner: Runner, device: str) -> dict[str, float]:
     """{"gpu", "wall"}: milliseconds of a micro-step as the trainer runs it. wall: what the clock shows, the host's time included."""
     cuda, dtype = torch.device(device).type == "cuda", getattr(torch, work.dtype)
     if cuda:
-        torch.cuda.set_device(device)
+        if device != "cuda":
+            torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(1)
     model = GPT(work.config).to(device)
@@ -256,8 +271,9 @@ def measure(work: Work, runner: Runner, device: str) -> dict[str, float]:
         return micro_step(run, x, y, scaler, accumulation, autocast)
 
     def refused(line):
-        if "goes on without" in line:
-            raise RuntimeError(line)
+        reason, given_up, _ = line.partition("; the run goes on without")
+        if given_up:
+            raise RuntimeError(reason)
 
     replays = graphs.Graphs(step, model.parameters(), refused) if runner.graphs else None
     batches = [tokens(work, device) for _ in range(4)]
@@ -272,8 +288,8 @@ def measure(work: Work, runner: Runner, device: str) -> dict[str, float]:
 
     for _ in range(graphs.WARM_UP + 2):
         iteration()
-    host = timing.host_ms([iteration])
-    gpu = statistics.median(timing.sample((iteration, 2 * host), 1) for _ in range(WINDOWS))
+    host = timing.host_ms([iteration], 3)
+    gpu = statistics.median(timing.gpu_ms([iteration], host) for _ in range(WINDOWS))
     wall = []
     for _ in range(WINDOWS):
         torch.cuda.synchronize()

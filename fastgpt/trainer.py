@@ -47,31 +47,34 @@ def train(cfg: TrainConfig, given: Collection[str] = frozenset()) -> None:
     except graphs.CaptureEnded as e:
         if runner.asked(cfg, given) or world.size > 1:
             raise
-        raise Again(str(e).partition("; give")[0], "--runner=eager", *resumed(run)) from None
+        raise again(run, str(e).partition("; give")[0], "--runner=eager") from None
     except torch.OutOfMemoryError as e:
         reason = str(e).splitlines()[0]
         if run and run.sequences > cfg.batch_size and "micro_batch" not in given and world.size == 1:
-            raise Again(reason, f"--micro_batch={cfg.batch_size}", *resumed(run)) from None
+            raise again(run, reason, f"--micro_batch={cfg.batch_size}") from None
         if run and run.asked is None and run.runner.graphs and world.size == 1:  # a graph keeps its memory
-            raise Again(reason, "--runner=eager", *resumed(run)) from None
+            raise again(run, reason, "--runner=eager") from None
         memory = torch.cuda.get_device_properties(world.device).total_memory if world.device.startswith("cuda") else 0
         cfg, config = (run.cfg, run.model.config) if run else (cfg, cfg.gpt_config(50304))
         graphed, sequences = (run.runner.graphs, run.sequences) if run else (False, cfg.batch_size)
-        hint = what_fits(cfg, config, memory, getattr(torch, cfg.dtype).itemsize, sequences, graphed)
+        micro_steps = distributed.share(cfg.gradient_accumulation_steps, world)
+        hint = what_fits(cfg, config, memory, getattr(torch, cfg.dtype).itemsize, sequences, micro_steps, graphed)
         raise UserError(f"{reason} To fit, {hint}") from None
     except (BackendCompilerFailed, InductorError) as e:
         reason = str(e).strip().splitlines()[0]
         if run and run.asked is None and world.size == 1:
-            raise Again(f"torch.compile failed ({reason})", "--runner=graphs", *resumed(run)) from None
+            raise again(run, f"torch.compile failed ({reason})", "--runner=graphs") from None
         raise UserError(f"--compile=True: torch.compile failed ({reason}); give --compile=False") from None
     finally:
         run = None  # and with it DDP, which holds the process group
         distributed.finish(world)
 
 
-def resumed(run: "Run | None") -> list[str]:
-    """The flag by which a run goes on from the checkpoint that it has saved, if it has."""
-    return ["--init_from=resume"] if run and run.saved else []
+def again(run: "Run | None", reason: str, flag: str) -> Again:
+    """The Again of a run that ends: with a flag in place of a default, and from the checkpoint that the run has saved, if it has."""
+    if run and run.wandb:
+        run.wandb.finish()
+    return Again(reason, flag, *["--init_from=resume"] * bool(run and run.saved))
 
 
 class Run:
@@ -114,10 +117,10 @@ class Run:
         self.model.set_residual(RESIDUAL[cfg.residual])
         if cfg.doc_mask:
             self.model.set_doc_mask(find_separator(self.meta, train_tokens))
-        self.plan(given, saved)
         for tokens in (train_tokens, val_tokens):
             tokens.vocab_size = min(tokens.vocab_size, self.model.config.vocab_size)
             tokens.check_ids()
+        self.plan(given, saved)
         shape = (cfg.batch_size, cfg.block_size, world.device)
         self.batches = data.Batches(train_tokens, *shape, merged=self.sequences // cfg.batch_size)
         # As in nanoGPT, evaluations draw from training's generator, unless --eval_seed gives them their own.

@@ -31,14 +31,18 @@ from fastgpt.timing import gpu_rounds
 SMALL = 2, 528
 GAIN = 0.99  # a row is kept if its time is at most this share of the shipped row's
 PRODUCTS = "products"  # not an op: the matrix products of cuBLAS
-RUNNER = "runner"  # nor is this: how runs of this shape run (fastgpt/runner.py), with the rows found here
+RUNNER = "runner"  # nor is this: how runs of this shape run (fastgpt/runner.py)
 
 
 def tune(cfg: TuneConfig, measure: Callable = gpu_rounds) -> None:
     """Search as a TuneConfig says, print a line for each op, and write the file. Raises UserError if it cannot."""
     c, dtype, device = cfg.gpt_config(), getattr(torch, cfg.dtype), cfg.device
     times = {op: record.times(c.n_layer) for op, record in RECORDS.items() if record.row}
-    chosen = list(dict.fromkeys(map(str.strip, cfg.only.split(",")))) if cfg.only else [*times, PRODUCTS, RUNNER]
+    chosen = (
+        list(dict.fromkeys(map(str.strip, cfg.only.split(","))))
+        if cfg.only
+        else [*times, PRODUCTS, *([] if cfg.out else [RUNNER])]
+    )
     for op in chosen:
         if op not in (*times, PRODUCTS, RUNNER):
             raise UserError(f"--only={cfg.only}: {op!r} is none of {', '.join(times)}, {PRODUCTS}, {RUNNER}")
@@ -92,7 +96,7 @@ def tune(cfg: TuneConfig, measure: Callable = gpu_rounds) -> None:
     if RUNNER in chosen:
         print(f"timing whole micro-steps, for {runner.SECONDS:.0f} s at most")
         work = runner.Work(c, cfg.batch_size, True, "auto", cfg.dtype, doc_mask=cfg.doc_mask, residual=cfg.residual)
-        runner.time_all(work, device, runner.SECONDS)
+        runner.time_all(work, device, runner.SECONDS, {})
     print(f"{file}: {'runs do not read this folder' if cfg.out else 'runs of this shape use it'}")
 
 

@@ -83,9 +83,9 @@ def test_a_stream_of_16_bits_takes_two_bytes_less_an_element():
         assert saved == 1024 * 768 * elements * 2
     big = TrainConfig(batch_size=32, residual="bf16")
     memory = 1e9 * next(
-        m for m in range(20, 40) if what_fits(TrainConfig(batch_size=32), GPT2, m * 1e9, 2, 32).endswith("=gelu")
+        m for m in range(20, 40) if what_fits(TrainConfig(batch_size=32), GPT2, m * 1e9, 2, 32, 40).endswith("=gelu")
     )
-    assert what_fits(big, GPT2, memory - 1e9, 2, 32) == "give --recompute=gelu"
+    assert what_fits(big, GPT2, memory - 1e9, 2, 32, 40) == "give --recompute=gelu"
     assert best(SIZES, GPT2, 132, 24e9, sequence_bytes(GPT2, 2, stream=2)) >= best(
         SIZES, GPT2, 132, 24e9, sequence_bytes(GPT2, 2)
     )
@@ -105,7 +105,7 @@ def test_gpt2_xl_fits_one_gpu():
     assert fits_80_gb(12, XL, "block"), "nanoGPT's micro-batch"
     assert not fits_80_gb(24, XL, "none"), "else nothing would be recomputed for"
     assert fits_80_gb(24, XL, "block")
-    assert what_fits(TrainConfig(batch_size=24), XL, 80e9, 2, 24) == "give --recompute=block"
+    assert what_fits(TrainConfig(batch_size=24), XL, 80e9, 2, 24, 40) == "give --recompute=block"
 
 
 def test_gpt2_fits_one_gpu_at_8192_tokens():
@@ -216,7 +216,14 @@ def test_out_of_memory_is_answered_with_what_fits(dataset, fastgpt, monkeypatch)
     ],
 )  # fmt: skip
 def test_what_fits_is_the_first_that_does(flags, failed, graphed, memory, says):
-    assert what_fits(TrainConfig(**{"batch_size": 12, **flags}), GPT2, memory, 2, failed, graphed) == says
+    assert what_fits(TrainConfig(**{"batch_size": 12, **flags}), GPT2, memory, 2, failed, 40, graphed) == says
+
+
+def test_a_hint_is_what_this_process_can_take():
+    """Of eight processes each has five of the forty micro-steps: it merges one or five."""
+    cfg = TrainConfig(batch_size=12, recompute="block")
+    assert what_fits(cfg, GPT2, 24e9, 2, 60, 40) == "give --micro_batch=48"
+    assert what_fits(cfg, GPT2, 24e9, 2, 60, 5) == "give --micro_batch=12"
 
 
 def test_auto_keeps_the_size_that_a_run_had_if_it_fits():

@@ -6,6 +6,7 @@ import re
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -44,17 +45,21 @@ def times(**wall):
         (
             dict(graphs=2.0, plain=3.0, compile=4.0),
             GRAPHS,
-            "our kernels, in CUDA graphs, 1.50 times as fast as nanoGPT's",
+            "our kernels, in CUDA graphs, 1.50 times as fast as plain PyTorch compiled",
         ),
         (
             dict(graphs=3.0, plain=2.0, compile=4.0),
             PLAIN,
-            "compiled (as nanoGPT trains), 1.00 times as fast as nanoGPT's",
+            "compiled (as nanoGPT trains), 1.00 times as fast as plain PyTorch compiled",
         ),
-        (dict(graphs=3.0, plain=3.0, compile=2.0), COMPILE, "our kernels, compiled, 1.50 times as fast as nanoGPT's"),
+        (
+            dict(graphs=3.0, plain=3.0, compile=2.0),
+            COMPILE,
+            "our kernels, compiled, 1.50 times as fast as plain PyTorch compiled",
+        ),
         (dict(graphs="an error", plain=3.0, compile=2.0), COMPILE, "1.50 times"),
         (dict(graphs=3.0, plain=None, compile=None), GRAPHS, "runner: our kernels, in CUDA graphs\n"),
-        (dict(graphs="x", plain="y", compile="z"), EAGER, "our kernels, eager, since none of these could be timed"),
+        (dict(graphs="x", plain="y", compile="z"), GRAPHS, "our kernels, in CUDA graphs, since nothing could be timed"),
     ],
 )
 def test_the_fastest_is_taken_and_kept(workdir, capsys, walls, fastest, says):
@@ -65,9 +70,13 @@ def test_the_fastest_is_taken_and_kept(workdir, capsys, walls, fastest, says):
     assert clock.asked == ["graphs", "plain", "compile"]
     for name, wall in walls.items():
         (line,) = (line for line in out.splitlines() if line.startswith(f"  {name}: "))
-        expected = [f"{wall / 2:.3f}", f"{wall:.3f}"] if isinstance(wall, float) else [wall or "not reached in 120 s"]
+        expected = (
+            [f"{wall / 2:.3f}", f"{wall:.3f}"]
+            if isinstance(wall, float)
+            else [wall or "not reached in 120 s; the next run times it"]
+        )
         assert line.split()[-len(" ".join(expected).split()) :] == " ".join(expected).split()
-    if fastest is EAGER:
+    if not any(isinstance(wall, float) for wall in walls.values()) or None in walls.values():
         return
     again = times()
     assert runner.find(WORK, "cpu", 1, time_one=again) == fastest, "kept, for a short run too"
@@ -103,7 +112,7 @@ def test_a_short_run_does_not_wait(workdir, capsys):
     """Timing would take longer than it saves."""
     assert runner.find(WORK, "cpu", 5000, time_one=times()) == GRAPHS
     assert capsys.readouterr().out == (
-        "runner: our kernels, in CUDA graphs; the run takes about 5 s, too short to time others (`fastgpt tune` does that beforehand)\n"
+        "runner: our kernels, in CUDA graphs; the run takes about 5 s, too short to time others\n"
     )
     ddp = replace(WORK, replays=False)
     assert runner.find(ddp, "cpu", 5000, time_one=times()) == EAGER
@@ -126,11 +135,57 @@ def test_nobody_waits_longer_than_said(workdir):
         return {"gpu": 1.0, "wall": 1.0}
 
     with patch.object(runner, "time", SimpleNamespace(monotonic=lambda: next(clock))):
-        runner.time_all(WORK, "cpu", 120.0, time_one)
+        runner.time_all(WORK, "cpu", 120.0, {}, time_one)
     assert left == [120.0, 90.0, 10.0]
     began = timing.time.perf_counter()
     assert runner.in_a_process(WORK, "graphs", "cpu", 0.2) is None
     assert timing.time.perf_counter() - began < 5, "the process was ended"
+
+
+def test_what_was_not_reached_is_timed_by_the_next_run(workdir, capsys):
+    """Nobody waits longer for it, and what has had all the time is given up."""
+    assert runner.find(WORK, "cpu", LONG, time_one=times(graphs=3.0, plain=None, compile=None)) == GRAPHS
+    second = times(plain=2.0, compile=None)
+    assert runner.find(WORK, "cpu", 1, time_one=second) == PLAIN
+    assert second.asked == ["plain", "compile"]
+    third = times(compile=None)
+    assert runner.find(WORK, "cpu", 1, time_one=third) == PLAIN
+    assert third.asked == ["compile"]
+    assert "compile: our kernels, compiled" + " " * 22 in capsys.readouterr().out
+    assert runner.find(WORK, "cpu", 1, time_one=times()) == PLAIN
+    assert "not done in 120 s" in capsys.readouterr().out
+
+
+def test_without_triton_or_without_work_nothing_is_timed(workdir, monkeypatch, capsys):
+    assert runner.find(WORK, "cpu", 0, time_one=times()) == GRAPHS
+    monkeypatch.setattr(ops, "triton", None)
+    assert runner.find(WORK, "cpu", LONG, time_one=times()) == GRAPHS
+    assert capsys.readouterr().out == ""
+
+
+def test_a_candidates_process_imports_this_package(workdir, monkeypatch):
+    """Also where fastgpt is not installed and the command was run from elsewhere."""
+    seen = {}
+    done = SimpleNamespace(stdout='{"gpu": 1.0, "wall": 1.0}', stderr="", returncode=0)
+    monkeypatch.setattr(runner.subprocess, "run", lambda words, **how: seen.update(how) or done)
+    assert runner.in_a_process(WORK, "graphs", "cuda", 1) == {"gpu": 1.0, "wall": 1.0}
+    assert seen["env"]["PYTHONPATH"].split(os.pathsep)[0] == str(Path(runner.__file__).parents[1])
+
+
+def test_a_device_without_a_number_is_not_set(monkeypatch):
+    """torch.cuda.set_device refuses "cuda"."""
+
+    def set_device(device):
+        if torch.device(device).index is None:
+            raise ValueError("Expected a torch.device with a specified index")
+        raise StopIteration
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(StopIteration):
+        runner.measure(WORK, GRAPHS, "cuda:1")
+    monkeypatch.setattr(runner, "GPT", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner.measure(WORK, GRAPHS, "cuda")
 
 
 def test_a_candidate_that_fails_or_dies_has_a_reason(workdir, monkeypatch):
@@ -292,11 +347,12 @@ def executed(monkeypatch):
     """What the process is replaced by."""
     calls = []
 
-    def execv(path, words):
+    def execve(path, words, environment):
+        assert Path(runner.__file__).parents[1] == Path(environment["PYTHONPATH"].split(os.pathsep)[0])
         calls.append(words)
         raise SystemExit(0)
 
-    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(os, "execve", execve)
     return calls
 
 
@@ -395,8 +451,8 @@ def test_a_candidate_runs_the_run_s_micro_steps(workdir, monkeypatch, name, how,
     """On a clock that is made up: each sample of the GPU takes 6 ms, and each window of the host's clock."""
     monkeypatch.setattr(graphs, "capture", lambda run, pool: _recorded(run))
     monkeypatch.setattr(graphs, "waits", lambda: nullcontext([]))
-    monkeypatch.setattr(timing, "host_ms", lambda calls: [call() for call in calls] and 1.0)
-    monkeypatch.setattr(timing, "sample", lambda issued, repeats: issued[0]() or 6.0)
+    monkeypatch.setattr(timing, "host_ms", lambda calls, least: [call() for call in calls] and 1.0)
+    monkeypatch.setattr(timing, "gpu_ms", lambda calls, host: calls[0]() or 6.0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(runner, "WINDOWS", 1)
     monkeypatch.setattr(runner, "ITERATIONS", 1)

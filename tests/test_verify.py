@@ -154,6 +154,17 @@ def test_pytorch_too_may_be_rejected_and_one_must_be_left(monkeypatch):
         decide("linear_cross_entropy", {})
 
 
+def test_what_does_not_fit_beside_the_other_is_timed_alone():
+    def measure(calls):
+        if len(calls) > 1 or "torch" in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+        return {name: Times(1.0, 0.0) for name in calls}
+
+    found = choose.measured("linear", SMALL, *RUN, (), measure)
+    assert found["ms"] == {"triton": (1.0, 0.0)}
+    assert "out of memory" in found["rejected"]["torch"]
+
+
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("op", [op for op in ops.OPS if op != "adamw"])
 def test_what_is_timed_runs_as_in_training(op, implementation, monkeypatch):
