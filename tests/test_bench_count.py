@@ -209,7 +209,9 @@ def touched(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, not in the interpreter")
-@pytest.mark.parametrize(("bias", "dropout", "stream"), [(False, 0.0, None), (True, 0.1, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("bias", "dropout", "stream"), [(False, 0.0, None), pytest.param(True, 0.1, torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_kernels_read_and_write_what_is_counted(touched, bias, dropout, stream):
     model = GPT(GPTConfig(32, 64, 1, 2, 32, dropout, bias))
     model.set_kernels(ops.all_triton())

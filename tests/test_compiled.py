@@ -102,10 +102,10 @@ def test_nothing_is_found_where_nothing_is_planted(compiled, op):
         ("embedding", "partial", "_embed_backward_wte", 90, 1),  # of a loop that runs once
         ("linear_cross_entropy", "several blocks", "_loss_rows", 80, 0),
         # A pipeline ends with a wait for nothing and a barrier behind it; one of three stages has another between its first two fills.
-        ("attention", "tiles", "_attention_forward", 80, 4),
+        pytest.param("attention", "tiles", "_attention_forward", 80, 4, marks=slow),
         ("attention", "tiles", "_attention_backward", 90, 4),
         ("gelu_mlp", "partial", "_mlp_gemm", 80, 1),
-        ("gelu_mlp", "pipeline", "_mlp_gemm", 90, 9),
+        pytest.param("gelu_mlp", "pipeline", "_mlp_gemm", 90, 9, marks=slow),
         pytest.param("attention", "partial", "_attention_forward", 100, 17, marks=slow),
         pytest.param("gelu_mlp", "pipeline", "_mlp_gemm", 100, 13, marks=slow),
     ],

@@ -71,7 +71,7 @@ def repeated(n, token):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("token", [0, 39, 20])  # its run begins with a span, ends with one, or neither
-@pytest.mark.parametrize("n", [3, 4, 5, 8, 9, 26, 40])
+@pytest.mark.parametrize("n", [4, 9, 40, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5, 8, 26))])
 def test_a_run_over_many_spans(n, token, dtype):
     """A span is 4 places, and a step 2 rows, or 2 sums of spans."""
     row = configs.EmbeddingConfig(backward_tile=2 * 8, backward_span=4).text

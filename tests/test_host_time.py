@@ -28,6 +28,7 @@ def run(*words):
 BOUND = 3.2
 
 
+@pytest.mark.slow
 def test_host_time_is_within_its_bound(tmp_path):
     file = tmp_path / "host_time.json"
     table = run("-m", "fastgpt.benchmarks.host_time", "--layers=2", "--arms=compiled,fastgpt", f"--json={file}")

@@ -123,7 +123,7 @@ def chain(wte, wpe, w, b, w_qkv, b_qkv, w_fc, b_fc, w_proj, targets, idx, key, d
 
 @pytest.mark.parametrize(
     ("backend", "autocast"),
-    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.slow), ("inductor", True)],
+    [("aot_eager", False), ("aot_eager", True), *(pytest.param("inductor", a, marks=pytest.mark.slow) for a in (False, True))],
 )  # fmt: skip
 def test_all_ops_compile_without_a_graph_break(backend, autocast):
     torch.manual_seed(0)

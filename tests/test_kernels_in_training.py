@@ -74,6 +74,7 @@ def assert_near(a, b, rtol=1e-4, atol=1e-6):
         torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 def test_twenty_steps_are_the_references(dataset, fastgpt):
     flags = ["--dataset=letters", *TINY, "--bias=True", *FEW_ROWS, "--n_layer=1"]
     flags += ["--max_iters=20", "--lr_decay_iters=20", "--eval_interval=20"]
@@ -259,7 +260,10 @@ def two_micro_steps(model, idx, targets, dtype, in_place):
     return {n: p.grad for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SLOW_BUT_BF16 = [d if d == torch.bfloat16 else pytest.param(d, marks=pytest.mark.slow) for d in DTYPES]
+
+
+@pytest.mark.parametrize("dtype", SLOW_BUT_BF16, ids=str)
 def test_gradients_added_in_place_are_no_further_from_exact_ones(tiny, dtype):
     model, idx, targets = tiny
     exact = two_micro_steps(deepcopy(model).double(), idx, targets, torch.float64, False)

@@ -133,7 +133,14 @@ def test_8192_tokens_are_trained_on():
 
 
 @pytest.mark.parametrize("mode", ["gelu", "block"])
-@pytest.mark.parametrize(("kernels", "dropout"), [("torch", 0.0), ("torch", 0.2), ("triton", 0.2)])
+@pytest.mark.parametrize(
+    ("kernels", "dropout"),
+    [
+        ("torch", 0.2),
+        pytest.param("torch", 0.0, marks=pytest.mark.slow),
+        pytest.param("triton", 0.2, marks=pytest.mark.slow),
+    ],
+)
 def test_recomputing_gives_the_same_bits(mode, kernels, dropout):
     if kernels == "triton":
         pytest.importorskip("triton")

@@ -136,7 +136,10 @@ def test_one_that_fails_is_said_so_and_stops_no_other(command, tmp_path, stage, 
     assert "failed: 1 of 2 cases" in (tmp_path / "out" / f"{name}.txt").read_text()
 
 
-@pytest.mark.parametrize("name", ["tests", "train-graphs", "headline", "tune", "racecheck"])
+@pytest.mark.parametrize(
+    "name",
+    ["tests", *(pytest.param(n, marks=pytest.mark.slow) for n in ("train-graphs", "headline", "tune", "racecheck"))],
+)
 def test_one_that_hangs_is_ended_within_the_limit_with_all_that_it_began(command, tmp_path, name):
     begun = time.monotonic()
     (stage,) = (stage for stage, names in PIECES.items() if name in names)
@@ -416,6 +419,7 @@ for kernel in (_pipelined, _plain):
 """
 
 
+@pytest.mark.slow
 def test_a_kernel_that_consan_checks_is_found_by_its_code(workdir):
     Path("compiled.py").write_text(COMPILE)
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

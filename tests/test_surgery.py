@@ -185,7 +185,14 @@ def test_dropout_falls_where_nanogpts_falls(cut):
     assert torch.equal(*losses)
 
 
-@pytest.mark.parametrize("cut", ["relu", "a hook on attn.c_attn", "another block", "an untied head", "pruned qkv"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        "relu",
+        "a hook on attn.c_attn",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("another block", "an untied head", "pruned qkv")),
+    ],
+)
 def test_compiled(cut):
     model, modular = pair(CUTS[cut])
     if ops.triton:
