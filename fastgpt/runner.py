@@ -138,10 +138,11 @@ def find(
     found: Any = recall("runners", work.key(device)).get("found")
     found = found if usable(found, work) else {}
     about = micro_steps * estimate(work, device)
-    if not found and about * GAIN < seconds:
+    short = about * GAIN < seconds
+    if short and not found:
         print(f"runner: {first.text}; the run takes about {about:.0f} s, too short to time others")
         return first
-    if missing := [name for name in work.candidates() if name not in found]:
+    if missing := not short and found.keys() < {*work.candidates()}:
         print(f"choosing the runner, by whole micro-steps (once, {seconds:.0f} s at most; --runner=graphs skips it)")
     print("\n".join([f"  {'runner':52}{'GPU ms':>10}{'wall ms':>10}", *(row(name, ms) for name, ms in found.items())]))
     if missing:
@@ -193,7 +194,7 @@ def time_all(
 ) -> dict[str, Any]:
     """Time the candidates that are not in `found`, for `seconds` in all, print each, and keep the answer: {name: `in_a_process`'s}.
 
-    What is not reached is left to the next run. What did not end though it had all the time has failed.
+    What is not reached is left to the next run, and so is what lacked memory. What did not end though it had all the time has failed.
     """
     found, deadline, alone = dict(found), time.monotonic() + seconds, True
     for name in [name for name in work.candidates() if name not in found]:
@@ -206,7 +207,8 @@ def time_all(
             found[name] = result
         alone = False
     if usable(found, work):
-        remember("runners", work.key(device), {"found": found})
+        lasting = {name: ms for name, ms in found.items() if not ms.get("memory")}  # others may use this GPU now
+        remember("runners", work.key(device), {"found": lasting})
     return found
 
 

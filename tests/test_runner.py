@@ -145,14 +145,17 @@ def test_nobody_waits_longer_than_said(workdir):
 def test_what_was_not_reached_is_timed_by_the_next_run(workdir, capsys):
     """Nobody waits longer for it, and what has had all the time is given up."""
     assert runner.find(WORK, "cpu", LONG, time_one=times(graphs=3.0, plain=None, compile=None)) == GRAPHS
+    assert runner.find(WORK, "cpu", 1, time_one=times()) == GRAPHS, "a short run takes what is known"
     second = times(plain=2.0, compile=None)
-    assert runner.find(WORK, "cpu", 1, time_one=second) == PLAIN
+    assert runner.find(WORK, "cpu", LONG, time_one=second) == PLAIN
     assert second.asked == ["plain", "compile"]
-    third = times(compile=None)
-    assert runner.find(WORK, "cpu", 1, time_one=third) == PLAIN
-    assert third.asked == ["compile"]
+    third = times(compile="CUDA out of memory")
+    assert runner.find(WORK, "cpu", LONG, time_one=third) == PLAIN
+    fourth = times(compile=None)
+    assert runner.find(WORK, "cpu", LONG, time_one=fourth) == PLAIN
+    assert third.asked == fourth.asked == ["compile"], "memory may be there another time"
     assert "compile: our kernels, compiled" + " " * 22 in capsys.readouterr().out
-    assert runner.find(WORK, "cpu", 1, time_one=times()) == PLAIN
+    assert runner.find(WORK, "cpu", LONG, time_one=times()) == PLAIN
     assert "not done in 120 s" in capsys.readouterr().out
 
 
