@@ -47,6 +47,16 @@ from fastgpt.kernels.common import (
 
 
 @triton.jit
+def _product(a, b):
+    """a b [BLOCK], to be summed over the lanes of several warps. Where a thread has one element, a plain product would become one FMA with
+    the first sum of two lanes, and each of the two would round another one. From Triton 3.8 on all lanes store a warp's sum in the same
+    place: they must have the same bits."""
+    if a.shape[0] <= 512:  # 16 warps have as many threads
+        return tl.fma(a, b, tl.zeros_like(a))
+    return a * b
+
+
+@triton.jit
 def _norm_forward(
     x_ptr,  # [B, T, N] the stream
     branch_ptr,  # [B, T, N] added to the stream, if HAS_BRANCH
@@ -89,7 +99,7 @@ def _norm_forward(
         x = x.to(tl.float32)
     mean = tl.sum(x, 0) / N
     centred = tl.where(mask, x - mean, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / N + eps)
+    rstd = 1 / tl.sqrt(tl.sum(_product(centred, centred), 0) / N + eps)
     h = centred * rstd * tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         h += tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
@@ -150,7 +160,7 @@ def _norm_backward(
             weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
         dweight += dh * xhat
         dbias += dh
-        g = dh * weight
+        g = _product(dh, weight)
         if N == 1:  # xhat is 0, whatever x is: below, g would leave its rounding
             g *= 0.0
         # Use dstream before the sums. ptxas would otherwise load it after the wait for x, and each row would wait for memory twice.
@@ -158,7 +168,7 @@ def _norm_backward(
         if HAS_DSTREAM:
             dx += dstream
         # One reduction of pairs has half as many barriers as two reductions.
-        mean_g, mean_gx = tl.split(tl.sum(tl.join(g, g * xhat), 0) / N)
+        mean_g, mean_gx = tl.split(tl.sum(tl.join(g, _product(g, xhat)), 0) / N)
         dx -= rstd * (mean_g + xhat * mean_gx)
         tl.store(dx_ptr + row * N + cols, dx.to(dx_ptr.dtype.element_ty), mask)
         if HAS_BRANCH:

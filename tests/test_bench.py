@@ -432,7 +432,7 @@ def test_the_command_writes_a_result_and_says_it(tmp_path):
         info, seconds = b["extra_info"], b["stats"]["median"]
         assert info["of_floor"] == pytest.approx(info["floor_ms"] / 1e3 / seconds)
         assert f"{info['provider']:28}{seconds * 1e3:11.4f} ms{info['ratio'][0]:7.2f}x" in said
-    assert result["fastgpt"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(result["fastgpt"]["versions"]["torch"])  # some builds add +cu130
     assert result["commit_info"]["id"] == machine.commit()["id"]
 
 
