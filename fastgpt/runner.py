@@ -282,8 +282,8 @@ def measure(work: Work, runner: Runner, device: str) -> dict[str, float]:
 
     def iteration():
         for i in range(accumulation):
-            x, y = batches[i % len(batches)]
-            batches.append(batches.pop(0))  # the next iteration has other tokens
+            x, y = batches[0]
+            batches.append(batches.pop(0))  # each micro-step has other tokens than the last
             replays(x, y, fresh=i == 0) if replays else step(x, y)
         for p in model.parameters():
             p.grad = None

@@ -25,15 +25,15 @@ class Times(NamedTuple):
 def together(functions: dict[Any, list[Callable]]) -> dict[Any, Times]:
     """{name: its Times, medians} of {name: calls}; see `gpu_rounds`."""
     host = {name: host_ms(calls) for name, calls in functions.items()}
-    return {name: Times(statistics.median(ms), host[name]) for name, ms in gpu_rounds(functions).items()}
+    return {name: Times(statistics.median(ms), host[name]) for name, ms in gpu_rounds(functions, host).items()}
 
 
-def gpu_rounds(functions: dict[Any, list[Callable]]) -> dict[Any, list[float]]:
-    """{name: [milliseconds of one call on the GPU, one for each round]} of {name: calls}.
+def gpu_rounds(functions: dict[Any, list[Callable]], host: dict[Any, float] | None = None) -> dict[Any, list[float]]:
+    """{name: [milliseconds of one call on the GPU, one for each round]} of {name: calls}. host: {name: `host_ms`}, if it is known.
 
     The calls of a name do the same on inputs of their own. Every round runs all names, so that they share clock rates and heat.
     """
-    host = {name: host_ms(calls) for name, calls in functions.items()}
+    host = host or {name: host_ms(calls) for name, calls in functions.items()}
     times = {name: [] for name in functions}
     for _ in range(ROUNDS):
         for name, calls in functions.items():
