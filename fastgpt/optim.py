@@ -15,13 +15,15 @@ class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW whose step also clips the gradients and writes the weights' shadows, by `ops.adamw`. Its state is torch's.
 
     `max_norm` is the global norm to clip to. None: `step` does not touch the gradients, like torch's. Infinity: it only measures.
-    `grad_norm`, [] fp32, is the norm before clipping; a step with a max_norm sets it. `in_order` is the order of the parameters in
+    `grad_norm`, [] fp32, is the norm before clipping; a step with a max_norm sets it. Such a step changes nothing if the norm is not
+    finite, or if `loss`, [] fp32 or None, is not. The device decides that: the host does not wait. `in_order` is the order of the parameters in
     which their norms are added up; other parameters come last. `kernels` is the ops.Kernels. Raises ValueError for amsgrad, maximize,
     capturable and differentiable, which nanoGPT does not use.
     """
 
     max_norm: float | None = None
     grad_norm: Any = None
+    loss: Tensor | None = None
     in_order: Sequence[Tensor] = ()
     kernels = ops.TORCH
 
@@ -58,7 +60,7 @@ class AdamW(torch.optim.AdamW):
         if scale is not None:
             torch._foreach_div_(grads, scale)
         if grads:
-            self.grad_norm = ops.adamw(groups, grads, self.max_norm, found_inf, self.kernels)
+            self.grad_norm = ops.adamw(groups, grads, self.max_norm, self.loss, found_inf, self.kernels)
         return loss
 
 

@@ -95,11 +95,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
 
 @torch.no_grad()
 def adamw(
-    groups: list[dict[str, Any]], grads: list[Tensor], max_norm: float | None = None, found_inf: Tensor | None = None
-) -> Tensor | None:
+    groups: list[dict[str, Any]], grads: list[Tensor], max_norm: float | None = None, loss: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """Clip the gradients to a global norm of max_norm, and update by AdamW, in place. Returns the norm before clipping, [] fp32.
 
-    max_norm: infinity only measures the norm; None does not, and returns None.
+    max_norm: infinity only measures the norm; None does not, and returns None. If the norm is measured and not finite, nothing changes.
+    loss: [] fp32, or None; with a max_norm, if it is not finite, nothing changes.
     groups: dicts with lists of tensors: params, grads, exp_avgs, exp_avg_sqs, steps ([] fp32, updates so far) and shadows (16-bit
     copies of weights, which the update also writes, or None); and with lr, betas, eps, weight_decay, fused.
     found_inf: [] fp32 or None, only if fused; if it is not 0, no weight changes.
@@ -108,6 +110,11 @@ def adamw(
     norm = None
     if max_norm is not None:
         norm = torch.nn.utils.get_total_norm(grads)
+        bad = ~torch.isfinite(norm if loss is None else norm + loss)
+        if all(g["fused"] for g in groups):  # then the device decides, and the host does not wait
+            found_inf = bad.float() if found_inf is None else torch.maximum(found_inf, bad.float())
+        elif bad:
+            return norm
         if max_norm < math.inf:
             torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     for g in groups:

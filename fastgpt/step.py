@@ -14,10 +14,12 @@ from fastgpt.data import Batches
 def train_step(
     model: Any, optimizer: optim.AdamW, scaler: torch.amp.GradScaler, batches: Batches, accumulation: int,
     autocast: AbstractContextManager, grad_clip: float, graphs: Callable | None = None,
+    mean: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run `accumulation` micro-steps and one update: (mean loss of the micro-steps, global gradient norm before clipping).
 
-    Both are fp32 scalars on the device: nothing here waits for the GPU. `batches.prefetch` must have started the next batch, before
+    Both are fp32 scalars on the device: nothing here waits for the GPU. If one is not finite, the update changes nothing. `mean` is
+    called once with this process's loss, and returns the mean of all processes, which must decide alike. `batches.prefetch` must have started the next batch, before
     and after. model(x, y, return_logits=False) gives (None, loss). `scaler` is a torch.amp.GradScaler, enabled for float16 only.
     `optimizer` is an optim.AdamW. grad_clip 0 does not clip. `graphs`, a graphs.Graphs of `micro_step` on the model, runs the
     micro-steps in which DDP does not average gradients.
@@ -37,7 +39,8 @@ def train_step(
             batches.prefetch()
         total = total + loss
     scaler.unscale_(optimizer)
-    optimizer.max_norm = grad_clip or float("inf")
+    total = mean(total)
+    optimizer.max_norm, optimizer.loss = grad_clip or float("inf"), total
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

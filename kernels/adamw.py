@@ -4,6 +4,8 @@
     g = scale g;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2;  p -= lr weight_decay p
     p -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 
+If the norm is measured, and it or the loss is not finite, nothing changes: the device decides that, and the host need not wait.
+
 Shapes: any number of dense fp32 tensors p; g, m and v have p's shape; t is an fp32 scalar on the device. A tensor may have a shadow: p
 in 16 bits, which the next forward reads. Source: Loshchilov and Hutter, arXiv 1711.05101, in the form of torch.optim.AdamW.
 
@@ -82,6 +84,9 @@ def _adamw_clip(
     partial_ptr,  # [chunks] fp32
     norm_ptr,  # [] fp32 out
     scale_ptr,  # [] fp32 out: the factor of clipping
+    taken_ptr,  # [] fp32 out: 1, or 0 if the update is to change nothing
+    loss_ptr,  # [] fp32, or None: a loss that must be finite too
+    found_inf_ptr,  # [] fp32, or None: if it is not 0, nothing changes
     chunks,
     max_norm,
     BLOCK: tl.constexpr,
@@ -92,8 +97,13 @@ def _adamw_clip(
         total += tl.load(partial_ptr + i, i < chunks, other=0.0)
     norm = tl.sqrt_rn(tl.sum(total, 0))
     tl.store(norm_ptr, norm)
-    # nan stays nan, as in PyTorch, and shows in the loss
-    tl.store(scale_ptr, tl.minimum(max_norm / (norm + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL))
+    tl.store(scale_ptr, tl.minimum(max_norm / (norm + 1e-6), 1.0))
+    taken = norm < float("inf")  # false for nan
+    if loss_ptr is not None:
+        taken &= tl.abs(tl.load(loss_ptr)) < float("inf")
+    if found_inf_ptr is not None:
+        taken &= tl.load(found_inf_ptr) == 0
+    tl.store(taken_ptr, taken.to(tl.float32))
 
 
 @triton.jit
@@ -101,7 +111,7 @@ def _adamw_update(
     table_ptr,  # [tensors, WIDTH] int64
     rows_ptr,  # int32, from the group's first chunk on
     scale_ptr,  # [] fp32, or None: no clipping
-    found_inf_ptr,  # [] fp32, or None: if it is not 0, nothing is updated
+    taken_ptr,  # [] fp32, or None: if it is 0, nothing is updated
     first_chunk,
     lr,
     weight_decay,
@@ -121,8 +131,8 @@ def _adamw_update(
     scale = 1.0
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-    if found_inf_ptr is not None:
-        n = tl.where(tl.load(found_inf_ptr) == 0, n, 0)
+    if taken_ptr is not None:
+        n = tl.where(tl.load(taken_ptr) != 0, n, 0)
     g_ptr = _address(table_ptr, row, GRAD, ALIGNED) + start
     p_ptr = _address(table_ptr, row, P, ALIGNED) + start
     m_ptr = _address(table_ptr, row, M, ALIGNED) + start
@@ -189,7 +199,7 @@ def copied(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
 
 
 def update(
-    grad: Tensor, groups: list[dict[str, Any]], max_norm: float | None, found_inf: Tensor | None, row: str
+    grad: Tensor, groups: list[dict[str, Any]], max_norm: float | None, loss: Tensor | None, found_inf: Tensor | None, row: str
 ) -> Tensor | None:
     """See `adamw`. grad is one of the gradients."""
     config, device = configs.adamw(row), grad.device
@@ -201,18 +211,18 @@ def update(
     counts, rows = chunks_of(sizes, config.chunk, device)
     table, aligned = table_of(groups, sizes, counts, device)
     norm = scale = None
+    taken = None if found_inf is None else 1 - found_inf
     constants = dict(CHUNK=config.chunk, BLOCK=config.block, ALIGNED=aligned, num_warps=config.warps)
     if max_norm is not None:
-        norm, scale = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
+        norm, scale, taken = (torch.empty((), dtype=torch.float32, device=device) for _ in range(3))
         partial = torch.empty(len(rows), dtype=torch.float32, device=device)
         launch(_adamw_norm, (len(rows),), table, rows, partial, **constants)
         launch(
-            _adamw_clip, (1,), partial, norm, scale, len(rows), float(max_norm), BLOCK=config.clip_block, num_warps=8
-        )
-        if max_norm == math.inf:  # only measure: if the norm overflowed, inf / inf would be nan
-            scale = None
+            _adamw_clip, (1,), partial, norm, scale, taken, loss, found_inf, len(rows), float(max_norm),
+            BLOCK=config.clip_block, num_warps=8,
+        )  # fmt: skip
     steps = [t for group in groups for t in group["steps"]]
-    torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
+    torch._foreach_add_(steps, 1 if taken is None else taken)
     first, done = 0, 0
     for group in groups:
         n = sum(counts[done : done + len(group["params"])])
@@ -222,7 +232,7 @@ def update(
         if n:
             launch(
                 _adamw_update, (n,),
-                table, rows[first:], scale, found_inf, first, float(group["lr"]), float(group["weight_decay"]), float(beta2),
+                table, rows[first:], scale, taken, first, float(group["lr"]), float(group["weight_decay"]), float(beta2),
                 1 - beta1, 1 - beta2, log(beta1), log(beta2), group["eps"],
                 SHADOW_DTYPE=getattr(tl, dtypes.pop()) if dtypes else None, **constants,
             )  # fmt: skip
@@ -267,16 +277,17 @@ def takes(p: Tensor, groups: list[dict[str, Any]]) -> bool:
 
 @torch.no_grad()
 def adamw(
-    groups: list[dict[str, Any]], grads: list[Tensor], max_norm: float | None = None, found_inf: Tensor | None = None,
-    row: str = "",
+    groups: list[dict[str, Any]], grads: list[Tensor], max_norm: float | None = None, loss: Tensor | None = None,
+    found_inf: Tensor | None = None, row: str = "",
 ) -> Tensor | None:  # fmt: skip
     """Clip to a global norm of max_norm, and update in place. Returns the norm before clipping, [] fp32.
 
-    max_norm: infinity only measures the norm; None does not, and returns None.
+    max_norm: infinity only measures the norm; None does not, and returns None. If the norm is measured and not finite, nothing changes.
+    loss: [] fp32, or None; with a max_norm, if it is not finite, nothing changes.
     groups: dicts with lists of tensors: params, grads, exp_avgs, exp_avg_sqs, steps ([] fp32, updates so far) and shadows (16-bit
     copies of weights, which the update also writes, or None); and with lr, betas, eps, weight_decay.
     grads: the gradients of all groups, in the order in which PyTorch adds up their norms. They are not changed.
     found_inf: [] fp32, or None; if it is not 0, nothing changes.
     row: a launch configuration (configs.AdamWConfig.text); "" means the table's.
     """
-    return update(grads[0], groups, max_norm, found_inf, row)
+    return update(grads[0], groups, max_norm, loss, found_inf, row)

@@ -276,15 +276,31 @@ def test_where_an_infinity_was_found_nothing_changes():
     assert all(torch.equal(p, q) for p, q in zip(scaled, plain, strict=True))
 
 
-def test_nan_shows():
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_an_update_that_is_not_finite_changes_nothing(implementation, where, bad):
     params = parameters()
-    a = ours(params)
-    a.max_norm = 1.0
+    params[0].shadow = params[0].detach().half()
+    a = ours(params, implementation)
+    a.max_norm, a.loss = 1.0, torch.ones((), device=DEVICE)
     set_gradients(params, 0)
-    params[3].grad[-1] = float("nan")
     a.step()
-    assert a.grad_norm.isnan()
-    assert params[0].isnan().all(), "as in PyTorch, whose clipping multiplies all by nan"
+    tensors = [*params, params[0].shadow, *(t for s in a.state.values() for t in s.values())]
+    before = [t.clone() for t in tensors]
+    set_gradients(params, 1)
+    if where == "gradient":
+        params[3].grad[-1] = float(bad)
+    else:
+        a.loss = torch.tensor(float(bad), device=DEVICE)
+    a.step()
+    assert a.grad_norm.isfinite() == (where == "loss")
+    assert all(torch.equal(p, q) for p, q in zip(before, tensors, strict=True))
+    set_gradients(params, 2)
+    a.loss = torch.ones((), device=DEVICE)
+    a.step()
+    assert a.state[params[0]]["step"] == 2
+    assert not any(torch.equal(p, q) for p, q in zip(before, tensors, strict=True) if p.numel())
 
 
 def test_hooks_and_closures_are_pytorchs():
