@@ -3,9 +3,7 @@
 On eight GPUs: `torchrun --standalone --nproc_per_node=8 train.py ...`.
 """
 
-import sys
-
-from fastgpt.cli import main
+from fastgpt.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    entry("train")

@@ -1,8 +1,6 @@
 """`python -m benchmarks`: the command `fastgpt bench`."""
 
-import sys
-
-from fastgpt.cli import main
+from fastgpt.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["bench", *sys.argv[1:]]))
+    entry("bench")

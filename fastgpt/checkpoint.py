@@ -98,6 +98,15 @@ def check_dataset(checkpoint: dict[str, Any], cfg: TrainConfig, meta: dict[str, 
         )
 
 
+def say_changes(checkpoint: dict[str, Any], cfg: TrainConfig) -> None:
+    """Print each setting that is not what the checkpoint was trained with."""
+    before = checkpoint.get("config") or {}
+    names = TrainConfig.model_fields.keys() & before.keys() - {"init_from", "overwrite", "out_dir", "preset"}
+    changed = [name for name in TrainConfig.model_fields if name in names and before[name] != getattr(cfg, name)]
+    if changed:
+        print("changed since the checkpoint: " + ", ".join(f"{k} {before[k]} -> {getattr(cfg, k)}" for k in changed))
+
+
 def keep_shape(checkpoint: dict[str, Any], cfg: TrainConfig, given: Collection[str]) -> TrainConfig:
     """The TrainConfig with the checkpoint's shape for each setting that is not in `given`; prints what changed.
 

@@ -4,10 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-import torch
-
-from fastgpt.config import PrepareConfig, SampleConfig, TuneConfig, UserError, VerifyConfig, own_environment
-from fastgpt.parse import parse, parse_train
+from fastgpt import signals  # PyTorch is imported later: a signal must meet a handler first
 
 USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
 
@@ -29,22 +26,29 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # the terminal may lack characters: do not fail
-    hint = "; --init_from=resume continues from the last checkpoint" if command == "train" else ""
-    return reported(lambda: run(command, argv), hint)
+    return reported(lambda: run(command, argv))
 
 
-def reported(run: Callable[[], int | None], hint: str = "") -> int:
-    """Call run(), and return its exit status or 0. A UserError or an interruption (with the hint) becomes one line on stderr."""
+def reported(run: Callable[[], int | None]) -> int:
+    """Call run(), and return its exit status or 0. A UserError or an interruption becomes one line on stderr."""
+    from fastgpt.config import Diverged, UserError
+
     try:
-        status = run() or 0
-        sys.stdout.flush()  # inside the try: it raises if the pipe is closed
-        return status
+        with signals.raised():
+            status = run() or 0
+            sys.stdout.flush()  # inside the try: it raises if the pipe is closed
+            return status
     except UserError as e:
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
-        print(f"fastgpt: {rank}error: {e}".replace("\n", " "), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nfastgpt: interrupted{hint}", file=sys.stderr)
+        if not (rank and isinstance(e, Diverged)):  # all ranks raise that, and one says it
+            print(f"fastgpt: {rank}error: {e}".replace("\n", " "), file=sys.stderr)
+        return e.status
+    except signals.Stopped as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nfastgpt: {e}", file=sys.stderr)
+        return e.status
+    except KeyboardInterrupt:  # where nobody listens to signals
+        print("\nfastgpt: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the flush at exit would fail again
@@ -54,6 +58,11 @@ def reported(run: Callable[[], int | None], hint: str = "") -> int:
 
 def run(command: str, argv: list[str]) -> int | None:
     """Run one command, and return its exit status; None means 0. Raises UserError."""
+    import torch
+
+    from fastgpt.config import PrepareConfig, SampleConfig, TuneConfig, UserError, VerifyConfig, own_environment
+    from fastgpt.parse import parse, parse_train
+
     if command == "train":
         from fastgpt.trainer import Again, train
 
@@ -98,9 +107,10 @@ def run(command: str, argv: list[str]) -> int | None:
     return None
 
 
-def entry() -> None:
-    """The console script's entry point."""
-    sys.exit(main())
+def entry(*words: str) -> None:
+    """Run the command line in a process that is its own, with these words before it. The console script's entry point."""
+    signals.listen()
+    sys.exit(main([*words, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

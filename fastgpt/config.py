@@ -17,6 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field
 class UserError(Exception):
     """A mistake that the user can mend. It is shown as one line, with exit status 2 and no traceback."""
 
+    status = 2
+
+
+class Diverged(UserError):
+    """A run that cannot go on: its loss, gradients or weights are not finite. All its processes raise it."""
+
+    status = 3
+
 
 def cache_folder() -> Path:
     """The folder of what fastgpt can make again: FASTGPT_CACHE, else fastgpt in XDG_CACHE_HOME or ~/.cache."""
@@ -73,7 +81,7 @@ class TrainConfig(Settings):
     eval_iters: int = Field(200, gt=0, description="batches of each split in an evaluation")
     eval_only: bool = Field(False, description="evaluate once and stop")
     always_save_checkpoint: bool = Field(True, description="save after every evaluation, not only after the best one so far")
-    init_from: str = Field("scratch", description="scratch, resume (from out_dir), gpt2[-medium|-large|-xl] or a Hugging Face GPT-2 folder")
+    init_from: str = Field("scratch", description="scratch, resume (from out_dir), auto (resume if there is a checkpoint, else scratch), gpt2[-medium|-large|-xl] or a Hugging Face GPT-2 folder")
     # wandb
     wandb_log: bool = Field(False, description="log evaluations to Weights & Biases (the extra `wandb`)")
     wandb_project: str = Field("owt", description="its project")
@@ -115,6 +123,9 @@ class TrainConfig(Settings):
     recompute: Recompute = Field("none", description="save memory, and compute again in the backward: gelu, half of what the MLP keeps; block, all that a block keeps")
     doc_mask: bool = Field(False, description="keep attention within documents; the dataset's separator tokens say where one begins")
     residual: Residual = Field("fp32", description="dtype of the residual stream between blocks; bf16 moves fewer bytes, and rounds")
+    overwrite: bool = Field(False, description="begin anew in an out_dir that holds a run: its first checkpoint replaces that run's")
+    save_minutes: float | None = Field(None, gt=0, description="save a checkpoint also when this many minutes have passed since the last one")
+    max_bad_steps: int = Field(8, gt=0, description="updates in a row whose loss or gradients are not finite, after which the run stops with exit status 3; each is left out")
     preset: Preset = Field("", description="base that the other flags change: " + ", ".join(get_args(Preset)[1:]))
     train_data: str = Field("", description="token file or glob in place of the dataset's train.bin")
     val_data: str = Field("", description="token file or glob in place of the dataset's val.bin")

@@ -191,18 +191,63 @@ def load_dataset(cfg: TrainConfig) -> tuple[Tokens, Tokens, dict[str, Any] | Non
     return *streams, meta, vocab_size
 
 
+class Draws:
+    """nanoGPT's draws of offsets: uniform, by a generator (None: torch's own). `left` are offsets that are drawn, but not yet given.
+
+    One draw of n offsets and n draws of one give the same offsets: a run may go on with another batch size.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None, left: torch.Tensor | None = None):
+        self.generator, self.left = generator, torch.empty(0, dtype=torch.int64) if left is None else left
+
+    def __call__(self, n: int, bound: int) -> torch.Tensor:
+        """The next n offsets below `bound`, int64 [n]."""
+        first, self.left = self.left[:n], self.left[n:]
+        drawn = torch.randint(bound, (n - len(first),), generator=self.generator)
+        return torch.cat((first, drawn)) if len(first) else drawn
+
+
+class SharedDraws:
+    """The draws of one process in a run that another number of processes began.
+
+    Each of these had Draws of its own. Here every process makes all of them, for one iteration after the other, and takes its share: so
+    no batch is lost, and none comes twice. states: of the generators, and the offsets left, by process: [{"rng", "offsets"}].
+    sequences: offsets of an iteration, of all processes; a multiple of the number of states, and of `size`.
+    """
+
+    def __init__(self, states: list[dict[str, Any]], sequences: int, rank: int, size: int):
+        self.all = [Draws(torch.Generator().set_state(s["rng"]), s["offsets"]) for s in states]
+        self.each, share = sequences // len(states), sequences // size
+        self.mine = slice(rank * share, (rank + 1) * share)
+        self.iteration: list[torch.Tensor] = []
+        self.left = torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, n: int, bound: int) -> torch.Tensor:
+        """This process's next n offsets below `bound`, int64 [n]."""
+        while len(self.left) < n:
+            self.iteration = [draws(self.each, bound) for draws in self.all]
+            self.left = torch.cat((self.left, torch.cat(self.iteration)[self.mine]))
+        given, self.left = self.left[:n], self.left[n:]
+        return given
+
+    def states(self) -> list[dict[str, Any]]:
+        """`states` from which the latest iteration is drawn again; to be called between two iterations."""
+        every = zip(self.all, self.iteration, strict=True)
+        return [{"rng": d.generator.get_state(), "offsets": torch.cat((o, d.left))} for d, o in every]  # type: ignore[union-attr]
+
+
 class Batches:
     """Random batches of a token stream, drawn as nanoGPT draws them. A thread reads each and copies it to the device.
 
     `prefetch()` draws offsets and starts to read. `get()` returns that batch (x, y), int64 [merged * batch_size, block_size] on the
-    device; y is x shifted by one token. The draws use torch's CPU generator or `generator`, in the caller's order. `merged` batches of
-    nanoGPT form one: `prefetch` draws the first, and `get` the others. nanoGPT too has drawn one batch when it evaluates, so that an
-    evaluation with the same generator gets nanoGPT's tokens, and so do the batches after it. `offsets` are the first one's.
+    device; y is x shifted by one token. `draws` gives the offsets, in the caller's order. `merged` batches of nanoGPT form one: `prefetch`
+    draws the first, and `get` the others. nanoGPT too has drawn one batch when it evaluates, so that an evaluation with the same
+    generator gets nanoGPT's tokens, and so do the batches after it. `offsets` are the first one's.
     """
 
     def __init__(
         self, tokens: Tokens, batch_size: int, block_size: int, device: str | torch.device,
-        generator: torch.Generator | None = None, merged: int = 1,
+        draws: Draws | SharedDraws | None = None, merged: int = 1,
     ):  # fmt: skip
         if len(tokens) <= block_size:
             raise UserError(
@@ -210,25 +255,19 @@ class Batches:
                 "take a smaller --block_size, or more text"
             )
         self.tokens, self.batch_size, self.block_size = tokens, batch_size, block_size
-        self.device, self.generator, self.merged = torch.device(device), generator, merged
+        self.device, self.draws, self.merged = torch.device(device), draws or Draws(), merged
+        self.bound = len(tokens) - block_size
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.stream: torch.cuda.Stream | None = None
-        self.offsets: torch.Tensor | None = None
+        self.offsets = torch.empty(0, dtype=torch.int64)
 
-    def draw(self) -> torch.Tensor:
-        """The offsets of one of nanoGPT's batches, int64 [batch_size]."""
-        return torch.randint(len(self.tokens) - self.block_size, (self.batch_size,), generator=self.generator)
+    def prefetch(self) -> None:
+        """Start to read the next batch."""
+        self.offsets = self.draws(self.batch_size, self.bound)
+        self.pending = self.thread.submit(self.read, self.offsets.tolist())
 
-    def prefetch(self, offsets: torch.Tensor | None = None) -> None:
-        """Start to read the next batch: at drawn offsets, or at those given (by a resumed run)."""
-        self.offsets = self.draw() if offsets is None else offsets
-        self.pending = self.thread.submit(self._read, self.offsets.tolist())
-
-    def fits(self, offsets: torch.Tensor) -> bool:
-        """Whether offsets are those of a batch of this size in this stream."""
-        return len(offsets) == self.batch_size and int(offsets.max()) < len(self.tokens) - self.block_size
-
-    def _read(self, starts):
+    def read(self, starts: list[int]) -> tuple[torch.Tensor, Any]:
+        """(x and y [2, len(starts), block_size] at these offsets, the event of their copy to a GPU or None)."""
         batch = torch.from_numpy(self.tokens.read(starts, self.block_size + 1))
         xy = torch.stack((batch[:, :-1], batch[:, 1:]))  # one transfer for both
         if self.device.type != "cuda":
@@ -244,8 +283,8 @@ class Batches:
         """(x, y) of the batch that `prefetch` started."""
         parts = [self.pending]
         if self.merged > 1:
-            others = [self.draw() for _ in range(self.merged - 1)]
-            parts.append(self.thread.submit(self._read, torch.cat(others).tolist()))
+            others = self.draws((self.merged - 1) * self.batch_size, self.bound)
+            parts.append(self.thread.submit(self.read, others.tolist()))
         read = []
         for part in parts:
             xy, copied = part.result()

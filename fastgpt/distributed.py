@@ -107,12 +107,12 @@ def mean(tensor: Tensor, world: World) -> Tensor:
     return tensor
 
 
-def least(number: int, world: World) -> int:
-    """The smallest of all processes' numbers, an int. Every process must call it."""
+def most(number: int, world: World) -> int:
+    """The largest of all processes' numbers, an int. Every process must call it."""
     if world.size == 1:
         return number
     tensor = torch.tensor(number, device=world.device)
-    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)
 
 

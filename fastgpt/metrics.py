@@ -61,7 +61,8 @@ def peak_flops(device: str | torch.device, dtype: str) -> float | None:
 
 class MetricsFile:
     """out_dir/metrics.jsonl, an object a line: `iter`, `loss`, `lr`, `grad_norm`, `dt_ms`, `tokens_per_s`, `mfu` of a logged
-    iteration; `iter`, `train_loss`, `val_loss` of an evaluation. What is unknown or not finite is null."""
+    iteration, and `spike` where the loss is that many standard deviations above the last ones' mean; `iter`, `train_loss`, `val_loss`
+    of an evaluation; `iter`, `left_out` (in a row), `offsets` of an update that was left out. What is unknown or not finite is null."""
 
     def __init__(self, out_dir: str | Path, keep_before: float = 0):
         self.path = Path(out_dir) / "metrics.jsonl"

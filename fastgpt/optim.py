@@ -16,9 +16,10 @@ class AdamW(torch.optim.AdamW):
 
     `max_norm` is the global norm to clip to. None: `step` does not touch the gradients, like torch's. Infinity: it only measures.
     `grad_norm`, [] fp32, is the norm before clipping; a step with a max_norm sets it. Such a step changes nothing if the norm is not
-    finite, or if `loss`, [] fp32 or None, is not. The device decides that: the host does not wait. `in_order` is the order of the parameters in
-    which their norms are added up; other parameters come last. `kernels` is the ops.Kernels. Raises ValueError for amsgrad, maximize,
-    capturable and differentiable, which nanoGPT does not use.
+    finite, or if `loss`, [] fp32 or None, is not. The device decides that: the host does not wait.
+
+    `in_order` is the order of the parameters in which their norms are added up; other parameters come last. `kernels` is the ops.Kernels.
+    Raises ValueError for amsgrad, maximize, capturable and differentiable, which nanoGPT does not use.
     """
 
     max_norm: float | None = None

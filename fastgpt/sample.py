@@ -1,6 +1,5 @@
 """Sample text from a trained model, with nanoGPT's flags: `fastgpt sample`, or `python -m fastgpt.sample`."""
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, tokenizer
+from fastgpt import data, distributed, health, tokenizer
 from fastgpt.config import SampleConfig, UserError
 
 
@@ -43,6 +42,8 @@ def sample(cfg: SampleConfig) -> None:
     ids = tok.encode_prompt(start)
     if not ids:
         raise UserError("--start: the prompt is empty; give at least one character, such as --start=$'\\n'")
+    if broken := health.first_not_finite(model):
+        raise UserError(f"{cfg.out_dir}: {broken} is not finite: its training diverged")
     model.eval().to(cfg.device)
     if cfg.compile:
         model.compile()
@@ -71,6 +72,6 @@ def find_meta(saved: dict[str, Any]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    from fastgpt.cli import main
+    from fastgpt.cli import entry
 
-    sys.exit(main(["sample", *sys.argv[1:]]))
+    entry("sample")

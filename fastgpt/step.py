@@ -1,6 +1,6 @@
 """One training step, from micro-batches to updated weights; and an evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,11 +18,12 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run `accumulation` micro-steps and one update: (mean loss of the micro-steps, global gradient norm before clipping).
 
-    Both are fp32 scalars on the device: nothing here waits for the GPU. If one is not finite, the update changes nothing. `mean` is
-    called once with this process's loss, and returns the mean of all processes, which must decide alike. `batches.prefetch` must have started the next batch, before
-    and after. model(x, y, return_logits=False) gives (None, loss). `scaler` is a torch.amp.GradScaler, enabled for float16 only.
-    `optimizer` is an optim.AdamW. grad_clip 0 does not clip. `graphs`, a graphs.Graphs of `micro_step` on the model, runs the
-    micro-steps in which DDP does not average gradients.
+    Both are fp32 scalars on the device: nothing here waits for the GPU. If one is not finite, the update changes nothing. `mean` makes of
+    this process's loss the mean of all processes', which so decide alike.
+
+    `batches.prefetch` must have started the next batch, before and after. model(x, y, return_logits=False) gives (None, loss). `scaler`
+    is a torch.amp.GradScaler, enabled for float16 only. `optimizer` is an optim.AdamW. grad_clip 0 does not clip. `graphs`, a
+    graphs.Graphs of `micro_step` on the model, runs the micro-steps in which DDP does not average gradients.
     """
     total: Any = 0.0
     for i in range(accumulation):
@@ -66,13 +67,13 @@ def micro_step(
 
 
 @torch.no_grad()
-def evaluate(model: Any, batches: Batches, n: int, autocast: AbstractContextManager) -> float:
-    """Mean loss of n batches, with dropout off: a float."""
+def evaluate(model: Any, batches: Iterable[tuple[Tensor, Tensor]], autocast: AbstractContextManager) -> float:
+    """Mean loss of batches (x, y), with dropout off: a float; nan of none."""
     model.eval()
     losses = []
-    for x, y in batches.take(n):
+    for x, y in batches:
         with autocast:
             _, loss = model(x, y, return_logits=False)
         losses.append(loss.float())
     model.train()
-    return torch.stack(losses).mean().item()
+    return torch.stack(losses).mean().item() if losses else float("nan")

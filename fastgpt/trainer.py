@@ -1,6 +1,8 @@
 """nanoGPT's training loop, with its data order, schedule, evaluations and checkpoints."""
 
+import itertools
 import math
+import os
 import sys
 import tempfile
 import time
@@ -16,8 +18,8 @@ from torch._inductor.exc import InductorError
 from tqdm import tqdm
 
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, graphs, metrics, ops, optim, runner, tokenizer
-from fastgpt.config import RESIDUAL, TrainConfig, UserError
+from fastgpt import data, distributed, graphs, health, metrics, ops, optim, runner, signals, tokenizer
+from fastgpt.config import RESIDUAL, Diverged, TrainConfig, UserError
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
 from fastgpt.shadows import Shadows, shadow_dtype
@@ -84,6 +86,7 @@ class Run:
         self.began = time.perf_counter()
         self.world = world
         self.cuda = world.device.startswith("cuda")
+        cfg = begin_or_resume(cfg, world)
         saved = checkpoints.load(cfg.out_dir) if cfg.init_from == "resume" else None
         self.cfg = cfg = checkpoints.keep_shape(saved, cfg, given) if saved else cfg
         self.asked = runner.asked(cfg, given)
@@ -108,10 +111,7 @@ class Run:
             train_tokens, val_tokens, self.meta, vocab_size = data.load_dataset(cfg)
         if saved:
             checkpoints.check_dataset(saved, cfg, self.meta)
-            for name in ("doc_mask", "residual"):  # these change what is computed, but model_args lack them
-                before, now = saved.get("config", {}).get(name), getattr(cfg, name)
-                if before not in (None, now):
-                    print(f"--{name}={now}: the checkpoint was trained with {before}")
+            checkpoints.say_changes(saved, cfg)
         self.model = self.build_model(saved, vocab_size).to(world.device)
         self.model.set_recompute(cfg.recompute)
         self.model.set_residual(RESIDUAL[cfg.residual])
@@ -121,24 +121,24 @@ class Run:
             tokens.vocab_size = min(tokens.vocab_size, self.model.config.vocab_size)
             tokens.check_ids()
         self.plan(given, saved)
-        shape = (cfg.batch_size, cfg.block_size, world.device)
-        self.batches = data.Batches(train_tokens, *shape, merged=self.sequences // cfg.batch_size)
-        # As in nanoGPT, evaluations draw from training's generator, unless --eval_seed gives them their own.
-        self.eval_generator = None if cfg.eval_seed is None else torch.Generator()
-        self.eval_batches = {
-            "train": data.Batches(train_tokens, *shape, self.eval_generator),
-            "val": data.Batches(val_tokens, *shape, self.eval_generator),
-        }
-
         # Only float16 needs loss scaling: the other dtypes have fp32's range.
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.cuda and cfg.dtype == "float16")
         self.optimizer = self.model.configure_optimizers(
             cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), "cuda" if self.cuda else "cpu"
         )
-        self.iter_num, self.best_val_loss, offsets = 0, float("inf"), None
+        self.iter_num, self.best_val_loss = 0, float("inf")
         if saved:
             self.restore_optimizer(saved, given)
-            offsets = self.restore_random_state(saved.get("fastgpt"))
+        draws = self.restore_random_state(saved.get("fastgpt")) if saved else data.Draws()
+        shape = (cfg.batch_size, cfg.block_size, world.device)
+        self.batches = data.Batches(train_tokens, *shape, draws, merged=self.sequences // cfg.batch_size)
+        # As in nanoGPT, evaluations draw from training's generator, unless --eval_seed gives them their own.
+        self.eval_generator = None if cfg.eval_seed is None else torch.Generator()
+        eval_draws = data.Draws(self.eval_generator)
+        self.eval_batches = {
+            split: data.Batches(tokens, *shape, eval_draws)
+            for split, tokens in (("train", train_tokens), ("val", val_tokens))
+        }
         if self.runner.compile:
             print("compiling the model... (takes a ~minute)")
         # Evaluations use smaller batches than merged micro-steps. Compile each size by itself, not one graph with dynamic sizes.
@@ -158,7 +158,10 @@ class Run:
             self.metrics = metrics.MetricsFile(cfg.out_dir, keep_before=kept)
         if self.wandb and world.is_main:
             self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=cfg.model_dump())
-        self.batches.prefetch(offsets)
+        self.spikes = health.Spikes()
+        self.watch = health.Watch(self.scaler)
+        self.saved_at = time.monotonic()
+        self.batches.prefetch()
 
     def plan(self, given: Collection[str], saved: dict[str, Any] | None) -> None:
         """Decide how many sequences a micro-step computes, how it runs, and by which kernels: the same on all processes."""
@@ -196,7 +199,7 @@ class Run:
             beside = cfg.batch_size * sequence_bytes(replace(c, n_layer=1), self.dtype.itemsize)
             takes *= 2 if world.size > 1 else 1
         merged = merge(spec, cfg.batch_size, self.micro_steps, c, world.device, takes, beside, before)
-        self.sequences = distributed.least(merged, world) * cfg.batch_size
+        self.sequences = -distributed.most(-merged, world) * cfg.batch_size
         self.accumulation = self.micro_steps * cfg.batch_size // self.sequences
         if self.cuda:
             free, _ = torch.cuda.mem_get_info(world.device)
@@ -270,39 +273,44 @@ class Run:
         if "weight_decay" in given:
             decay["weight_decay"] = cfg.weight_decay
 
-    def random_state(self) -> list[Any] | None:
-        """What a resumed run needs to draw the same random numbers: a list by process, on the main process."""
-        return distributed.gather(
-            {
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(self.world.device) if self.cuda else None,
-                "offsets": self.batches.offsets,
-            },
-            self.world,
-        )
+    def random_state(self) -> dict[str, Any]:
+        """What a resumed run needs to draw the same random numbers: by process, and where others began the draws, by these."""
+        draws = self.batches.draws
+        shared = draws.states() if isinstance(draws, data.SharedDraws) else None
+        own = {
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.world.device) if self.cuda else None,
+            "offsets": torch.cat((self.batches.offsets, draws.left)),
+        }
+        return {"ranks": distributed.gather(own, self.world), "draws": shared}
 
-    def restore_random_state(self, extra: dict[str, Any] | None) -> torch.Tensor | None:
-        """Restore the random state of a checkpoint. Returns the offsets of its next batch, or None.
+    def restore_random_state(self, extra: dict[str, Any] | None) -> data.Draws | data.SharedDraws:
+        """Restore the random state of a checkpoint. Returns the draws of its next batches.
 
         nanoGPT's checkpoints have no such state (`extra` is None): the batches then start again from the seed, as in nanoGPT.
         """
         if extra is None:
-            return None
+            return data.Draws()
+        cfg, world = self.cfg, self.world
         try:
             if extra["scaler"]:
                 self.scaler.load_state_dict(extra["scaler"])
-            if len(extra["ranks"]) != self.world.size:
-                print(f"saved by {len(extra['ranks'])} processes, resumed by {self.world.size}: batches start anew")
-                return None
-            mine = extra["ranks"][self.world.rank]
-            torch.set_rng_state(mine["rng"])
-            if self.cuda and mine["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(mine["cuda_rng"], self.world.device)
-            offsets = mine["offsets"]
-            if self.batches.fits(offsets):
-                return offsets
-            print("saved with another --batch_size: its next batch is skipped")
-            return None
+            ranks, states = extra["ranks"], extra.get("draws") or extra["ranks"]
+            if len(ranks) == world.size:
+                mine = ranks[world.rank]
+                torch.set_rng_state(mine["rng"])
+                if self.cuda and mine["cuda_rng"] is not None:
+                    torch.cuda.set_rng_state(mine["cuda_rng"], world.device)
+            if states is ranks and len(ranks) == world.size:
+                return data.Draws(None, mine["offsets"])
+            sequences = cfg.gradient_accumulation_steps * cfg.batch_size
+            if sequences % len(states):
+                print(
+                    f"begun by {len(states)} processes, which do not divide {sequences} sequences: batches start anew"
+                )
+                return data.Draws()
+            print(f"begun by {len(states)} processes, resumed by {world.size}: the batches go on where they were")
+            return data.SharedDraws(states, sequences, world.rank, world.size)
         except (KeyError, TypeError, AttributeError, RuntimeError) as e:
             path = checkpoints.checkpoint_path(self.cfg.out_dir)
             raise UserError(f"{path}: its key 'fastgpt' is damaged ({type(e).__name__}: {e}); remove it") from None
@@ -311,7 +319,10 @@ class Run:
         """Train to max_iters. Evaluate and save every eval_interval iterations and at the end."""
         cfg, main = self.cfg, self.world.is_main
         live = main and sys.stderr.isatty() and sys.stdout.isatty()  # not for `| tee log`, which needs lines
-        with tqdm(total=cfg.max_iters, initial=self.iter_num, disable=not live, unit="it", dynamic_ncols=True) as bar:
+        with (
+            signals.deferred(),
+            tqdm(total=cfg.max_iters, initial=self.iter_num, disable=not live, unit="it", dynamic_ncols=True) as bar,
+        ):
             say = bar.write if live else lambda line: print(line, flush=True)
             self.clock.start()
             while True:
@@ -321,16 +332,20 @@ class Run:
                 last = cfg.eval_only or self.iter_num >= cfg.max_iters
                 if last or self.iter_num % cfg.eval_interval == 0:
                     self.clock.stop()
+                    if len(self.watch):
+                        self.look(say)
                     state = self.random_state()  # before the evaluation's draws: a resumed run evaluates here again
-                    if main:
-                        self.evaluate(lr, say)
-                        self.save(state, say)
+                    if main and self.evaluate(lr, say):
+                        self.save_evaluated(state, say)
+                    elif self.world.size == 1:
+                        self.react(say, state)
                     self.clock.start()
                 if last:
                     break
+                offsets = self.batches.offsets
                 loss, grad_norm = train_step(
                     self.parallel, self.optimizer, self.scaler, self.batches, self.accumulation, self.autocast, cfg.grad_clip,
-                    self.graphs,
+                    self.graphs, lambda loss: distributed.mean(loss, self.world),
                 )  # fmt: skip
                 self.clock.iterations += 1
                 if self.clock.iterations == 1 and main:
@@ -338,37 +353,96 @@ class Run:
                     say(
                         f"the first iteration is done {time.perf_counter() - self.began:.1f} s after the start, evaluation included"
                     )
-                if self.iter_num % cfg.log_interval == 0:
-                    loss = distributed.mean(loss, self.world)
-                    if main:
-                        said, took, speed = self.log(loss.item(), lr, grad_norm.item())
-                        bar.set_postfix_str(f"{said}, {speed}")
-                        if not live:
-                            say(f"iter {self.iter_num}: {said}, {took}, {speed}")
+                self.watch.add(self.iter_num, offsets, loss, grad_norm)
+                logged = self.iter_num % cfg.log_interval == 0
+                looked = logged or len(self.watch) >= cfg.max_bad_steps
+                seen = self.look(say) if looked else None
+                if seen and logged and main:
+                    said, took, speed = self.log(*seen, lr)
+                    bar.set_postfix_str(f"{said}, {speed}")
+                    if not live:
+                        say(f"iter {self.iter_num}: {said}, {took}, {speed}")
                 self.iter_num += 1
                 bar.update()
+                if self.world.size == 1 or looked:  # several processes must all see the same signal
+                    self.react(say)
         if main:
             self.finish()
 
-    def log(self, loss: float, lr: float, grad_norm: float) -> tuple[str, str, str]:
+    def look(self, say: Callable[[str], Any]) -> tuple[float, float]:
+        """Wait for the GPU, and look at the updates since the last look. Returns the last one's (loss, gradient norm).
+
+        Raises Diverged after max_bad_steps updates in a row that were left out.
+        """
+        for bad in self.watch.look():
+            if self.world.is_main:
+                say(
+                    f"iter {bad.it}: loss {bad.loss:.4f}, gradient norm {bad.norm:.4g}: not finite, so this update was left out"
+                )
+                self.metrics.write(iter=bad.it, left_out=bad.in_a_row, offsets=bad.offsets.tolist())
+            if bad.in_a_row >= self.cfg.max_bad_steps:
+                raise Diverged(self.why(bad))
+        return self.watch.last
+
+    def why(self, bad: health.LeftOut) -> str:
+        """What ends the run, in words, with this update. Every process must call it."""
+        culprit = health.first_not_finite(self.model)
+        if culprit is None:
+            (x, y), _ = self.batches.read(bad.offsets.tolist())
+            self.optimizer.zero_grad(set_to_none=True)
+            micro_step(self.model, x, y, self.scaler, self.accumulation, self.autocast)
+            culprit = health.first_not_finite(self.model, gradients=True)
+        at = ", ".join(map(str, bad.offsets[:4].tolist())) + ", ..." * (len(bad.offsets) > 4)
+        kept = f"{self.saved} is whole" if self.saved else "no checkpoint was saved"
+        return (
+            f"iteration {bad.it}: loss or gradients are not finite in {bad.in_a_row} updates in a row, which were left out. "
+            f"The first that is not finite: {culprit or 'none of the weights, and of the first micro-batch no gradient'}. "
+            f"This batch begins at tokens {at} of the training data. {kept}; try a lower --learning_rate"
+        )
+
+    def react(self, say: Callable[[str], Any], state: dict[str, Any] | None = None) -> None:
+        """Save if --save_minutes have passed, or if a signal came: then raise signals.Stopped. Every process must call it.
+
+        state: the random_state with which a resumed run repeats this iteration's evaluation; None: there was no evaluation.
+        """
+        minutes = self.cfg.save_minutes
+        due = minutes is not None and self.world.is_main and time.monotonic() - self.saved_at >= 60 * minutes
+        wish = distributed.most(signals.received() + 1 if signals.received() else int(due), self.world)  # 1: save
+        if not wish:
+            return
+        state = state or self.random_state()
+        saved = self.world.is_main and self.save(state, False, say)
+        if wish > 1:
+            what = f"{self.saved} is saved; --init_from=auto goes on from it" if saved else "nothing new is saved"
+            raise signals.Stopped(wish - 1, f"stopped after {self.iter_num} iterations; {what}")
+
+    def log(self, loss: float, grad_norm: float, lr: float) -> tuple[str, str, str]:
         """Write an iteration to the metrics. Returns its loss, time and speed as text."""
         dt = self.clock.lap()
         tokens_per_s = self.tokens / dt
         if self.peak_flops:
             self.mfu = self.model.estimate_mfu(self.accumulation * self.sequences, dt, self.peak_flops)
+        height = self.spikes.height(loss) if math.isfinite(loss) else None
         self.metrics.write(
-            iter=self.iter_num, loss=loss, lr=lr, grad_norm=grad_norm, dt_ms=dt * 1e3, tokens_per_s=tokens_per_s, mfu=self.mfu
+            iter=self.iter_num, loss=loss, lr=lr, grad_norm=grad_norm, dt_ms=dt * 1e3, tokens_per_s=tokens_per_s, mfu=self.mfu,
+            **({} if height is None else {"spike": height}),
         )  # fmt: skip
         mfu = "" if self.mfu is None else f"mfu {self.mfu * 100:.2f}%, "
         return f"loss {loss:.4f}", f"time {dt * 1000:.2f}ms", f"{mfu}{tokens_per_s:,.0f} tok/s"
 
-    def evaluate(self, lr: float, say: Callable[[str], Any]) -> None:
-        """Measure the loss of both splits, print it, and write it to the metrics."""
+    def evaluate(self, lr: float, say: Callable[[str], Any]) -> bool:
+        """Measure the loss of both splits, print it, and write it to the metrics. Returns False if a signal ended it: alone, without others
+        that would have to know."""
         self.losses = {}
         for split, batches in self.eval_batches.items():
             if self.eval_generator is not None:
                 self.eval_generator.manual_seed(self.cfg.eval_seed)  # type: ignore[arg-type]  # the same batches every time
-            self.losses[split] = evaluate(self.compiled, batches, self.cfg.eval_iters, self.autocast)
+            taken = itertools.takewhile(
+                lambda _: self.world.size > 1 or not signals.received(), batches.take(self.cfg.eval_iters)
+            )
+            self.losses[split] = evaluate(self.compiled, taken, self.autocast)
+            if self.world.size == 1 and signals.received():
+                return False
         train_loss, val_loss = self.losses["train"], self.losses["val"]
         say(f"step {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.metrics.write(iter=self.iter_num, train_loss=train_loss, val_loss=val_loss)
@@ -377,13 +451,27 @@ class Run:
             self.wandb.log(
                 {"iter": self.iter_num, "train/loss": train_loss, "val/loss": val_loss, "lr": lr, "mfu": mfu}
             )
+        return True
 
-    def save(self, random_state: list[Any] | None, say: Callable[[str], Any]) -> None:
-        """Save a checkpoint if this evaluation is the best, or with always_save_checkpoint. Never at iteration 0 or with eval_only."""
+    def save_evaluated(self, state: dict[str, Any], say: Callable[[str], Any]) -> None:
+        """Save if this evaluation is the best, or with always_save_checkpoint. Never at iteration 0, with eval_only, or over good weights
+        what was evaluated as not finite."""
         best = self.losses["val"] < self.best_val_loss
         self.best_val_loss = min(self.best_val_loss, self.losses["val"])
-        if self.iter_num == 0 or self.cfg.eval_only or not (best or self.cfg.always_save_checkpoint):
+        if self.cfg.eval_only or not (best or self.cfg.always_save_checkpoint):
             return
+        if not all(map(math.isfinite, self.losses.values())):
+            say(f"no checkpoint: this evaluation is not finite; {self.saved or 'none was saved before'} remains")
+            return
+        self.save(state, best, say)
+
+    def save(self, state: dict[str, Any], best: bool, say: Callable[[str], Any]) -> bool:
+        """Save a checkpoint with this random_state, and return True; but not at iteration 0, and no weights that are not finite."""
+        if self.iter_num == 0:
+            return False
+        if culprit := health.first_not_finite(self.model):
+            say(f"no checkpoint: {culprit} is not finite; {self.saved or 'none was saved before'} remains")
+            return False
         say(f"saving checkpoint to {self.cfg.out_dir}")
         checkpoint = {
             "model": self.model.state_dict(),
@@ -395,12 +483,13 @@ class Run:
             "fastgpt": {
                 "meta": self.meta,
                 "scaler": self.scaler.state_dict(),
-                "ranks": random_state,
                 "micro_batch": self.sequences,
+                **state,
             },
         }
         checkpoints.save(checkpoint, self.cfg.out_dir)
-        self.saved = checkpoints.checkpoint_path(self.cfg.out_dir)
+        self.saved, self.saved_at = checkpoints.checkpoint_path(self.cfg.out_dir), time.monotonic()
+        return True
 
     def finish(self) -> None:
         """Print the final losses, the speed, a sample and the paths of all files; draw the plot."""
@@ -427,12 +516,29 @@ class Run:
             with self.autocast:
                 ids = self.model.generate(start[:1, :1], cfg.sample_tokens, temperature=0.8, top_k=200, allowed=allowed)
             print(f"a sample:\n{'-' * 80}\n{tok.decode(ids[0].tolist())}\n{'-' * 80}")
+        if not math.isfinite(val_loss):
+            raise Diverged(f"the last evaluation is not finite; checkpoint: {self.saved or 'none saved'}")
         if cfg.eval_only:
             return
         print(f"checkpoint: {self.saved or 'none saved'}\nmetrics:    {self.metrics.path}\nloss curve: {plot}")
         if self.saved:
             device = "" if self.cuda else f" --device={self.world.device}"
             print(f"more text:  fastgpt sample --out_dir={cfg.out_dir}{device}")
+
+
+def begin_or_resume(cfg: TrainConfig, world: distributed.World) -> TrainConfig:
+    """The TrainConfig with --init_from=auto decided. Raises UserError if a new run would replace another's checkpoint."""
+    held = distributed.agree(lambda: checkpoints.checkpoint_path(cfg.out_dir).exists(), world)
+    # A worker that torchrun started again must not overwrite what it had begun.
+    again = cfg.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if cfg.init_from == "auto" or again:
+        cfg = cfg.model_copy(update={"init_from": "resume" if held else "scratch"})
+    if held and not (cfg.init_from == "resume" or cfg.overwrite or cfg.eval_only):
+        raise UserError(
+            f"--out_dir={cfg.out_dir}: it holds a run; go on with it by --init_from=auto, begin anew by --overwrite, "
+            "or give another --out_dir"
+        )
+    return cfg
 
 
 def check_residual(cfg: TrainConfig, cuda: bool) -> None:

@@ -199,7 +199,12 @@ def copied(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
 
 
 def update(
-    grad: Tensor, groups: list[dict[str, Any]], max_norm: float | None, loss: Tensor | None, found_inf: Tensor | None, row: str
+    grad: Tensor,
+    groups: list[dict[str, Any]],
+    max_norm: float | None,
+    loss: Tensor | None,
+    found_inf: Tensor | None,
+    row: str,
 ) -> Tensor | None:
     """See `adamw`. grad is one of the gradients."""
     config, device = configs.adamw(row), grad.device

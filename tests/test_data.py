@@ -83,7 +83,9 @@ def test_batches_are_nanogpts_from_the_same_generator(dataset):
 
 def test_a_generator_of_its_own_leaves_torchs_alone(dataset):
     before = torch.get_rng_state()
-    batches = data.Batches(data.Tokens([dataset / "val.bin"], 26), 4, 16, "cpu", torch.Generator().manual_seed(3))
+    batches = data.Batches(
+        data.Tokens([dataset / "val.bin"], 26), 4, 16, "cpu", data.Draws(torch.Generator().manual_seed(3))
+    )
     list(batches.take(5))
     assert torch.equal(torch.get_rng_state(), before)
 

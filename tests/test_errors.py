@@ -72,15 +72,15 @@ def test_data_that_cannot_be(refused, dataset, split):
 
 def test_ids_beyond_what_is_scanned_at_the_start_are_caught_when_read(dataset):
     from fastgpt.config import UserError
-    from fastgpt.data import Batches, Tokens
+    from fastgpt.data import Batches, Draws, Tokens
 
     tokens = np.zeros(100, "<u2")
     tokens[90] = 26
     tokens.tofile(dataset / "late.bin")
     stream = Tokens([dataset / "train.bin", dataset / "late.bin"], 26)
     stream.check_ids(most=50)
-    batches = Batches(stream, 1, 16, "cpu")
-    batches.prefetch(torch.tensor([4500 + 80]))
+    batches = Batches(stream, 1, 16, "cpu", Draws(left=torch.tensor([4500 + 80])))
+    batches.prefetch()
     with pytest.raises(UserError, match=r"late\.bin: token id 26"):
         batches.get()
 
