@@ -385,7 +385,7 @@ def test_a_capture_that_cuda_ended_begins_again_without_graphs(
         r"fastgpt: --runner=graphs: a micro-step cannot be captured \(a reason\); the run begins again with --runner=eager.*\n",
         err,
     )
-    status, _, err = fastgpt("train", "--dataset=letters", *AUTO, "--runner=graphs")
+    status, _, err = fastgpt("train", "--dataset=letters", *AUTO, "--runner=graphs", "--overwrite")
     assert status == 2, "who asks for graphs is told"
     assert err == "fastgpt: error: --runner=graphs: a micro-step cannot be captured (a reason); give --runner=eager\n"
 
