@@ -315,6 +315,60 @@ def test_what_wgmma_needs(before, between, says):
         product(before, between)
 
 
+FIRST = "tcgen05.mma.cta_group::1.kind::f16 [%r6], %rd5, %rd5, %r7, 0; @%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r4];"
+SECOND = "tcgen05.mma.cta_group::1.kind::f16 [%r6], %rd5, %rd5, %r7, 1; {0} tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r4+8];"
+WAIT = "{0}: mbarrier.try_wait.parity.shared::cta.b64 %p4, [{1}], 0; @!%p4 bra {0};"
+ONES = "tcgen05.st.sync.aligned.32x32b.x8.b32 [%r8+16], {%r5, %r5, %r5, %r5, %r5, %r5, %r5, %r5};"
+
+
+def tensor_products(products):
+    """Sums of 16 ones for each product that adds to them in tensor memory, read at the end. %p2 is thread 0, %p3 another one of its warp; %r8
+    the lanes of a warp."""
+    tile = (6 << 61) + (256 >> 4 << 32) + (1024 >> 4)  # as above, by sm_100's number of a swizzle
+    out = np.zeros(128, np.float32)
+    execute(
+        f"""shl.b32 %r1, %r0, 5; add.s32 %r2, %r1, global_smem; mov.b32 %r5, 0x3c003c00; mov.b32 %r3, global_smem; add.s32 %r4, %r3, 4096;
+        st.shared.v4.b32 [%r2], {{%r5, %r5, %r5, %r5}}; st.shared.v4.b32 [%r2+16], {{%r5, %r5, %r5, %r5}};
+        setp.lt.u32 %p1, %r0, 32; setp.eq.u32 %p2, %r0, 0; setp.eq.u32 %p3, %r0, 1;
+        @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r4+16], 32;
+        @%p2 mbarrier.init.shared::cta.b64 [%r4], 1; @%p2 mbarrier.init.shared::cta.b64 [%r4+8], 1;
+        fence.proxy.async.shared::cta; bar.sync 0;
+        ld.shared.b32 %r6, [%r4+16]; shr.u32 %r8, %r0, 5; shl.b32 %r8, %r8, 21; add.s32 %r8, %r8, %r6;
+        mov.b64 %rd5, {tile}; mov.b32 %r7, {1 << 4 | 8 >> 3 << 17 | 128 >> 4 << 24}; mov.b32 %r9, {1 << 4 | 16 >> 3 << 17 | 128 >> 4 << 24};
+        {products}
+        tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r10}}, [%r8]; tcgen05.wait::ld.sync.aligned;
+        mul.wide.u32 %rd6, %r0, 4; add.s64 %rd7, %rd6, %rd0; st.global.b32 [%rd7], %r10;
+        bar.sync 0; @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r6, 32;""",
+        out, threads=128, shared=4224,
+    )  # fmt: skip
+    return out
+
+
+def test_a_product_follows_another_into_its_accumulator():
+    """The first was committed, and not waited for. The wait for the second is one for both."""
+    second = SECOND.format("@%p2")
+    assert (tensor_products(f"@%p2 {FIRST} @%p2 {second} {WAIT.format('W', '%r4+8')}") == 32).all()
+    from_tensor_memory = second.replace("[%r6], %rd5", "[%r6], [%r6+16]")
+    stored = f"{ONES} tcgen05.wait::st.sync.aligned; bar.sync 0; @%p2 {FIRST} @%p2 {from_tensor_memory}"
+    assert (tensor_products(f"{stored} {WAIT.format('W', '%r4+8')} bar.sync 0; {ONES}") == 32).all()
+
+
+@pytest.mark.parametrize(
+    ("products", "says"),
+    [
+        (f"@%p2 {FIRST} @%p2 {SECOND.format('@%p2').replace('%r7', '%r9')}", "writes tensor memory that a store or a product still writes"),
+        (f"@%p2 {FIRST} @%p3 {SECOND.format('@%p3')}", "writes tensor memory that a store or a product still writes"),
+        (f"tcgen05.st.sync.aligned.32x32b.x1.b32 [%r8], {{%r5}}; bar.sync 0; @%p2 {SECOND.format('@%p2')}", "writes tensor memory that a store or a product still writes"),
+        (f"@%p2 {FIRST} @%p2 {SECOND.format('@%p2')} {WAIT.format('W', '%r4')}", "touches tensor memory of a product or a store that was not waited for"),
+        (f"{ONES} tcgen05.wait::st.sync.aligned; bar.sync 0; @%p2 {FIRST.replace('[%r6], %rd5', '[%r6], [%r6+16]')} bar.sync 0; {ONES}", "writes tensor memory that a product still reads"),
+    ],
+    ids=("another shape", "another thread", "behind a store", "a wait for the first", "its operand overwritten"),
+)  # fmt: skip
+def test_what_a_product_into_tensor_memory_needs(products, says):
+    with pytest.raises(Fault, match=says):
+        tensor_products(products)
+
+
 def test_several_warps_may_write_the_same():
     out = np.zeros(1, np.int32)
     execute("mov.b32 %r1, 7; st.global.b32 [%rd0], %r1;", out, threads=128)

@@ -21,7 +21,7 @@ class TensorMemory:
         self.m, self.blocks = m, blocks
         self.taken = [{} for _ in range(blocks)]  # first column -> columns
         self.watched = None
-        self.running = []  # (issuing lane, done) of products that no commit has named
+        self.running = []  # ((issuing lane, its accumulator's place and shape), done) of products that were not waited for
 
     def finish(self):
         for taken in self.taken:
@@ -60,6 +60,8 @@ class TensorMemory:
         tags = np.broadcast_to(tag, flat.shape[:1])
         if space.pending[flat].any():
             self.m.fault(inst, thread, "touches tensor memory of a product or a store that was not waited for")
+        if write and space.reading[flat].any():
+            self.m.fault(inst, thread, "writes tensor memory that a product still reads")
         # What was never written is nan and may be read: of a loop that does not run, Triton's pipeline loads the accumulator all the
         # same, and selects it away.
         race = np.logical_or(*space.touch_write(flat, tags)) if write else space.touch_read(flat, tags)
@@ -206,11 +208,11 @@ def product(m, inst):
         dtype = "bf16" if format_a else "f16"
         row, tag = np.arange(rows)[:, None], m.tag[lanes]
         lane_of_row = row if rows == 128 else row // 16 * 32 + row % 16
-        read = []
+        read, left_read = [], np.zeros(0, int)
         if isinstance(a, Address):
             place = int(m.address(a, lanes)[0])
-            index, granules = memory.at(inst, slot, (place >> 16) + lane_of_row, (place & 0xFFFF) + np.arange(8), lane)
-            memory.touch(inst, granules, tag, lane, False)
+            index, left_read = memory.at(inst, slot, (place >> 16) + lane_of_row, (place & 0xFFFF) + np.arange(8), lane)
+            memory.touch(inst, left_read, tag, lane, False)
             left = matrix.floats(np.ascontiguousarray(memory.words[index]).view(np.uint16), dtype)
         else:
             descriptor = descriptor_of(int(m.registers[a][lane]))
@@ -225,42 +227,39 @@ def product(m, inst):
             inst, slot, (place >> 16) + lane_of_row, (place & 0xFFFF) + np.arange(columns), lane
         )
         add = bool(added.value) if isinstance(added, Bits) else bool(m.registers[added][lane])
-        watched = memory.watched
-        check(m, inst, memory, granules, tag, lane, add)
+        watched, accumulator = memory.watched, (lane, place, rows, columns)
+        if all(other != accumulator for other, _ in memory.running):
+            check(m, inst, watched, granules, tag, lane, add)
+        watched.writer[granules], watched.pending[granules] = tag[0], True
         if add:
             result = result + memory.words[index].view(np.float32)
         memory.words[index] = result.astype(np.float32).view(np.uint32)
         where = np.concatenate([*read, where])
         m.shared.reading[where] += 1
+        watched.reading[left_read] += 1
 
         def done():
             m.shared.reading[where] -= 1
-            watched.pending[granules] = False
-            watched.writer[granules], watched.reader[granules] = ORDERED, NEVER
+            watched.reading[left_read] -= 1
+            if all(other != accumulator for other, _ in memory.running):
+                watched.pending[granules] = False
+                watched.writer[granules], watched.reader[granules] = ORDERED, NEVER
 
-        memory.running.append((lane, granules, done))
+        memory.running.append((accumulator, done))
 
     return run
 
 
-def check(m, inst, memory, granules, tag, lane, add):
-    """A product may follow another into the same place; of anything else it is watched as any access."""
-    watched = memory.watched
-    own = np.zeros(watched.pending.shape, bool)
-    for other, of, _ in memory.running:
-        if m.slot[other] == m.slot[lane]:
-            own[of] = True
-    if (watched.pending[granules] & ~own[granules]).any():
+def check(m, inst, watched, granules, tag, lane, add):
+    """What a product needs that does not follow another of its thread into the same accumulator, of the same shape. One that does runs
+    behind the other by itself, whether a commit stands between them or not (PTX ISA 8.7, "Pipelined tcgen05 Instructions")."""
+    if watched.pending[granules].any():
         m.fault(inst, lane, "writes tensor memory that a store or a product still writes")
-    fresh = granules[~own[granules]]
-    if fresh.size:
-        if add and (watched.writer[fresh] == NEVER).any():
-            m.fault(inst, lane, "adds to tensor memory that was never written")
-        tags = np.broadcast_to(tag, fresh.shape)
-        race = conflict(watched.writer[fresh], tags) | conflict(watched.reader[fresh], tags)
-        if race.any():
-            m.fault(inst, lane, "writes tensor memory: a race with another warp with no barrier between")
-    watched.writer[granules], watched.pending[granules] = tag[0], True
+    if add and (watched.writer[granules] == NEVER).any():
+        m.fault(inst, lane, "adds to tensor memory that was never written")
+    tags = np.broadcast_to(tag, granules.shape)
+    if (conflict(watched.writer[granules], tags) | conflict(watched.reader[granules], tags)).any():
+        m.fault(inst, lane, "writes tensor memory: a race with another warp with no barrier between")
 
 
 def commit(m, inst):
@@ -271,12 +270,13 @@ def commit(m, inst):
         memory = m.tmem.open()
         for lane in lanes:
             barrier = matrix.barrier_of(m, inst, lane, m.address(address, np.array([lane]))[0])
-            mine = [r for r in memory.running if r[0] == lane]
-            memory.running = [r for r in memory.running if r[0] != lane]
+            mine = [r for r in memory.running if r[0][0] == lane]
 
             def arrive(mine=mine, barrier=barrier):
-                for _, _, done in mine:
-                    done()
+                for product in mine:
+                    if product in memory.running:  # else another commit has named it too, which was waited for
+                        memory.running.remove(product)
+                        product[1]()
                 barrier.due -= 1
 
             barrier.copies.append(arrive)
