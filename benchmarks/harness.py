@@ -22,12 +22,12 @@ import torch
 
 from fastgpt import choose, ops, records, verify
 from fastgpt.records import RECORDS, Shape
+from fastgpt.timing import between_events, host_ms
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32  # what a run computes in
 DISTANCE = {torch.bfloat16: 0.03, torch.float32: 1e-3}  # the largest relative one, of norms; fp32 may be TF32
-MOST_HZ = 3e9  # above any GPU's clock, by which torch.cuda._sleep counts
 PARITY_TOKENS = 4096 if CUDA else 256  # the fp64 side of the comparison takes many times their memory
 
 if not CUDA:
@@ -142,13 +142,7 @@ def prepare(calls, how):
     sync()
     timing.peak, timing.how = torch.cuda.max_memory_allocated() - before, "cuda events"
     if how != "events":
-        host = []
-        for call in calls * 3:
-            sync()
-            start = time.perf_counter()
-            call()
-            host.append(time.perf_counter() - start)
-        timing.host = statistics.median(host)
+        timing.host = host_ms(calls, 3 * len(calls)) / 1e3
         if how == "graph" and (captured := capture(calls)):
             issue, timing.how = captured.replay, "cuda graph"
         elif sample(issue, 1, ahead := 2 * timing.host * len(calls))[1]:
@@ -183,21 +177,12 @@ def capture(calls):
 def sample(issue, repeats, ahead=0.0):
     """(seconds of one issue(), the mean of `repeats`; whether the GPU began only when all were issued).
 
-    ahead: seconds for each repeat that the GPU is kept busy before the first. A call that waits for the GPU ends that.
+    ahead: seconds for each repeat, for which the GPU is kept busy before the first.
     """
     if not CUDA:
         return wall(issue, repeats), False
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    sync()
-    if ahead:
-        torch.cuda._sleep(round(ahead * repeats * MOST_HZ))
-    start.record()
-    for _ in range(repeats):
-        issue()
-    queued = not start.query()
-    end.record()
-    sync()
-    return start.elapsed_time(end) / 1e3 / repeats, queued
+    ms, queued = between_events([issue] * repeats, ahead * repeats * 1e3)
+    return ms / 1e3, queued
 
 
 def time_together(calls, rounds, seconds, how="graph", settle=lambda name: None):

@@ -67,6 +67,7 @@ MODES = {
     "compiled": "--runner=compile",
     "bf16-stream": "--runner=eager --residual=bf16",
 }
+DTYPES = "bfloat16", "float16"  # in which GPUs train, the usual one first; the tests check fp32 as well
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 ANY = r"\S.*"  # a line
 ERRORS = 86  # the exit status by which compute-sanitizer says that it found errors
@@ -106,8 +107,14 @@ def checks(run):
         for name, flags in MODES.items()
     ]  # fmt: skip
     by_compiler = [[p for p in modes if ("--runner=compile" in p.words) == c] for c in (False, True)]
-    verify = Piece("verify", cli("verify", "--json=verify.json"), says=r"(all )?\d+ (of \d+ )?comparisons .*")
-    return [(1, [[verify], [tests], *by_compiler])]
+    verify = [
+        Piece(
+            f"verify-{dtype}", cli("verify", f"--dtype={dtype}", f"--json=verify-{dtype}.json"),
+            says=r"(all )?\d+ (of \d+ )?comparisons .*",
+        )
+        for dtype in DTYPES
+    ]  # fmt: skip
+    return [(1, [verify, [tests], *by_compiler])]
 
 
 def headline(run):

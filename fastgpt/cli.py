@@ -91,7 +91,7 @@ def run(command: str, argv: list[str]) -> int | None:
             os.environ["TRITON_INTERPRET"] = "1"  # the import below reads it
         from fastgpt.verify import verify
 
-        return verify(cfg.json)
+        return verify(cfg.json, cfg.dtype)
     elif command == "tune":
         from fastgpt.tune import tune
 

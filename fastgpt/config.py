@@ -185,6 +185,7 @@ with warnings.catch_warnings():
     class VerifyConfig(Settings):
         """Every flag of verifying the kernels."""
 
+        dtype: Literal["all", DType] = Field("all", description="the dtype to check in: float32, float16 or bfloat16; all: in each of them")
         json: str = Field("", description="file to write the report to, as JSON")
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from fastgpt.config import RESIDUAL, GPTConfig, TrainConfig, UserError, own_envi
 from fastgpt.model import GPT
 from fastgpt.records import Shape
 from fastgpt.shadows import Shadows, shadow_dtype
-from fastgpt.step import micro_step
+from fastgpt.step import micro_step, mixed_precision
 
 SECONDS = 120.0  # that all candidates together may take
 GAIN = 0.1  # of a run's time, that the fastest candidate may save at best
@@ -249,11 +249,9 @@ def main(argv: list[str]) -> None:
 
 def measure(work: Work, runner: Runner, device: str) -> dict[str, float]:
     """{"gpu", "wall"}: milliseconds of a micro-step as the trainer runs it. wall: what the clock shows, the host's time included."""
-    cuda, dtype = torch.device(device).type == "cuda", getattr(torch, work.dtype)
-    if cuda:
-        if device != "cuda":
-            torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    dtype, autocast, scaler = mixed_precision(device, work.dtype)
     torch.manual_seed(1)
     model = GPT(work.config).to(device)
     model.set_recompute(work.recompute)
@@ -263,10 +261,8 @@ def measure(work: Work, runner: Runner, device: str) -> dict[str, float]:
     kernels = work.kernels_of(runner, device)
     model.set_kernels(kernels)
     run: Any = torch.compile(model, dynamic=False) if runner.compile else model
-    if shadows := shadow_dtype(kernels, dtype if cuda else torch.float32):
+    if shadows := shadow_dtype(kernels, dtype):
         Shadows(model, shadows)
-    scaler = torch.amp.GradScaler("cuda", enabled=cuda and work.dtype == "float16")
-    autocast = torch.autocast("cuda", dtype=dtype) if cuda else nullcontext()
     accumulation = 2 if work.accumulates else 1
 
     def step(x, y):

@@ -1,6 +1,5 @@
 """Sample text from a trained model, with nanoGPT's flags: `fastgpt sample`, or `python -m fastgpt.sample`."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from fastgpt import checkpoint as checkpoints
 from fastgpt import data, distributed, health, tokenizer
 from fastgpt.config import SampleConfig, UserError
+from fastgpt.step import mixed_precision
 
 
 def sample(cfg: SampleConfig) -> None:
@@ -21,10 +21,7 @@ def sample(cfg: SampleConfig) -> None:
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"--start={cfg.start}: the file cannot be read ({e})") from None
     torch.manual_seed(cfg.seed)
-    cuda = "cuda" in cfg.device
-    if cuda:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    _, autocast, _ = mixed_precision(cfg.device, cfg.dtype)
 
     if cfg.init_from == "resume":
         saved = checkpoints.load(cfg.out_dir)
@@ -49,7 +46,7 @@ def sample(cfg: SampleConfig) -> None:
         model.compile()
     x = torch.tensor([ids], device=cfg.device)
     allowed = tok.decodable(model.config.vocab_size).to(cfg.device)
-    with torch.autocast("cuda", dtype=getattr(torch, cfg.dtype)) if cuda else nullcontext():
+    with autocast:
         for _ in range(cfg.num_samples):
             try:
                 y = model.generate(x, cfg.max_new_tokens, cfg.temperature, cfg.top_k, allowed)

@@ -17,7 +17,8 @@ class Shadows:
     """The shadows of a model's nn.Linear weights (not of subclasses) in a 16-bit dtype, from now until `remove`.
 
     Code that changes the weights without `optim.AdamW` (load_state_dict, another optimizer) must call `refresh` before the next
-    forward. With DDP make the shadows after it: only then all processes have the same weights.
+    forward. With DDP make the shadows after it: only then all processes have the same weights. Make them before the first forward of a
+    compiled model: torch.compile of torch 2.11 does not see an attribute that comes later.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):

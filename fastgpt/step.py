@@ -11,6 +11,17 @@ from fastgpt import ops, optim
 from fastgpt.data import Batches
 
 
+def mixed_precision(device: str, dtype: str) -> tuple[torch.dtype, AbstractContextManager[Any], torch.amp.GradScaler]:
+    """(the compute dtype, autocast, the loss's scaler) of training on a device, as nanoGPT has them. On CUDA it allows TF32."""
+    if not device.startswith("cuda"):
+        return torch.float32, nullcontext(), torch.amp.GradScaler("cuda", enabled=False)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    compute = getattr(torch, dtype)
+    # Only float16 needs loss scaling: the other dtypes have fp32's range.
+    return compute, torch.autocast("cuda", dtype=compute), torch.amp.GradScaler("cuda", enabled=dtype == "float16")
+
+
 def train_step(
     model: Any, optimizer: optim.AdamW, scaler: torch.amp.GradScaler, batches: Batches, accumulation: int,
     autocast: AbstractContextManager, grad_clip: float, graphs: Callable | None = None,

@@ -46,15 +46,25 @@ def gpu_ms(calls: list[Callable], host: float) -> float:
 
     CUDA's queue holds about a thousand launches: all calls together may make that many.
     """
+    return between_events(calls, 2 * host * len(calls))[0]
+
+
+def between_events(calls: list[Callable], ahead: float) -> tuple[float, bool]:
+    """(milliseconds of one call, the mean of all; whether the GPU began only when all were launched).
+
+    ahead: milliseconds for which the GPU is kept busy before the first call. A call that waits for the GPU ends that.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(int(SLEEP_CYCLES_PER_MS * 2 * host * len(calls)))
+    if ahead:
+        torch.cuda._sleep(round(ahead * SLEEP_CYCLES_PER_MS))
     start.record()
     for call in calls:
         call()
+    queued = not start.query()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / len(calls)
+    return start.elapsed_time(end) / len(calls), queued
 
 
 def host_ms(calls: list[Callable], least: int = 9) -> float:

@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fastgpt.config import RESIDUAL, Diverged, TrainConfig, UserError
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
 from fastgpt.shadows import Shadows, shadow_dtype
-from fastgpt.step import evaluate, micro_step, train_step
+from fastgpt.step import evaluate, micro_step, mixed_precision, train_step
 
 
 class Again(Exception):
@@ -99,12 +98,7 @@ class Run:
         ops.parse(cfg.kernels)  # raises for a wrong word before any work
         check_residual(cfg, self.cuda)
         torch.manual_seed(cfg.seed + world.rank)
-        self.dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32  # as in nanoGPT
-        self.autocast: AbstractContextManager[Any] = nullcontext()
-        if self.cuda:
-            torch.backends.cuda.matmul.allow_tf32 = True
-            torch.backends.cudnn.allow_tf32 = True
-            self.autocast = torch.autocast("cuda", dtype=self.dtype)
+        self.dtype, self.autocast, self.scaler = mixed_precision(world.device, cfg.dtype)
 
         with distributed.main_first(world):
             check_writable(cfg.out_dir)
@@ -121,8 +115,6 @@ class Run:
             tokens.vocab_size = min(tokens.vocab_size, self.model.config.vocab_size)
             tokens.check_ids()
         self.plan(given, saved)
-        # Only float16 needs loss scaling: the other dtypes have fp32's range.
-        self.scaler = torch.amp.GradScaler("cuda", enabled=self.cuda and cfg.dtype == "float16")
         self.optimizer = self.model.configure_optimizers(
             cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), "cuda" if self.cuda else "cpu"
         )

@@ -118,10 +118,13 @@ def compile_all(dtypes: list[torch.dtype]) -> None:
         list(pool.map(run_case, all_cases))
 
 
-def verify(json_file: str = "") -> int:
-    """Check every kernel on this machine, and print the table. Returns 1 if a row fails, else 0. Raises UserError if it cannot run."""
+def verify(json_file: str = "", only: str = "all") -> int:
+    """Check every kernel on this machine, and print the table. Returns 1 if a row fails, else 0. Raises UserError if it cannot run.
+
+    only: the name of the one dtype to check, or "all".
+    """
     gpu = torch.cuda.is_available()
-    dtypes, place = where(gpu)
+    dtypes, place = where(gpu, only)
     report: dict[str, Any] = {"where": place, "versions": versions(), "rows": []}
     try:
         file = open(json_file, "w") if json_file else None  # opened before the work, to fail early
@@ -179,8 +182,8 @@ def verify(json_file: str = "") -> int:
     return int(failed > 0)
 
 
-def where(gpu: bool) -> tuple[list[torch.dtype], str]:
-    """(the dtypes to check, the machine in words). Raises UserError if the kernels cannot run here."""
+def where(gpu: bool, only: str = "all") -> tuple[list[torch.dtype], str]:
+    """(the dtypes to check, the machine in words). only: as for `verify`. Raises UserError if the kernels cannot run here."""
     if ops.triton is None:
         raise UserError("verify: Triton is not installed; pip install triton")
     if gpu and (torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0)):
@@ -189,18 +192,20 @@ def where(gpu: bool) -> tuple[list[torch.dtype], str]:
         )
     if not gpu and not ops.triton.common.INTERPRETED:  # `fastgpt verify` sets it
         raise UserError("verify: without a GPU set TRITON_INTERPRET=1 before Python begins")
-    dtypes = [torch.float32, torch.float16, torch.bfloat16]
+    dtypes = [torch.float32, torch.float16, torch.bfloat16] if only == "all" else [getattr(torch, only)]
     if gpu:
         return dtypes, f"{torch.cuda.get_device_name()}, sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
     triton, numpy = version("triton"), version("numpy")
     if triton.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
         raise UserError(f"verify: Triton {triton}'s interpreter breaks on numpy {numpy}; pip install 'numpy<2.4'")
-    place = (
-        f"no CUDA GPU here: Triton's interpreter runs the kernels on the CPU ({platform.machine()}), in small sizes;\n"
-    )
+    place = f"no CUDA GPU here: Triton's interpreter runs the kernels on the CPU ({platform.machine()}), in small sizes"
+    if torch.bfloat16 not in dtypes:
+        return dtypes, place
     if ops.triton.interpreter.computes_bf16():
-        return dtypes, place + "bfloat16 too: kernels/interpreter.py corrects the interpreter's arithmetic"
-    return dtypes[:2], place + "bfloat16 is not checked: this Triton's interpreter computes it wrongly"
+        return dtypes, place + ";\nbfloat16 too: kernels/interpreter.py corrects the interpreter's arithmetic"
+    if only != "all":
+        raise UserError("--dtype=bfloat16: this Triton's interpreter computes it wrongly; verify it on a GPU")
+    return dtypes[:2], place + ";\nbfloat16 is not checked: this Triton's interpreter computes it wrongly"
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ if INTERPRETED:
     interpreter.mend()
 
 RUNTIME, COMPILATION = triton.knobs.runtime, triton.knobs.compilation
+LAUNCHES = 1024  # of a kernel, that `launch` remembers
 
 LIBRARY = torch.library.Library("fastgpt", "FRAGMENT")  # torch.ops.fastgpt
 
@@ -98,6 +99,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
     if key is not None and compiled is not None:
         constants = [options[name] for name in kernel.arg_names[len(args) :]]
+        if len(launched) >= LAUNCHES:  # as from a text that grows: every length has keys of its own
+            launched.clear()
         launched[key] = compiled, constants  # held: from 3.8 on Triton unloads a kernel that nothing holds
 
 

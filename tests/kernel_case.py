@@ -87,7 +87,8 @@ def same_bits(f, leaves, runs=None):
 @contextmanager
 def poisoned():
     """What a kernel does not write is nan: `torch.empty` gives nan. Numpy, in which the interpreter computes, says nothing of it."""
-    fill = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
+    # Not in place: torch.compile of torch 2.11 gives zeros for the gradient of an output that a forward wrote into.
+    fill = lambda t: torch.full_like(t, float("nan")) if t.is_floating_point() else t  # noqa: E731
     nan = lambda make: lambda *a, **k: fill(make(*a, **k))  # noqa: E731
     makers = (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")
     with ExitStack() as stack:

@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("pytest_benchmark")
 from replay import Recording
 
-from fastgpt import graphs, ops, verify
+from fastgpt import graphs, ops, timing, verify
 from fastgpt.benchmarks import bench_train, compare, harness, machine, profile, report, roofline
 from fastgpt.benchmarks.bench_adamw import adamw
 from fastgpt.benchmarks.bench_attention import attention, deterministic
@@ -248,7 +248,7 @@ def made_up_gpu(monkeypatch):
     names = ("reset_peak_memory_stats", "empty_cache", "set_sync_debug_mode", "set_stream")
     for name, answer in (answers | dict.fromkeys(names)).items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: MadeUpEvent.launch(cycles / harness.MOST_HZ))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: MadeUpEvent.launch(cycles / 3e9))
     monkeypatch.setattr(torch.cuda, "synchronize", MadeUpEvent.synchronize)
     for name, what in (("Event", MadeUpEvent), ("CUDAGraph", MadeUpGraph), ("graph", contextlib.nullcontext)):
         monkeypatch.setattr(torch.cuda, name, what)
@@ -288,7 +288,7 @@ def test_where_the_host_is_slower_the_gpus_time_counts_and_the_hosts_is_beside_i
     """An update takes the host 4 ms and the GPU 1 ms, on a clock that is made up too. A step is as long as its host holds it up."""
     clock = types.SimpleNamespace(at=0.0)
     wait = lambda seconds: setattr(clock, "at", clock.at + seconds)  # noqa: E731
-    monkeypatch.setattr(harness, "time", types.SimpleNamespace(perf_counter=lambda: clock.at))
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: clock.at))
     for name, f in (("now", lambda: clock.at), ("wait", wait), ("free", 0.0)):
         monkeypatch.setattr(MadeUpEvent, name, f if name == "free" else staticmethod(f))
 

@@ -53,6 +53,7 @@ from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastgpt.kernels import common
 from fastgpt.kernels.common import launch
 
 
@@ -129,6 +130,11 @@ _copy.pre_run_hooks.clear()
 assert asks(t, None, t, 16, 0.5) == 0
 _copy._unsafe_update_src(_copy.src.replace("* p", "* p * 2"))
 assert asks(t, None, t, 16, 0.5) == 1
+# What is remembered has a bound.
+common.LAUNCHES = 4
+for n in range(100, 120):
+    assert asks(t, None, t, n, 0.5) == 1 and asks(t, None, t, n, 0.5) == 0
+    assert len(_copy.launched) <= 4
 print(f"{len(cases)} launches, {compiled} compiled kernels")
 """
 

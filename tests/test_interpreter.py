@@ -10,6 +10,7 @@ from kernel_case import DTYPES
 from triton.runtime.interpreter import InterpreterBuilder
 
 from fastgpt import verify
+from fastgpt.config import UserError
 from fastgpt.kernels import interpreter
 
 pytestmark = [
@@ -191,3 +192,5 @@ def test_another_build_is_left_alone_with_one_warning_and_not_verified_in_bf16(m
     dtypes, place = verify.where(gpu=False)
     assert dtypes == [torch.float32, torch.float16]
     assert "bfloat16 is not checked: this Triton's interpreter" in place
+    with pytest.raises(UserError, match="--dtype=bfloat16: this Triton's interpreter computes it wrongly"):
+        verify.where(gpu=False, only="bfloat16")

@@ -29,8 +29,8 @@ from fastgpt.verify import run
 SCRIPT = Path(sanitize.__file__).with_name("on_gpu.sh")
 SANITIZERS = ("cases", *on_gpu.TOOLS, "consan")
 PIECES = {
-    "checks": ("verify", "tests", *(f"train-{mode}" for mode in on_gpu.MODES)), "headline": ("headline",), "tune": ("tune",),
-    "sanitize": SANITIZERS,
+    "checks": ("verify-bfloat16", "verify-float16", "tests", *(f"train-{mode}" for mode in on_gpu.MODES)),
+    "headline": ("headline",), "tune": ("tune",), "sanitize": SANITIZERS,
 }  # fmt: skip
 EVERY = [(stage, name) for stage, names in PIECES.items() for name in names]
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is taken where there is no GPU")
@@ -42,7 +42,7 @@ PYTHON = """#!/bin/bash
 case "$*" in
     *"no CUDA GPU"*) name=gpu ;;
     *find_spec*) cat "$STAND_INS/missing" 2> /dev/null; exit 0 ;;
-    *"fastgpt.cli verify"*) name=verify ;;
+    *"fastgpt.cli verify"*) name=verify-${4#--dtype=} ;;
     *pytest*) name=tests ;;
     *--out_dir=*) name=${@: -1} && name=${name#*=} ;;
     *"fastgpt.cli bench"*) name=headline ;;
@@ -157,9 +157,9 @@ def test_one_that_hangs_is_ended_within_the_limit_with_all_that_it_began(command
 
 
 def test_a_stage_is_ended_at_its_share(command):
-    status, said = command("all", "--limit=8", verify="hangs", headline="hangs")
+    status, said = command("all", "--limit=8", verify_float16="hangs", headline="hangs")
     assert status == 1
-    assert said["verify"].startswith("FAILED: timed out after 1 s")
+    assert said["verify-float16"].startswith("FAILED: timed out after 1 s")
     assert said["headline"].startswith("FAILED: timed out after 3 s")
     assert said["tests"] == said["tune"] == said["cases"] == "passed: ran 2 of 2 cases"
 
@@ -230,9 +230,9 @@ def test_ended_from_outside_it_ends_what_runs_and_says_so(command, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=once_it_hangs).start()
-    status, said = command("all", verify="hangs")
+    status, said = command("all", verify_float16="hangs")
     assert status == 1
-    assert said["verify"].startswith("FAILED: ")
+    assert said["verify-float16"].startswith("FAILED: ")
     assert said["tune"] == "FAILED: not reached: no time is left"
 
 
@@ -244,7 +244,8 @@ def test_each_command_has_flags_that_there_are():
     ]
     words = {piece.name: [word.replace("{seconds}", "99") for word in piece.words] for piece in pieces}
     assert words["headline"][3:] == ["bench", "--only=headline", "--budget=99", "--out=results"]
-    for name, schema in (("verify", VerifyConfig), ("headline", BenchConfig), ("tune", TuneConfig)):
+    verifies = [(f"verify-{dtype}", VerifyConfig) for dtype in on_gpu.DTYPES]
+    for name, schema in (*verifies, ("headline", BenchConfig), ("tune", TuneConfig)):
         parse(schema, words[name][4:], name)
     for mode in on_gpu.MODES:
         parse_train(words[f"train-{mode}"][4:], "train")

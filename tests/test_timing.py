@@ -26,6 +26,7 @@ class Machine:
         event = SimpleNamespace(at=None)
         event.record = lambda: setattr(event, "at", max(self.gpu, self.host))
         event.elapsed_time = lambda end: end.at - event.at
+        event.query = lambda: self.host >= event.at
         return event
 
 

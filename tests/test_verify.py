@@ -49,6 +49,15 @@ def test_it_holds_here_and_says_so(workdir, fastgpt, monkeypatch):
     says_that_it_holds(out, few)
 
 
+def test_one_dtype_is_checked_alone(workdir, fastgpt, monkeypatch):
+    monkeypatch.setattr(verify, "RECORDS", {"linear": verify.RECORDS["linear"]})
+    status, out, _ = fastgpt("verify", "--dtype=float16", "--json=report.json")
+    assert status == 0
+    assert {row["dtype"] for row in json.loads(Path("report.json").read_text())["rows"]} == {"float16"}
+    assert "bfloat16" not in out
+    assert "float32" not in out
+
+
 @pytest.mark.slow
 def test_every_op_holds_here(workdir):
     """As a user runs it, who sets nothing; each op's own tests hold it to more."""
