@@ -4,8 +4,8 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch._inductor.exc import InductorError
 from tqdm import tqdm
 
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, graphs, metrics, ops, optim, runner, tokenizer
+from fastgpt import data, distributed, files, graphs, metrics, ops, optim, runner, tokenizer
 from fastgpt.config import RESIDUAL, TrainConfig, UserError
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
@@ -41,9 +41,13 @@ def train(cfg: TrainConfig, given: Collection[str] = frozenset()) -> None:
     world = distributed.init(cfg.device, cfg.backend)
     run = None
     try:
-        with graphs.stream(world):
-            run = Run(cfg, given, world)
-            run.loop()
+        with graphs.stream(world), hold(cfg, world):
+            try:
+                run = Run(cfg, given, world)
+                run.loop()
+            finally:
+                if run:
+                    run.writer.wait()
     except graphs.CaptureEnded as e:
         if runner.asked(cfg, given) or world.size > 1:
             raise
@@ -74,7 +78,7 @@ def again(run: "Run | None", reason: str, flag: str) -> Again:
     """The Again of a run that ends: with a flag in place of a default, and from the checkpoint that the run has saved, if it has."""
     if run and run.wandb:
         run.wandb.finish()
-    return Again(reason, flag, *["--init_from=resume"] * bool(run and run.saved))
+    return Again(reason, flag, *["--init_from=resume"] * bool(run and run.writer.saved))
 
 
 class Run:
@@ -84,12 +88,11 @@ class Run:
         self.began = time.perf_counter()
         self.world = world
         self.cuda = world.device.startswith("cuda")
-        saved = checkpoints.load(cfg.out_dir) if cfg.init_from == "resume" else None
+        saved = checkpoints.load(cfg.out_dir, resume=True) if cfg.init_from == "resume" else None
         self.cfg = cfg = checkpoints.keep_shape(saved, cfg, given) if saved else cfg
         self.asked = runner.asked(cfg, given)
         self.micro_steps = distributed.share(cfg.gradient_accumulation_steps, world)  # nanoGPT's, in an iteration
         self.tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size  # of all processes' iteration
-        self.saved: Path | None = None
         print(f"tokens per iteration will be: {self.tokens:,}")
         self.wandb = import_wandb() if cfg.wandb_log else None
 
@@ -104,7 +107,6 @@ class Run:
             self.autocast = torch.autocast("cuda", dtype=self.dtype)
 
         with distributed.main_first(world):
-            check_writable(cfg.out_dir)
             train_tokens, val_tokens, self.meta, vocab_size = data.load_dataset(cfg)
         if saved:
             checkpoints.check_dataset(saved, cfg, self.meta)
@@ -153,9 +155,10 @@ class Run:
         self.peak_flops = cfg.peak_flops or metrics.peak_flops(world.device, cfg.dtype)
         self.mfu: float | None = None
         self.clock = metrics.Clock(lambda: torch.cuda.synchronize(world.device) if self.cuda else None)
+        self.writer = checkpoints.Writer(cfg.out_dir, cfg.keep, cfg.async_checkpoint, tell, self.iter_num)
         if world.is_main:
             kept = float("inf") if cfg.eval_only else self.iter_num if saved else 0
-            self.metrics = metrics.MetricsFile(cfg.out_dir, keep_before=kept)
+            self.metrics = metrics.MetricsFile(cfg.out_dir, kept, tell)
         if self.wandb and world.is_main:
             self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=cfg.model_dump())
         self.batches.prefetch(offsets)
@@ -227,7 +230,7 @@ class Run:
             return GPT(cfg.gpt_config(vocab_size))
         if saved:
             print(f"Resuming training from {cfg.out_dir}")
-            model = checkpoints.build_model(saved, cfg.out_dir, cfg.dropout)
+            model = checkpoints.build_model(saved, cfg.dropout)
         else:
             print(f"Initializing from OpenAI GPT-2 weights: {cfg.init_from}")
             model = checkpoints.pretrained(cfg.init_from, cfg.dropout)
@@ -246,24 +249,14 @@ class Run:
     def restore_optimizer(self, saved: dict[str, Any], given: Collection[str]) -> None:
         """Restore the optimizer and the counters. The checkpoint's betas and weight decay remain, unless the user gave them."""
         cfg = self.cfg
-        try:
-            for old, new in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
-                old["fused"] = new["fused"]  # depends on this device, not on the one that saved
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.iter_num, self.best_val_loss = int(saved["iter_num"]), float(saved["best_val_loss"])
-            for p, moments in self.optimizer.state.items():
-                for value in (v for v in moments.values() if v.dim() > 0):
-                    if value.shape[1:] != p.shape[1:] or value.size(0) < p.size(0):
-                        raise ValueError(f"a moment of {tuple(value.shape)} for weights of {tuple(p.shape)}")
-            betas = [group["betas"] for group in self.optimizer.param_groups]
-        except (KeyError, ValueError, TypeError, AttributeError) as e:
-            raise UserError(
-                f"{checkpoints.checkpoint_path(cfg.out_dir)}: its optimizer state does not fit this model "
-                f"({type(e).__name__}: {e}); train from scratch"
-            ) from None
-        wpe = self.model.transformer.wpe.weight  # if block_size was cropped, crop its moments too
-        moments = self.optimizer.state[wpe]
-        moments.update({k: v[: wpe.size(0)].clone() for k, v in moments.items() if v.dim() == 2})
+        for old, new in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            old["fused"] = new["fused"]  # depends on this device, not on the one that saved
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.iter_num, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
+        for p, moments in self.optimizer.state.items():
+            # Copies, which do not hold the file. If block_size was cropped, crop the moments too.
+            moments.update({k: (v[: p.size(0)] if v.dim() else v).clone() for k, v in moments.items()})
+        betas = [group["betas"] for group in self.optimizer.param_groups]
         decay, no_decay = self.optimizer.param_groups
         for group, (beta1, beta2) in zip((decay, no_decay), betas, strict=True):
             group["betas"] = cfg.beta1 if "beta1" in given else beta1, cfg.beta2 if "beta2" in given else beta2
@@ -393,18 +386,19 @@ class Run:
             "best_val_loss": torch.tensor(self.best_val_loss),
             "config": self.cfg.model_dump(),
             "fastgpt": {
+                "version": checkpoints.VERSION,
                 "meta": self.meta,
                 "scaler": self.scaler.state_dict(),
                 "ranks": random_state,
                 "micro_batch": self.sequences,
             },
         }
-        checkpoints.save(checkpoint, self.cfg.out_dir)
-        self.saved = checkpoints.checkpoint_path(self.cfg.out_dir)
+        self.writer.save(checkpoint, best)
 
     def finish(self) -> None:
         """Print the final losses, the speed, a sample and the paths of all files; draw the plot."""
         cfg, clock = self.cfg, self.clock
+        self.writer.wait()
         self.metrics.close()
         train_loss, val_loss = self.losses["train"], self.losses["val"]
         print(f"\niteration {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f} nats per token")
@@ -429,10 +423,37 @@ class Run:
             print(f"a sample:\n{'-' * 80}\n{tok.decode(ids[0].tolist())}\n{'-' * 80}")
         if cfg.eval_only:
             return
-        print(f"checkpoint: {self.saved or 'none saved'}\nmetrics:    {self.metrics.path}\nloss curve: {plot}")
-        if self.saved:
+        saved = self.writer.saved
+        older = f" (iteration {self.writer.iteration})" if saved and self.writer.iteration < self.iter_num else ""
+        print(f"checkpoint: {saved or 'none saved'}{older}\nmetrics:    {self.metrics.path}\nloss curve: {plot}")
+        if saved:
             device = "" if self.cuda else f" --device={self.world.device}"
             print(f"more text:  fastgpt sample --out_dir={cfg.out_dir}{device}")
+        if self.writer.failed:
+            raise UserError(self.writer.failed)
+
+
+def tell(line: str) -> None:
+    """Print a line at once, above a progress bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+@contextmanager
+def hold(cfg: TrainConfig, world: distributed.World) -> Iterator[None]:
+    """Make out_dir and lock it, for a run that writes checkpoints. Raises UserError, on all processes."""
+
+    def take():
+        check_writable(cfg.out_dir)
+        if not cfg.eval_only:
+            stack.enter_context(files.lock(cfg.out_dir))
+
+    with ExitStack() as stack:
+        if (
+            cfg.init_from != "resume" or Path(cfg.out_dir).is_dir()
+        ):  # else there is nothing to resume, and loading says so
+            distributed.agree(take, world)
+        yield
 
 
 def check_residual(cfg: TrainConfig, cuda: bool) -> None:
