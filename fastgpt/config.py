@@ -132,6 +132,8 @@ class TrainConfig(Settings):
     seed: int = Field(1337, ge=0, lt=2**63, description="random seed; nanoGPT's is 1337")
     eval_seed: int | None = Field(None, ge=0, lt=2**63, description="seed of the evaluation batches; None: drawn among the training batches, as in nanoGPT")
     peak_flops: float | None = Field(None, gt=0, description="peak FLOP/s for the MFU; None: by the GPU's name")
+    keep: int = Field(2, gt=0, description="checkpoints to keep: ckpt.pt, the ones before it, and the best one")
+    async_checkpoint: bool = Field(False, description="write checkpoints in the background, from a copy of weights and optimizer in the CPU's memory")
     sample_tokens: int = Field(0, ge=0, description="tokens of text to sample at the end")
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:

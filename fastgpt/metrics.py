@@ -4,6 +4,7 @@ import json
 import math
 import re
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import torch
 
 from fastgpt.config import UserError
+from fastgpt.files import replacing
+
+MOST_PENDING = 10_000  # records that wait for room on the disk, about 2 MB
 
 # (FLOP/s, bytes/s) of a GPU, from NVIDIA's data sheets (GeForce: the architecture white papers). FLOP/s are dense, of bf16 and fp16 with
 # fp32 accumulation. The first name that the GPU's own name has as whole words counts. A laptop's GPU is another one.
@@ -62,39 +66,74 @@ def peak_flops(device: str | torch.device, dtype: str) -> float | None:
 class MetricsFile:
     """out_dir/metrics.jsonl, an object a line: `iter`, `loss`, `lr`, `grad_norm`, `dt_ms`, `tokens_per_s`, `mfu` of a logged
     iteration, and `spike` where the loss is that many standard deviations above the last ones' mean; `iter`, `train_loss`, `val_loss`
-    of an evaluation; `iter`, `left_out` (in a row), `offsets` of an update that was left out. What is unknown or not finite is null."""
+    of an evaluation; `iter`, `left_out` (in a row), `offsets` of an update that was left out. What is unknown or not finite is null.
 
-    def __init__(self, out_dir: str | Path, keep_before: float = 0):
-        self.path = Path(out_dir) / "metrics.jsonl"
-        # Of an earlier run that this one goes on from, what came after its checkpoint will come again.
-        kept = [r for r in read_metrics(self.path) if r["iter"] < keep_before]
+    A line that cannot be written, as on a full disk, is written before the next one. `say` tells when that begins and when it ends.
+    """
+
+    def __init__(self, out_dir: str | Path, keep_before: float = math.inf, say: Callable[[str], Any] = print):
+        self.path, self.say = Path(out_dir) / "metrics.jsonl", say
+        self.pending: deque[bytes] = deque(maxlen=MOST_PENDING)
+        self.failing = self.torn = False  # torn: the file ends within a line
         try:
-            self.file = open(self.path, "w", encoding="utf-8", buffering=1)  # line by line, so that it can be followed
+            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+            # Of an earlier run that this one goes on from, what came after its checkpoint will come again.
+            kept = [line for line in lines if (r := parse_line(line)) and r["iter"] < keep_before]
+            if kept != lines and keep_before < math.inf:
+                with replacing(self.path) as f:
+                    f.writelines(line.rstrip(b"\r\n") + b"\n" for line in kept)
+            else:
+                self.torn = bool(lines) and not lines[-1].endswith(b"\n")
+            self.file = open(self.path, "ab", buffering=0)  # line by line, so that it can be followed
         except OSError as e:
             raise UserError(f"{self.path}: cannot be written ({e.strerror}); give another --out_dir") from None
-        for record in kept:
-            self.write(**record)
 
     def write(self, **record: Any) -> None:
+        """Write a record, and those before it that could not be written."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(finite) + "\n")
+        self.pending.append(json.dumps(finite).encode() + b"\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Try to write what is pending."""
+        try:
+            while self.pending:
+                line = b"\n" * self.torn + self.pending[0]
+                written = self.file.write(line)
+                if written >= len(line) - 1:  # the object is whole, at least
+                    self.pending.popleft()
+                self.torn = written < len(line)  # the disk is full: the next try says so
+        except OSError as e:
+            if not self.failing:
+                self.say(
+                    f"{self.path}: cannot be written ({e.strerror}); the run goes on, and tries again at each record"
+                )
+            self.failing = True
+        else:
+            if self.failing:
+                self.say(f"{self.path}: written again")
+            self.failing = False
 
     def close(self) -> None:
+        self.flush()
+        if self.pending:
+            self.say(f"{self.path}: the last {len(self.pending)} records could not be written")
         self.file.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order; a last line cut short by a crash is left out."""
-    records = []
-    if Path(path).is_file():
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if isinstance(record, dict) and isinstance(record.get("iter"), int):
-                records.append(record)
-    return records
+    """The records of a metrics.jsonl, in order. A line that is none, as one cut short by a crash, is left out."""
+    lines = Path(path).read_bytes().splitlines() if Path(path).is_file() else []
+    return [record for line in lines if (record := parse_line(line))]
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The record in a line of a metrics.jsonl, or None."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, a number of too many digits; lists in lists
+        return None
+    return record if isinstance(record, dict) and type(record.get("iter")) is int else None
 
 
 class Clock:
@@ -131,12 +170,17 @@ class Clock:
         return (self.iterations - iterations) / (self.seconds - seconds)
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value from a metrics.jsonl can be drawn."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
 def plot_losses(records: list[dict[str, Any]], path: str | Path, title: str) -> None:
     """Draw the loss curves of metrics records into a PNG: training loss by iteration, evaluations as points."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    steps = [r for r in records if r.get("loss") is not None]
-    evals = [r for r in records if r.get("val_loss") is not None]
+    steps = [r for r in records if is_number(r.get("loss"))]
+    evals = [r for r in records if is_number(r.get("train_loss")) and is_number(r.get("val_loss"))]
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.plot([r["iter"] for r in steps], [r["loss"] for r in steps], lw=1, alpha=0.6, label="training batches")

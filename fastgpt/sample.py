@@ -25,7 +25,7 @@ def sample(cfg: SampleConfig) -> None:
 
     if cfg.init_from == "resume":
         saved = checkpoints.load(cfg.out_dir)
-        model, meta = checkpoints.build_model(saved, cfg.out_dir), find_meta(saved)
+        model, meta = checkpoints.build_model(saved), find_meta(saved)
     else:
         saved, model, meta = {}, checkpoints.pretrained(cfg.init_from, 0.0), None
     tok = tokenizer.from_meta(meta)
@@ -62,7 +62,10 @@ def find_meta(saved: dict[str, Any]) -> dict[str, Any] | None:
     if "meta" in saved.get("fastgpt", {}):
         return saved["fastgpt"]["meta"]
     dataset = saved.get("config", {}).get("dataset")
-    meta = data.load_meta(data.dataset_folder(dataset)) if dataset else None
+    try:
+        meta = data.load_meta(data.dataset_folder(dataset)) if dataset else None
+    except (OSError, TypeError, ValueError):  # no name that a folder can have
+        meta = None
     if meta is None:
         print("No meta.pkl found, assuming GPT-2 encodings...")
     return meta

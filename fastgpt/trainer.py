@@ -6,7 +6,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch._inductor.exc import InductorError
 from tqdm import tqdm
 
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, graphs, health, metrics, ops, optim, runner, signals, tokenizer
+from fastgpt import data, distributed, files, graphs, health, metrics, ops, optim, runner, signals, tokenizer
 from fastgpt.config import RESIDUAL, Diverged, TrainConfig, UserError
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
@@ -42,9 +43,13 @@ def train(cfg: TrainConfig, given: Collection[str] = frozenset()) -> None:
     world = distributed.init(cfg.device, cfg.backend)
     run = None
     try:
-        with graphs.stream(world):
-            run = Run(cfg, given, world)
-            run.loop()
+        with graphs.stream(world), hold(cfg, world):
+            try:
+                run = Run(cfg, given, world)
+                run.loop()
+            finally:
+                if run:
+                    run.writer.wait()
     except graphs.CaptureEnded as e:
         if runner.asked(cfg, given) or world.size > 1:
             raise
@@ -75,7 +80,7 @@ def again(run: "Run | None", reason: str, flag: str) -> Again:
     """The Again of a run that ends: with a flag in place of a default, and from the checkpoint that the run has saved, if it has."""
     if run and run.wandb:
         run.wandb.finish()
-    return Again(reason, flag, *["--init_from=resume"] * bool(run and run.saved))
+    return Again(reason, flag, *["--init_from=resume"] * bool(run and run.writer.saved))
 
 
 class Run:
@@ -86,12 +91,11 @@ class Run:
         self.world = world
         self.cuda = world.device.startswith("cuda")
         cfg = begin_or_resume(cfg, world)
-        saved = checkpoints.load(cfg.out_dir) if cfg.init_from == "resume" else None
+        saved = checkpoints.load(cfg.out_dir, resume=True) if cfg.init_from == "resume" else None
         self.cfg = cfg = checkpoints.keep_shape(saved, cfg, given) if saved else cfg
         self.asked = runner.asked(cfg, given)
         self.micro_steps = distributed.share(cfg.gradient_accumulation_steps, world)  # nanoGPT's, in an iteration
         self.tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size  # of all processes' iteration
-        self.saved: Path | None = None
         print(f"tokens per iteration will be: {self.tokens:,}")
         self.wandb = import_wandb() if cfg.wandb_log else None
 
@@ -101,7 +105,6 @@ class Run:
         self.dtype, self.autocast, self.scaler = mixed_precision(world.device, cfg.dtype)
 
         with distributed.main_first(world):
-            check_writable(cfg.out_dir)
             train_tokens, val_tokens, self.meta, vocab_size = data.load_dataset(cfg)
         if saved:
             checkpoints.check_dataset(saved, cfg, self.meta)
@@ -145,9 +148,10 @@ class Run:
         self.peak_flops = cfg.peak_flops or metrics.peak_flops(world.device, cfg.dtype)
         self.mfu: float | None = None
         self.clock = metrics.Clock(lambda: torch.cuda.synchronize(world.device) if self.cuda else None)
+        self.writer = checkpoints.Writer(cfg.out_dir, cfg.keep, cfg.async_checkpoint, tell, self.iter_num)
         if world.is_main:
             kept = float("inf") if cfg.eval_only else self.iter_num if saved else 0
-            self.metrics = metrics.MetricsFile(cfg.out_dir, keep_before=kept)
+            self.metrics = metrics.MetricsFile(cfg.out_dir, kept, tell)
         if self.wandb and world.is_main:
             self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=cfg.model_dump())
         self.spikes = health.Spikes()
@@ -222,7 +226,7 @@ class Run:
             return GPT(cfg.gpt_config(vocab_size))
         if saved:
             print(f"Resuming training from {cfg.out_dir}")
-            model = checkpoints.build_model(saved, cfg.out_dir, cfg.dropout)
+            model = checkpoints.build_model(saved, cfg.dropout)
         else:
             print(f"Initializing from OpenAI GPT-2 weights: {cfg.init_from}")
             model = checkpoints.pretrained(cfg.init_from, cfg.dropout)
@@ -241,24 +245,14 @@ class Run:
     def restore_optimizer(self, saved: dict[str, Any], given: Collection[str]) -> None:
         """Restore the optimizer and the counters. The checkpoint's betas and weight decay remain, unless the user gave them."""
         cfg = self.cfg
-        try:
-            for old, new in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
-                old["fused"] = new["fused"]  # depends on this device, not on the one that saved
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.iter_num, self.best_val_loss = int(saved["iter_num"]), float(saved["best_val_loss"])
-            for p, moments in self.optimizer.state.items():
-                for value in (v for v in moments.values() if v.dim() > 0):
-                    if value.shape[1:] != p.shape[1:] or value.size(0) < p.size(0):
-                        raise ValueError(f"a moment of {tuple(value.shape)} for weights of {tuple(p.shape)}")
-            betas = [group["betas"] for group in self.optimizer.param_groups]
-        except (KeyError, ValueError, TypeError, AttributeError) as e:
-            raise UserError(
-                f"{checkpoints.checkpoint_path(cfg.out_dir)}: its optimizer state does not fit this model "
-                f"({type(e).__name__}: {e}); train from scratch"
-            ) from None
-        wpe = self.model.transformer.wpe.weight  # if block_size was cropped, crop its moments too
-        moments = self.optimizer.state[wpe]
-        moments.update({k: v[: wpe.size(0)].clone() for k, v in moments.items() if v.dim() == 2})
+        for old, new in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            old["fused"] = new["fused"]  # depends on this device, not on the one that saved
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.iter_num, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
+        for p, moments in self.optimizer.state.items():
+            # Copies, which do not hold the file. If block_size was cropped, crop the moments too.
+            moments.update({k: (v[: p.size(0)] if v.dim() else v).clone() for k, v in moments.items()})
+        betas = [group["betas"] for group in self.optimizer.param_groups]
         decay, no_decay = self.optimizer.param_groups
         for group, (beta1, beta2) in zip((decay, no_decay), betas, strict=True):
             group["betas"] = cfg.beta1 if "beta1" in given else beta1, cfg.beta2 if "beta2" in given else beta2
@@ -315,7 +309,6 @@ class Run:
             signals.deferred(),
             tqdm(total=cfg.max_iters, initial=self.iter_num, disable=not live, unit="it", dynamic_ncols=True) as bar,
         ):
-            say = bar.write if live else lambda line: print(line, flush=True)
             self.clock.start()
             while True:
                 lr = optim.learning_rate(self.iter_num, cfg)
@@ -325,12 +318,12 @@ class Run:
                 if last or self.iter_num % cfg.eval_interval == 0:
                     self.clock.stop()
                     if len(self.watch):
-                        self.look(say)
+                        self.look()
                     state = self.random_state()  # before the evaluation's draws: a resumed run evaluates here again
-                    if main and self.evaluate(lr, say):
-                        self.save_evaluated(state, say)
+                    if main and self.evaluate(lr):
+                        self.save_evaluated(state)
                     elif self.world.size == 1:
-                        self.react(say, state)
+                        self.react(state)
                     self.clock.start()
                 if last:
                     break
@@ -342,33 +335,33 @@ class Run:
                 self.clock.iterations += 1
                 if self.clock.iterations == 1 and main:
                     self.clock.sync()
-                    say(
+                    tell(
                         f"the first iteration is done {time.perf_counter() - self.began:.1f} s after the start, evaluation included"
                     )
                 self.watch.add(self.iter_num, offsets, loss, grad_norm)
                 logged = self.iter_num % cfg.log_interval == 0
                 looked = logged or len(self.watch) >= cfg.max_bad_steps
-                seen = self.look(say) if looked else None
+                seen = self.look() if looked else None
                 if seen and logged and main:
                     said, took, speed = self.log(*seen, lr)
                     bar.set_postfix_str(f"{said}, {speed}")
                     if not live:
-                        say(f"iter {self.iter_num}: {said}, {took}, {speed}")
+                        tell(f"iter {self.iter_num}: {said}, {took}, {speed}")
                 self.iter_num += 1
                 bar.update()
                 if self.world.size == 1 or looked:  # several processes must all see the same signal
-                    self.react(say)
+                    self.react()
         if main:
             self.finish()
 
-    def look(self, say: Callable[[str], Any]) -> tuple[float, float]:
+    def look(self) -> tuple[float, float]:
         """Wait for the GPU, and look at the updates since the last look. Returns the last one's (loss, gradient norm).
 
         Raises Diverged after max_bad_steps updates in a row that were left out.
         """
         for bad in self.watch.look():
             if self.world.is_main:
-                say(
+                tell(
                     f"iter {bad.it}: loss {bad.loss:.4f}, gradient norm {bad.norm:.4g}: not finite, so this update was left out"
                 )
                 self.metrics.write(iter=bad.it, left_out=bad.in_a_row, offsets=bad.offsets.tolist())
@@ -385,14 +378,13 @@ class Run:
             micro_step(self.model, x, y, self.scaler, self.accumulation, self.autocast)
             culprit = health.first_not_finite(self.model, gradients=True)
         at = ", ".join(map(str, bad.offsets[:4].tolist())) + ", ..." * (len(bad.offsets) > 4)
-        kept = f"{self.saved} is whole" if self.saved else "no checkpoint was saved"
         return (
             f"iteration {bad.it}: loss or gradients are not finite in {bad.in_a_row} updates in a row, which were left out. "
             f"The first that is not finite: {culprit or 'none of the weights, and of the first micro-batch no gradient'}. "
-            f"This batch begins at tokens {at} of the training data. {kept}; try a lower --learning_rate"
+            f"This batch begins at tokens {at} of the training data. {self.kept()}; try a lower --learning_rate"
         )
 
-    def react(self, say: Callable[[str], Any], state: dict[str, Any] | None = None) -> None:
+    def react(self, state: dict[str, Any] | None = None) -> None:
         """Save if --save_minutes have passed, or if a signal came: then raise signals.Stopped. Every process must call it.
 
         state: the random_state with which a resumed run repeats this iteration's evaluation; None: there was no evaluation.
@@ -403,9 +395,12 @@ class Run:
         if not wish:
             return
         state = state or self.random_state()
-        saved = self.world.is_main and self.save(state, False, say)
+        if self.world.is_main:
+            self.save(state, False)
         if wish > 1:
-            what = f"{self.saved} is saved; --init_from=auto goes on from it" if saved else "nothing new is saved"
+            self.writer.wait()
+            done = self.writer.saved and self.writer.iteration == self.iter_num
+            what = f"{self.writer.saved} is saved; --init_from=auto goes on from it" if done else "nothing new is saved"
             raise signals.Stopped(wish - 1, f"stopped after {self.iter_num} iterations; {what}")
 
     def log(self, loss: float, grad_norm: float, lr: float) -> tuple[str, str, str]:
@@ -422,7 +417,7 @@ class Run:
         mfu = "" if self.mfu is None else f"mfu {self.mfu * 100:.2f}%, "
         return f"loss {loss:.4f}", f"time {dt * 1000:.2f}ms", f"{mfu}{tokens_per_s:,.0f} tok/s"
 
-    def evaluate(self, lr: float, say: Callable[[str], Any]) -> bool:
+    def evaluate(self, lr: float) -> bool:
         """Measure the loss of both splits, print it, and write it to the metrics. Returns False if a signal ended it: alone, without others
         that would have to know."""
         self.losses = {}
@@ -436,7 +431,7 @@ class Run:
             if self.world.size == 1 and signals.received():
                 return False
         train_loss, val_loss = self.losses["train"], self.losses["val"]
-        say(f"step {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        tell(f"step {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.metrics.write(iter=self.iter_num, train_loss=train_loss, val_loss=val_loss)
         if self.wandb:
             mfu = None if self.mfu is None else self.mfu * 100
@@ -445,26 +440,30 @@ class Run:
             )
         return True
 
-    def save_evaluated(self, state: dict[str, Any], say: Callable[[str], Any]) -> None:
-        """Save if this evaluation is the best, or with always_save_checkpoint. Never at iteration 0, with eval_only, or over good weights
-        what was evaluated as not finite."""
+    def save_evaluated(self, state: dict[str, Any]) -> None:
+        """Save if this evaluation is the best, or with always_save_checkpoint. Never with eval_only, or where it is not finite."""
         best = self.losses["val"] < self.best_val_loss
         self.best_val_loss = min(self.best_val_loss, self.losses["val"])
         if self.cfg.eval_only or not (best or self.cfg.always_save_checkpoint):
             return
         if not all(map(math.isfinite, self.losses.values())):
-            say(f"no checkpoint: this evaluation is not finite; {self.saved or 'none was saved before'} remains")
+            tell(f"no new checkpoint: this evaluation is not finite; {self.kept()}")
             return
-        self.save(state, best, say)
+        self.save(state, best)
 
-    def save(self, state: dict[str, Any], best: bool, say: Callable[[str], Any]) -> bool:
-        """Save a checkpoint with this random_state, and return True; but not at iteration 0, and no weights that are not finite."""
+    def kept(self) -> str:
+        """Which checkpoint stands, in words."""
+        self.writer.wait()
+        return next((f"{path} stays" for path in checkpoints.find(self.cfg.out_dir)), "no checkpoint was saved")
+
+    def save(self, state: dict[str, Any], best: bool) -> None:
+        """Save a checkpoint with this random_state; but not at iteration 0, and no weights that are not finite."""
         if self.iter_num == 0:
-            return False
+            return
         if culprit := health.first_not_finite(self.model):
-            say(f"no checkpoint: {culprit} is not finite; {self.saved or 'none was saved before'} remains")
-            return False
-        say(f"saving checkpoint to {self.cfg.out_dir}")
+            tell(f"no new checkpoint: {culprit} is not finite; {self.kept()}")
+            return
+        tell(f"saving checkpoint to {self.cfg.out_dir}")
         checkpoint = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -473,19 +472,20 @@ class Run:
             "best_val_loss": torch.tensor(self.best_val_loss),
             "config": self.cfg.model_dump(),
             "fastgpt": {
+                "version": checkpoints.VERSION,
                 "meta": self.meta,
                 "scaler": self.scaler.state_dict(),
                 "micro_batch": self.sequences,
                 **state,
             },
         }
-        checkpoints.save(checkpoint, self.cfg.out_dir)
-        self.saved, self.saved_at = checkpoints.checkpoint_path(self.cfg.out_dir), time.monotonic()
-        return True
+        self.writer.save(checkpoint, best)
+        self.saved_at = time.monotonic()
 
     def finish(self) -> None:
         """Print the final losses, the speed, a sample and the paths of all files; draw the plot."""
         cfg, clock = self.cfg, self.clock
+        self.writer.wait()
         self.metrics.close()
         train_loss, val_loss = self.losses["train"], self.losses["val"]
         print(f"\niteration {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f} nats per token")
@@ -509,18 +509,43 @@ class Run:
                 ids = self.model.generate(start[:1, :1], cfg.sample_tokens, temperature=0.8, top_k=200, allowed=allowed)
             print(f"a sample:\n{'-' * 80}\n{tok.decode(ids[0].tolist())}\n{'-' * 80}")
         if not math.isfinite(val_loss):
-            raise Diverged(f"the last evaluation is not finite; checkpoint: {self.saved or 'none saved'}")
+            raise Diverged(f"the last evaluation is not finite; {self.kept()}")
         if cfg.eval_only:
             return
-        print(f"checkpoint: {self.saved or 'none saved'}\nmetrics:    {self.metrics.path}\nloss curve: {plot}")
-        if self.saved:
+        saved = self.writer.saved
+        older = f" (iteration {self.writer.iteration})" if saved and self.writer.iteration < self.iter_num else ""
+        print(f"checkpoint: {saved or 'none saved'}{older}\nmetrics:    {self.metrics.path}\nloss curve: {plot}")
+        if saved:
             device = "" if self.cuda else f" --device={self.world.device}"
             print(f"more text:  fastgpt sample --out_dir={cfg.out_dir}{device}")
+        if self.writer.failed:
+            raise UserError(self.writer.failed)
+
+
+def tell(line: str) -> None:
+    """Print a line at once, above a progress bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+@contextmanager
+def hold(cfg: TrainConfig, world: distributed.World) -> Iterator[None]:
+    """Make out_dir and lock it, for a run that writes checkpoints. Raises UserError, on all processes."""
+
+    def take():
+        check_writable(cfg.out_dir)
+        if not cfg.eval_only:
+            stack.enter_context(files.lock(cfg.out_dir))
+
+    with ExitStack() as stack:
+        if cfg.init_from != "resume" or Path(cfg.out_dir).is_dir():  # else loading says that there is nothing to resume
+            distributed.agree(take, world)
+        yield
 
 
 def begin_or_resume(cfg: TrainConfig, world: distributed.World) -> TrainConfig:
     """The TrainConfig with --init_from=auto decided. Raises UserError if a new run would replace another's checkpoint."""
-    held = distributed.agree(lambda: checkpoints.checkpoint_path(cfg.out_dir).exists(), world)
+    held = distributed.agree(lambda: bool(checkpoints.find(cfg.out_dir)), world)
     # A worker that torchrun started again must not overwrite what it had begun.
     again = cfg.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if cfg.init_from == "auto" or again:

@@ -217,7 +217,7 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(train, fastgpt):
     found = re.fullmatch(
         r"fastgpt: error: iteration (\d+): loss or gradients are not finite in 3 updates in a row, which were left out\. "
         r"The first that is not finite: the gradient of transformer\.wte\.weight\. This batch begins at tokens (.+) of the "
-        r"training data\. out/ckpt\.pt is whole; try a lower --learning_rate\n",
+        r"training data\. out/ckpt\.pt stays; try a lower --learning_rate\n",
         err,
     )
     assert found, err
@@ -231,12 +231,12 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(train, fastgpt):
 def test_the_last_evaluation_of_a_broken_run_is_never_saved(train, fastgpt):
     status, out, err = fastgpt(*TRAIN, "--learning_rate=1e30", "--grad_clip=0.0", "--sample_tokens=5")
     assert status == 3
-    assert "no checkpoint: this evaluation is not finite; none was saved before" in out
+    assert "no new checkpoint: this evaluation is not finite; no checkpoint was saved" in out
     assert "val loss nan" in out
     assert "a sample" not in out
     assert Path("out/loss.png").exists()
     assert not Path("out/ckpt.pt").exists()
-    assert "the last evaluation is not finite; checkpoint: none saved" in err
+    assert "the last evaluation is not finite; no checkpoint was saved" in err
 
 
 def test_one_gradient_that_is_not_finite_costs_one_update(train, fastgpt, monkeypatch):
