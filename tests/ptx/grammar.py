@@ -95,7 +95,7 @@ FORMS = {
     r"tcgen05\.ld\.sync\.aligned\.(?:32x32b|16x32bx2)\.x\d+\.b32": r"\{\d+\} \[\](?: \d+)?",
     r"tcgen05\.st\.sync\.aligned\.(?:32x32b|16x32bx2)\.x\d+\.b32": r"\[\] (?:\d+ )?\{\d+\}",
     r"tcgen05\.mma\.cta_group::1\.kind::f16": rf"\[\] (?:\[\]|r) r r {P}",
-    r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one\.shared::cluster\.b64": r"\[\]",
+    r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(?:\.shared::cluster)?\.b64": r"\[\]",
 }  # fmt: skip
 
 

@@ -97,8 +97,8 @@ def handler(m, inst):
         return lambda lanes: m.stores.wait(lanes, 0)
     if what == "mma" and parts[2:] == ("cta_group::1", "kind::f16"):
         return product(m, inst)
-    if what == "commit" and parts[2:] == ("cta_group::1", "mbarrier::arrive::one", "shared::cluster", "b64"):
-        return commit(m, inst)
+    if what == "commit" and parts[2:4] == ("cta_group::1", "mbarrier::arrive::one"):
+        return commit(m, inst)  # of an address in shared memory, though Triton 3.6 does not say so
     raise UnknownPTX(inst.name)
 
 
