@@ -1,14 +1,14 @@
 """Sample text from a trained model, with nanoGPT's flags: `fastgpt sample`, or `python -m fastgpt.sample`."""
 
+import os
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, tokenizer
+from fastgpt import data, distributed, files, tokenizer
 from fastgpt.config import SampleConfig, UserError
 
 
@@ -18,9 +18,9 @@ def sample(cfg: SampleConfig) -> None:
     start = cfg.start
     if start.startswith("FILE:"):
         try:
-            start = Path(start[5:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--start={cfg.start}: the file cannot be read ({e})") from None
+            start = files.read_text(os.path.expanduser(start[5:]), files.DATA)
+        except OSError as e:
+            raise UserError(f"--start={cfg.start}: the file cannot be read ({e.strerror})") from None
     torch.manual_seed(cfg.seed)
     cuda = "cuda" in cfg.device
     if cuda:
