@@ -133,9 +133,8 @@ class AdamWConfig(Config):
             raise ValueError(
                 f"AdamWConfig: with {self.warps} warps for a block of {self.block} two threads would update the same element in place"
             )
-        if (
-            self.chunk % self.block or self.chunk > 64 * self.block
-        ):  # the rest of a block would be updated by two programs
+        # The rest of a block would be updated by two programs.
+        if self.chunk % self.block or self.chunk > 64 * self.block:
             raise ValueError(f"AdamWConfig: chunk={self.chunk} is not 1 to 64 blocks of {self.block}")
 
 
