@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_bench_report as results
+import results
 import torch
 from conftest import TINY
 from helpers import write_shard
