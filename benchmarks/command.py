@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from pydantic import Field
 
 from fastgpt.benchmarks import compare, report, roofline
-from fastgpt.config import Settings, UserError
+from fastgpt.config import PathText, Settings, UserError
 from fastgpt.parse import parse
 
 OPS = ("layer_norm", "attention", "gelu_mlp", "linear_cross_entropy", "embedding", "adamw")
@@ -37,7 +38,7 @@ class BenchConfig(Settings):
     budget: int = Field(480, gt=0, description="seconds for everything; the most important comes first")
     only: str = Field("", description="headline, which is the first of step; step, ops, or one op: " + ", ".join(OPS))
     quick: bool = Field(False, description="fewer cases and rounds; without a GPU sizes are toys either way")
-    out: str = Field(report.RESULTS, description="folder of the results; each GPU has a folder in it")
+    out: PathText = Field(report.RESULTS, description="folder of the results; each GPU has a folder in it")
     profile: bool = Field(False, description="a trace of each arm's step, and its time by op beside the roofline's")
 
 
@@ -46,8 +47,9 @@ def bench(argv):
     command, rest = "", argv
     if argv and not argv[0].startswith("-"):
         command, *rest = argv
-    files = [word for word in rest if word.endswith(".json") and not word.startswith("-")]
-    flags, prog = [word for word in rest if word not in files], f"fastgpt bench {command}".rstrip()
+    flags = [word for word in rest if not word.endswith(".json") or word.startswith("-")]
+    files = [os.path.expanduser(word) for word in rest if word not in flags]
+    prog = f"fastgpt bench {command}".rstrip()
     if command.endswith(".json"):
         raise UserError(f"bench: {command}? `fastgpt bench compare` and `fastgpt bench report` take files")
     if command == "count":
@@ -84,7 +86,8 @@ def run(cfg):
 
     folder, target = Path(__file__).parent, result_path(Path(cfg.out))
     names = FILES[cfg.only] if cfg.only else ("train", *OPS)
-    part = target.with_suffix(".part")
+    own = tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent)  # a name that nobody can foresee
+    part = Path(own.name) / target.name
     words = [
         *(f"{folder}/bench_{name}.py" for name in names), f"--rootdir={folder}", "-o", "addopts=", "-p", "no:terminal",
         "-p", "no:cacheprovider", f"--benchmark-json={part}", "--benchmark-quiet", f"--budget={cfg.budget}",
@@ -102,7 +105,7 @@ def run(cfg):
             print("nothing was measured" + (": raise --budget" if status == 0 else ""))
             status = status or 1
     finally:
-        part.unlink(missing_ok=True)
+        own.cleanup()
     if status == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     return int(status)
@@ -116,8 +119,8 @@ def result_path(out):
     folder = out / re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".part").touch()
-        (folder / ".part").unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as e:
         raise UserError(f"--out={out}: cannot be written ({e.strerror}); give another folder") from None
     commit = machine.commit()

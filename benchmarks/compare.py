@@ -8,14 +8,14 @@ the baseline is too, and these ratios stay.
 from pydantic import Field
 
 from fastgpt.benchmarks.report import RESULTS, load, newest, short
-from fastgpt.config import Settings, UserError
+from fastgpt.config import PathText, Settings, UserError
 
 
 class CompareConfig(Settings):
     """Every flag of comparing two result files, given by path, else the newest two of the newest GPU."""
 
     threshold: float = Field(0.05, ge=0, description="how much slower is too slow: 0.05 is five percent")
-    out: str = Field(RESULTS, description="folder of the results")
+    out: PathText = Field(RESULTS, description="folder of the results")
 
 
 def run(cfg, files):

@@ -47,7 +47,7 @@ from torch.nn import functional as F
 from fastgpt import ops
 from fastgpt.benchmarks import count
 from fastgpt.benchmarks.peers.plain import PlainGPT
-from fastgpt.config import GPTConfig, Settings, UserError
+from fastgpt.config import GPTConfig, PathText, Settings, UserError
 from fastgpt.model import GPT
 from fastgpt.parse import parse
 from fastgpt.shadows import Shadows
@@ -65,7 +65,7 @@ with warnings.catch_warnings():
         arms: str = Field(",".join(ARMS), description="which arms to measure")
         rounds: int = Field(100, ge=1, description="calls of which the fastest counts")
         profile: bool = Field(False, description="also where fastgpt's time goes, function by function")
-        json: str = Field("", description="file to write the results to")
+        json: PathText = Field("", description="file to write the results to")
 
 
 # ---- the stand-in for the driver's library ----

@@ -5,16 +5,18 @@ Each of its benchmarks is a provider on a case, such as fastgpt, compiled (nanoG
 best). A peer is a provider that is not fastgpt's. What a file leaves out or has as null is written "-".
 """
 
-import json
 import math
 import os
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fastgpt.config import Settings, UserError
+from fastgpt import files
+from fastgpt.config import PathText, Settings, UserError
+from fastgpt.parse import shown
 
 ROOT, RESULTS = Path(__file__).parents[1], "benchmarks/results"
 BEGIN, END = "<!-- performance: fastgpt bench report --readme -->", "<!-- /performance -->"
@@ -51,7 +53,100 @@ class ReportConfig(Settings):
     """Every flag of writing a report of a result file, given by path, else the newest."""
 
     readme: bool = Field(False, description="write the README's table of the newest result instead")
-    out: str = Field(RESULTS, description="folder of the results")
+    out: PathText = Field(RESULTS, description="folder of the results")
+
+
+# ---- a result file: what of it is read. What it has in addition is passed over ----
+
+MOST_PANELS, MOST_BARS = 24, 300  # of a plot: matplotlib takes seconds for these
+Word = Annotated[str, Field(max_length=10_000)]
+Number = Annotated[float, Field(gt=-1e30, lt=1e30)]
+Seconds = Annotated[float, Field(ge=1e-12, le=1e9)]
+Spread = Annotated[
+    list[Number], Field(min_length=3, max_length=3)
+]  # median, least, greatest; of clocks the median is second
+
+
+class Part(BaseModel):
+    """Base of the parts of a result file: strict types (an int passes for a float)."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Stats(Part):
+    median: Seconds
+    q1: Seconds
+    q3: Seconds
+
+
+class Info(Part):
+    """What a benchmark says of itself; see Op.info and Step.info."""
+
+    kind: Literal["step", "op"]
+    provider: Word
+    baseline: bool | None = None
+    ratio: Annotated[list[Seconds], Field(min_length=3, max_length=3)] | None = None
+    model: Word | None = None
+    op: Word | None = None
+    direction: Word | None = None
+    shape: Word | None = None
+    dtype: Word | None = None
+    timed_by: Word | None = None
+    attention_kernel: Word | None = None
+    batch_size: Number | None = None
+    tokens_per_s: Number | None = None
+    mfu: Number | None = None
+    mfu_of_ceiling: Number | None = None
+    peak_memory_gb: Number | None = None
+    launches_per_micro_step: Number | None = None
+    tflops: Number | None = None
+    gb_per_s: Number | None = None
+    of_floor: Number | None = None
+    host_us: Number | None = None
+
+
+class Benchmark(Part):
+    fullname: Word
+    stats: Stats
+    extra_info: Info
+
+
+class Ceilings(Part):
+    flops: Number | None = None
+    bandwidth: Number | None = None
+    dtype: Word | None = None
+
+
+class LeftOut(Part):
+    name: Word
+    why: Word | None = None
+
+
+class Run(Part):
+    device: Word
+    gpu: Word
+    driver: Word | None = None
+    versions: dict[Word, Word | Number | None] | None = None
+    ceilings: Ceilings | None = None
+    clocks: dict[Word, Spread | None] | None = None
+    attention_kernel: Word | None = None
+    budget_s: Number | None = None
+    seconds: Number | None = None
+    quick: bool | None = None
+    left_out: list[LeftOut] | None = None
+
+
+class Commit(Part):
+    id: Word | None = None
+    dirty: bool | None = None
+
+
+class Result(Part):
+    # pytest-benchmark's JSON, and `fastgpt`.
+    datetime: Word
+    commit_info: Commit | None = None
+    benchmarks: Annotated[list[Benchmark], Field(max_length=1000)]
+    fastgpt: Run
 
 
 def run(cfg, files):
@@ -76,19 +171,23 @@ def run(cfg, files):
 def load(path):
     """A result file as a dict. Raises UserError for a file that is missing, damaged, or no result of `fastgpt bench`."""
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        result = files.read_json(path, files.DATA)
+        Result.model_validate(result)
         when(result)
-        words = [result["fastgpt"]["device"], result["fastgpt"]["gpu"], *(b["fullname"] for b in result["benchmarks"])]
-        words += [b["extra_info"][key] for b in result["benchmarks"] for key in ("kind", "provider")]
-        times = [b["stats"][key] for b in result["benchmarks"] for key in ("median", "q1", "q3")]
-        right = all(isinstance(w, str) for w in words) and all(0 < t < math.inf for t in times)
+        infos = [b["extra_info"] for b in result["benchmarks"]]
+        panels = {info.get("op") or tuple(info.get(key) for key in ("model", "shape", "dtype")) for info in infos}
+        if len(panels) > MOST_PANELS:
+            raise ValueError(f"{len(panels)} ops and models are more than there are")
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); `fastgpt bench` writes result files") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        right = False
-    if not right:
-        raise UserError(f"{path}: damaged, or no result of `fastgpt bench`")
-    return result
+    except ValidationError as e:
+        error = e.errors(include_input=False, include_url=False)[0]
+        why = f"{shown('.'.join(map(str, error['loc'])))}: {error['msg']}"
+    except (ValueError, OverflowError) as e:
+        why = str(e)
+    else:
+        return result
+    raise UserError(f"{path}: damaged, or no result of `fastgpt bench` ({why})")
 
 
 def when(result):
@@ -264,7 +363,11 @@ def write(path):
         ".0%",
     )
     page = path.with_suffix(".md")
-    page.write_text("\n\n".join([*parts, "## Left out", listed(left_out) or "Nothing."]) + "\n", encoding="utf-8")
+    text = "\n\n".join([*parts, "## Left out", listed(left_out) or "Nothing."]) + "\n"
+    try:
+        page.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{page}: cannot be written ({e.strerror})") from None
     return page
 
 
@@ -275,28 +378,43 @@ def plot(path, name, title, result, panels, key, spec):
     """
     rows = {p: [(label, b) for label, bs in g.items() for b in bs if (b.get(key) or 0) > 0] for p, g in panels.items()}
     rows = {p: bars for p, bars in rows.items() if bars}
+    if sum(map(len, rows.values())) > MOST_BARS:
+        rows = {p: bars[: MOST_BARS // len(rows)] for p, bars in rows.items()}
     if not rows:
         return []
+    from matplotlib import rc_context
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
+    with rc_context({"text.parse_math": False}):  # a name may have a $ in it
+        return draw(Figure, path, name, title, result, rows, key, spec)
+
+
+def draw(Figure, path, name, title, result, rows, key, spec):
+    """The figure of `plot`."""
     heights = [0.6 + 0.2 * len(bars) for bars in rows.values()]
     figure = Figure(figsize=(10, sum(heights) + 0.4), dpi=110, layout="constrained")
-    figure.suptitle(f"{title}, {result['fastgpt']['gpu']}", fontsize=11)
+    figure.suptitle(f"{title}, {label(result['fastgpt']['gpu'])}", fontsize=11)
     colours = {"fastgpt": "tab:blue", "compiled": "tab:orange", "pytorch": "tab:green"}
     axes = figure.subplots(len(rows), squeeze=False, height_ratios=heights)[:, 0]
     for (panel, bars), ax in zip(rows.items(), axes, strict=True):
         lengths = [b[key] for _, b in bars]
         drawn = ax.barh(range(len(bars)), lengths, color=[colours.get(b["provider"], "tab:gray") for _, b in bars])
         ax.bar_label(
-            drawn, [f"{b['provider']}  {b[key]:{spec}}  {b['against']}" for _, b in bars], padding=4, fontsize=8
+            drawn, [f"{label(b['provider'])}  {b[key]:{spec}}  {b['against']}" for _, b in bars], padding=4, fontsize=8
         )
-        first = {label: i for i, (label, _) in reversed(list(enumerate(bars)))}
-        ax.set_yticks(list(first.values()), list(first), fontsize=8)
-        ax.set_title(panel, loc="left", fontsize=10, fontweight="bold")
+        first = {group: i for i, (group, _) in reversed(list(enumerate(bars)))}
+        ax.set_yticks(list(first.values()), map(label, first), fontsize=8)
+        ax.set_title(label(panel), loc="left", fontsize=10, fontweight="bold")
         ax.set(xlim=(0, 1.65 * max(lengths)), ylim=(len(bars) - 0.4, -0.6))
         ax.xaxis.set_major_formatter(f"{{x:{spec}}}")
     figure.savefig(path.with_name(f"{path.stem}-{name}.png"))
     return [f"![{name}]({path.stem}-{name}.png)"]
+
+
+def label(text, most=120):
+    """A text of a result in a plot: not longer than there is room for, and in two lines at most."""
+    first, _, second = text.partition("\n")
+    return "\n".join(" ".join(line.split())[:most] for line in (first, second) if line)
 
 
 # ---- the README ----
@@ -334,7 +452,7 @@ def readme_table(path, folder=ROOT):
 def readme_parts(path):
     """[before, table, after] of a README, the markers outside of the table. Raises UserError where they are missing."""
     try:
-        before, begin, rest = Path(path).read_text(encoding="utf-8").partition(BEGIN)
+        before, begin, rest = files.read_text(path, files.DATA).partition(BEGIN)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     block, end, after = rest.partition(END)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastgpt.claims import Claim, Fault, claims
 from fastgpt.config import MODEL_SIZES, GPTConfig, TrainConfig, UserError
-from fastgpt.files import link, replacing, sync_folder
+from fastgpt.files import link, remove_parts, replacing, sync_folder
 from fastgpt.model import GPT
 from fastgpt.parse import check_value
 
@@ -55,7 +55,7 @@ def find(out_dir: str | Path) -> list[Path]:
 
 
 class Writer:
-    """Saves a run's checkpoints in out_dir: the last `keep` of them, and the best one. The run must hold `files.lock(out_dir)`.
+    """Saves a run's checkpoints in out_dir: the last `keep` of them, and the best one. The run must hold `lock(out_dir)`.
 
     With `background`, `save` takes a snapshot of all tensors in the CPU's memory, and a thread writes it. A file that cannot be written
     is named by `say`, in a line, and the last good ones stay: `failed` is then that line, until a later save succeeds. `start` is the
@@ -124,6 +124,7 @@ class Writer:
         iteration, before, out_dir = checkpoint["iter_num"], self.iteration, self.path.parent
         first, replaced = self.saved is None, False
         try:
+            remove_parts(out_dir)
             if self.keep > 1 and before < iteration and iteration_of(self.path) == before:
                 link(self.path, out_dir / f"ckpt-{before:07d}.pt")
             with replacing(self.path) as f:

@@ -1,7 +1,7 @@
 """`--kernels=auto`: measure each op's implementations on the run's shapes, and choose the fastest that is correct.
 
 A candidate must pass the three-way rule of `verify`. Then its forward and backward are timed as a micro-step runs them. What was measured
-is saved in a file, which holds for one GPU, versions, source, op and shape.
+is saved in a file, which holds for one GPU, versions, source, op and shape. A launch configuration that was tuned must pass the rule too.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastgpt import ops, timing, tuned
+from fastgpt import files, ops, timing, tuned
 from fastgpt.config import cache_folder
 from fastgpt.ops import Kernels
 from fastgpt.records import RECORDS, Problem, Shape, problem
@@ -43,11 +43,14 @@ def choose(
         if auto and is_cuda(device):
             print("--kernels=auto: PyTorch's operators, since Triton is not installed; pip install triton")
         return Kernels(**picks | dict.fromkeys(auto, "torch"), rows=())
-    rows = tuned.load_rows(shape, dtype, device) if auto or "triton" in picks.values() else ()
+    wanted = [op for op, pick in picks.items() if pick in ("auto", "triton")]
+    rows = tuned.load_rows(shape, dtype, device) if wanted else ()
+    with torch.random.fork_rng(devices=[device] * bool(rows)):  # the run's random numbers stay the same
+        rows = tuple((op, row) for op, row in rows if op in wanted and passes(op, row, shape, dtype, device))
     if not auto:
         return Kernels(**picks, rows=rows)
     print(f"choosing kernels for {shape.B} x {shape.T} tokens in {str(dtype)[6:]} (once; --kernels=torch skips it)")
-    with torch.random.fork_rng(devices=[device]):  # the run's random numbers stay the same
+    with torch.random.fork_rng(devices=[device]):
         found = {op: remembered(op, shape, dtype, device, compiled, rows) for op in auto}
     chosen, judged_by = fastest({op: f["ms"] for op, f in found.items()}, replayed)
     implementations = ("torch", "cudnn", "triton")
@@ -92,38 +95,81 @@ def remembered(
         "op": op, "shape": asdict(shape), "dtype": str(dtype), "compiled": compiled, **tuned.environment(device),
         "blas": str(torch.backends.cuda.preferred_blas_library()), "row": dict(rows).get(op, ""),
     }  # fmt: skip
-    saved = recall("kernels", key)
-    try:
-        ms = {name: Times(*times) for name, times in saved["ms"].items()}
-        if (
-            ms
-            and ms.keys() <= set(ops.IMPLEMENTATIONS[op])
-            and all(0 <= t < math.inf for times in ms.values() for t in times)
-        ):
-            return {"ms": ms, "rejected": saved["rejected"]}
-    except (KeyError, TypeError, AttributeError):
-        pass  # no file yet, or a damaged one: measure, and overwrite it
-    found = measured(op, shape, dtype, device, compiled, rows, measure or timing.together)
-    remember("kernels", key, found)
+    found = recall("kernels", key, functools.partial(as_measured, op))
+    if found is None:  # no file yet, or one that is not right: it is overwritten
+        found = measured(op, shape, dtype, device, compiled, rows, measure or timing.together)
+        remember("kernels", key, found)
     return found
 
 
-def recall(kind: str, key: dict[str, Any]) -> dict[str, Any]:
-    """What `remember` kept under a key; {} if nothing, or if the file is damaged."""
+def as_measured(op: str, saved: dict[str, Any]) -> dict[str, Any]:
+    """What `measured` gave, of what was kept of it. Raises ValueError that says what cannot be."""
+    ms, rejected = saved.get("ms"), saved.get("rejected")
+    if type(ms) is not dict or type(rejected) is not dict or not ms:
+        raise ValueError(f"of {op} it has no times")
+    if sorted([*ms, *rejected]) != sorted(ops.IMPLEMENTATIONS[op]):
+        raise ValueError(f"of {op} it does not have each implementation once, with its times or why it was rejected")
+    for name, times in ms.items():
+        if type(times) is not list or len(times) != len(Times._fields) or not all(is_time(t) for t in times):
+            raise ValueError(f"of {op} the times of {name} are none")
+    if not all(type(why) is str for why in rejected.values()):
+        raise ValueError(f"of {op} it does not say why one was rejected")
+    return {"ms": {name: Times(*times) for name, times in ms.items()}, "rejected": rejected}
+
+
+def is_time(t: Any) -> bool:
+    """Whether a value that was read is a time in milliseconds."""
+    return type(t) in (int, float) and 0 <= t < 1e9
+
+
+def passes(op: str, row: str, shape: Shape, dtype: torch.dtype, device: str | torch.device) -> bool:
+    """Whether an op with a tuned row is equal to PyTorch's on this device. It is tried once, and then remembered. Prints why, if not."""
+    key = {"op": op, "row": row, "shape": asdict(shape), "dtype": str(dtype), **tuned.environment(device)}
+    if recall("parity", key, lambda saved: saved.get("holds")) is True:
+        return True
+    ops.warn_once.cache_clear()
     try:
-        saved = json.loads(kept(kind, key).read_text())
-        return saved if saved["key"] == key else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=ops.FALLS_BACK)
+            check_small(op, shape, dtype, device, "triton", Kernels(**{op: "triton"}, rows=((op, row),)))
+    except Exception as e:  # whatever is wrong with a row, there is the shipped one
+        why = (str(e).splitlines() or [type(e).__name__])[0]
+        print(
+            f"launch configurations: of {tuned.path(shape, dtype, device)} {op} is not taken; it was tried, and {why}"
+        )
+        return False
+    remember("parity", key, {"holds": True})
+    return True
+
+
+def recall(kind: str, key: dict[str, Any], valid: Callable[[dict[str, Any]], Any]) -> Any:
+    """What `remember` kept under a key, as valid(what the file holds) gives it; None if there is nothing.
+
+    If `valid` raises ValueError, or the file cannot be read or is another's, a line says so.
+    """
+    file = kept(kind, key)
+    try:
+        saved = files.read_json(file)
+        if type(saved) is not dict or saved.get("key") != key:
+            raise ValueError("it is damaged")
+        return valid(saved)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        if isinstance(e, files.NotOurs):  # all that is kept, then
+            files.say_once(f"what earlier runs measured is not taken: {e.strerror}")
+        else:
+            print(f"{file} is not taken: {getattr(e, 'strerror', None) or e}")
+        return None
 
 
 def remember(kind: str, key: dict[str, Any], found: dict[str, Any]) -> None:
     """Keep a result for later runs, under everything that it depends on. Prints why, if it cannot be saved."""
     file = kept(kind, key)
     try:
-        tuned.save(file, {"key": key, **found})
+        files.write_json(file, {"key": key, **found})
     except OSError as e:
-        print(f"  (not saved for the next run: {file.parent}: {e.strerror})")
+        files.say_once(f"  (not saved for the next run: {file.parent}: {e.strerror})")
 
 
 def kept(kind: str, key: dict[str, Any]) -> Path:
@@ -141,7 +187,6 @@ def measured(
     Raises what the last one raised if none can run.
     """
     rejected, calls, failure = {}, {}, None
-    tokens = replace(shape, B=max(1, min(shape.B, PARITY_TOKENS // shape.T)), T=min(shape.T, PARITY_TOKENS))
     it = problem(op, shape, dtype, device)
     torch._dynamo.reset()  # all ops compile the same few functions, and torch compiles at most eight versions of one
     for implementation in ops.IMPLEMENTATIONS[op]:
@@ -151,12 +196,7 @@ def measured(
             with warnings.catch_warnings():
                 # An op that falls back to PyTorch warns. Such a candidate is rejected, not timed under the wrong name.
                 warnings.filterwarnings("error", message=ops.FALLS_BACK)
-                if implementation != "torch":
-                    plain = problem(op, replace(tokens, dropout=0.0), dtype, device)
-                    check(plain, functools.partial(plain.by_ops, kernels=kernels))
-                if implementation == "triton" and shape.dropout:  # only the kernel's own mask can be compared
-                    dropping = problem(op, tokens, dtype, device)
-                    check(dropping, functools.partial(dropping.kernel, row=kernels.row(op)))
+                check_small(op, shape, dtype, device, implementation, kernels)
                 prepared_calls = prepared(it, kernels, compiled)
                 prepared_calls[0]()
             calls[implementation] = prepared_calls
@@ -175,6 +215,19 @@ def measured(
     if failure and not ms:
         raise failure
     return {"ms": ms, "rejected": rejected}
+
+
+def check_small(
+    op: str, shape: Shape, dtype: torch.dtype, device: str | torch.device, implementation: str, kernels: Kernels
+) -> None:  # fmt: skip
+    """Check an implementation of an op on a part of a Shape's tokens, against the three-way rule. Raises ArithmeticError."""
+    tokens = replace(shape, B=max(1, min(shape.B, PARITY_TOKENS // shape.T)), T=min(shape.T, PARITY_TOKENS))
+    if implementation != "torch":
+        plain = problem(op, replace(tokens, dropout=0.0), dtype, device)
+        check(plain, functools.partial(plain.by_ops, kernels=kernels))
+    if implementation == "triton" and shape.dropout:  # only the kernel's own mask can be compared
+        dropping = problem(op, tokens, dtype, device)
+        check(dropping, functools.partial(dropping.kernel, row=kernels.row(op)))
 
 
 def check(it: Problem, f: Callable) -> None:

@@ -41,7 +41,7 @@ def reported(run: Callable[[], int | None]) -> int:
     except UserError as e:
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
         if not (rank and isinstance(e, Diverged)):  # all ranks raise that, and one says it
-            print(f"fastgpt: {rank}error: {e}".replace("\n", " "), file=sys.stderr)
+            print(f"fastgpt: {rank}error: {one_line(str(e))}", file=sys.stderr)
         return e.status
     except signals.Stopped as e:
         if os.environ.get("RANK", "0") == "0":
@@ -54,6 +54,12 @@ def reported(run: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the flush at exit would fail again
         print("fastgpt: the output was closed", file=sys.stderr)
         return 1
+
+
+def one_line(text: str, most: int = 2000) -> str:
+    """A message as one line. What it cites of a file may be long, or have characters that a terminal obeys."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= most else f"{text[: most - 500]} ... {text[-500:]}"
 
 
 def run(command: str, argv: list[str]) -> int | None:

@@ -8,10 +8,10 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class UserError(Exception):
@@ -28,8 +28,8 @@ class Diverged(UserError):
 
 def cache_folder() -> Path:
     """The folder of what fastgpt can make again: FASTGPT_CACHE, else fastgpt in XDG_CACHE_HOME or ~/.cache."""
-    named = os.environ.get("FASTGPT_CACHE")
-    return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt")
+    named = os.environ.get("FASTGPT_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastgpt")
+    return Path(os.path.expanduser(named))
 
 
 def own_environment() -> dict[str, str]:
@@ -62,6 +62,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
+def as_path(text: str) -> str:
+    """A path as a user writes it: `~` is the home folder, which no shell puts in its place behind a flag's `=`."""
+    if "\0" in text:
+        raise ValueError("has a NUL in it")
+    return os.path.expanduser(text)
+
+
+PathText = Annotated[str, AfterValidator(as_path)]
 RESIDUAL = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Residual = Literal["fp32", "bf16"]
 RunnerName = Literal["auto", "graphs", "compile", "eager"]
@@ -75,20 +83,20 @@ class TrainConfig(Settings):
     """Every flag of training. Names, defaults and meanings are nanoGPT's; the last group is fastgpt's own."""
 
     # output
-    out_dir: str = Field("out", description="folder of checkpoint, metrics and plot")
+    out_dir: PathText = Field("out", description="folder of checkpoint, metrics and plot")
     eval_interval: int = Field(2000, gt=0, description="iterations from one evaluation to the next; each may save a checkpoint")
     log_interval: int = Field(1, gt=0, description="iterations from one logged line to the next")
     eval_iters: int = Field(200, gt=0, description="batches of each split in an evaluation")
     eval_only: bool = Field(False, description="evaluate once and stop")
     always_save_checkpoint: bool = Field(True, description="save after every evaluation, not only after the best one so far")
-    init_from: str = Field("scratch", description="scratch, resume (from out_dir), auto (resume if there is a checkpoint, else scratch), gpt2[-medium|-large|-xl] or a Hugging Face GPT-2 folder")
+    init_from: PathText = Field("scratch", description="scratch, resume (from out_dir), auto (resume if there is a checkpoint, else scratch), gpt2[-medium|-large|-xl] or a Hugging Face GPT-2 folder")
     # wandb
     wandb_log: bool = Field(False, description="log evaluations to Weights & Biases (the extra `wandb`)")
     wandb_project: str = Field("owt", description="its project")
     wandb_run_name: str = Field("gpt2", description="its run name")
     # data
-    dataset: str = Field("openwebtext", description="data/NAME, a folder, or python-stdlib (embedded)")
-    gradient_accumulation_steps: int = Field(40, gt=0, description="micro-steps of an iteration, of all GPUs together")
+    dataset: PathText = Field("openwebtext", description="data/NAME, a folder, or python-stdlib (embedded)")
+    gradient_accumulation_steps: int = Field(40, gt=0, le=2**24, description="micro-steps of an iteration, of all GPUs together")
     batch_size: int = Field(12, gt=0, le=2**24, description="sequences of a micro-step")
     block_size: int = Field(1024, gt=0, le=2**24, description="tokens of a sequence")
     # model
@@ -127,8 +135,8 @@ class TrainConfig(Settings):
     save_minutes: float | None = Field(None, gt=0, description="save a checkpoint also when this many minutes have passed since the last one")
     max_bad_steps: int = Field(8, gt=0, description="updates in a row whose loss or gradients are not finite, after which the run stops with exit status 3; each is left out")
     preset: Preset = Field("", description="base that the other flags change: " + ", ".join(get_args(Preset)[1:]))
-    train_data: str = Field("", description="token file or glob in place of the dataset's train.bin")
-    val_data: str = Field("", description="token file or glob in place of the dataset's val.bin")
+    train_data: PathText = Field("", description="token file or glob in place of the dataset's train.bin")
+    val_data: PathText = Field("", description="token file or glob in place of the dataset's val.bin")
     seed: int = Field(1337, ge=0, lt=2**63, description="random seed; nanoGPT's is 1337")
     eval_seed: int | None = Field(None, ge=0, lt=2**63, description="seed of the evaluation batches; None: drawn among the training batches, as in nanoGPT")
     peak_flops: float | None = Field(None, gt=0, description="peak FLOP/s for the MFU; None: by the GPU's name")
@@ -145,8 +153,8 @@ class TrainConfig(Settings):
 class SampleConfig(Settings):
     """Every flag of sampling. Names, defaults and meanings are nanoGPT's; the last group is fastgpt's own."""
 
-    init_from: str = Field("resume", description="resume (the checkpoint in out_dir), gpt2[-medium|-large|-xl] or a Hugging Face GPT-2 folder")
-    out_dir: str = Field("out", description="folder of the checkpoint")
+    init_from: PathText = Field("resume", description="resume (the checkpoint in out_dir), gpt2[-medium|-large|-xl] or a Hugging Face GPT-2 folder")
+    out_dir: PathText = Field("out", description="folder of the checkpoint")
     start: str = Field("\n", description="the prompt, or FILE:path of one")
     num_samples: int = Field(10, gt=0, description="how many samples")
     max_new_tokens: int = Field(500, gt=0, description="tokens of each sample")
@@ -161,9 +169,9 @@ class SampleConfig(Settings):
 class PrepareConfig(Settings):
     """Every flag of preparing a text for training."""
 
-    input: str = Field("", description="text file, or folder of text files")
+    input: PathText = Field("", description="text file, or folder of text files")
     tokenizer: str = Field("bytes", description="bytes, chars, gpt2, or another tiktoken encoding by name")
-    out: str = Field("", description="folder to write, such as data/NAME")
+    out: PathText = Field("", description="folder to write, such as data/NAME")
 
 
 class StepShape(Settings):
@@ -188,7 +196,7 @@ with warnings.catch_warnings():
         """Every flag of verifying the kernels."""
 
         dtype: Literal["all", DType] = Field("all", description="the dtype to check in: float32, float16 or bfloat16; all: in each of them")
-        json: str = Field("", description="file to write the report to, as JSON")
+        json: PathText = Field("", description="file to write the report to, as JSON")
 
 
 class TuneConfig(StepShape):
@@ -201,7 +209,7 @@ class TuneConfig(StepShape):
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype")
     only: str = Field("", description="ops, with commas: gelu_mlp, attention, layer_norm, linear_cross_entropy, embedding, adamw, products, runner; empty: all of them")
     budget: int = Field(300, gt=0, description="seconds for all ops; the one that takes most of a step comes first. The runner may take 120 more")
-    out: str = Field("", description="file to write, in place of the one that runs read")
+    out: PathText = Field("", description="file to write, in place of the one that runs read")
 
 
 # fmt: on

@@ -9,27 +9,33 @@ import bisect
 import glob
 import os
 import pickle
+import pickletools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastgpt import files
 from fastgpt.config import TrainConfig, UserError
+from fastgpt.parse import shown
 from fastgpt.prepare import EMBEDDED, embedded_folder, prepare_embedded
 
 # llm.c's shards: {(magic, version), the header's first two int32s: dtype of the tokens}; see its dev/data/data_common.py.
 SHARD_KINDS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 MAGICS = {magic for magic, _ in SHARD_KINDS}
 HEADER_BYTES = 1024
+MOST_OPEN = 64  # shards at a time: a process may have about a thousand files
 
 
 class Tokens:
     """One stream of tokens over one or more files: `len(tokens)`, `tokens.read(starts, length)`.
 
-    Raises UserError with the file's name if a file is missing, empty, truncated, or not a whole number of tokens.
+    Raises UserError with the file's name if a file is missing, empty, truncated, or not a whole number of tokens. Files are read, not
+    mapped: where one becomes shorter during a run, a map would end the process by a signal, and a read says so.
     """
 
     def __init__(self, paths: Iterable[str | Path], vocab_size: int):
@@ -43,8 +49,8 @@ class Tokens:
 
     def _inspect(self, path):
         try:
-            size = os.path.getsize(path)
-            with open(path, "rb") as f:
+            with files.opened(path) as f:
+                size = os.fstat(f.fileno()).st_size
                 head = np.frombuffer(f.read(12), dtype="<i4")
         except OSError as e:
             raise UserError(
@@ -74,25 +80,46 @@ class Tokens:
             )
         return dtype, 0, size // dtype.itemsize
 
-    def _map(self, shard):
-        # A new map each time: an old one would keep every page that was ever read in the process's memory.
+    def _part(self, shard, start, length, opened, stack):
+        """At most `length` tokens of a shard from one on. `opened` {shard: file} has those that are open, which the stack closes."""
         dtype, offset, count = self.layout[shard]
-        return np.memmap(self.paths[shard], dtype=dtype, mode="r", offset=offset, shape=(count,))
+        part = np.empty(min(length, count - start), dtype)
+        try:
+            if shard not in opened:
+                if len(opened) == MOST_OPEN:
+                    stack.close()
+                    opened.clear()
+                opened[shard] = stack.enter_context(files.opened(self.paths[shard]))
+            opened[shard].seek(offset + start * dtype.itemsize)
+            read = opened[shard].readinto(part.view(np.uint8))
+        except OSError as e:
+            raise UserError(f"{self.paths[shard]}: cannot be read any more ({e.strerror})") from None
+        if read < part.nbytes:
+            raise UserError(
+                f"{self.paths[shard]}: the file has become shorter since the run began; prepare the data again"
+            )
+        return part
+
+    def _parts(self, shard, most):
+        """Yield the first `most` tokens of a shard, part by part."""
+        size, count, opened = 2**22, min(most, self.layout[shard][2]), {}
+        with ExitStack() as stack:
+            for start in range(0, count, size):
+                yield self._part(shard, start, min(size, count - start), opened, stack)
 
     def read(self, starts: list[int], length: int) -> np.ndarray:
         """`length` tokens from each start on, int64 [len(starts), length]. Raises UserError for an id at or above vocab_size."""
         out = np.empty((len(starts), length), dtype=np.int64)
-        maps = {}
-        for row, start in zip(out, starts, strict=True):
-            done = 0
-            while done < length:
-                shard = bisect.bisect_right(self.ends, start + done)
-                if shard not in maps:
-                    maps[shard] = self._map(shard)
-                offset = start + done - (self.ends[shard - 1] if shard else 0)
-                part = maps[shard][offset : offset + length - done]
-                row[done : done + len(part)] = part
-                done += len(part)
+        opened = {}
+        with ExitStack() as stack:
+            for row, start in zip(out, starts, strict=True):
+                done = 0
+                while done < length:
+                    shard = bisect.bisect_right(self.ends, start + done)
+                    offset = start + done - (self.ends[shard - 1] if shard else 0)
+                    part = self._part(shard, offset, length - done, opened, stack)
+                    row[done : done + len(part)] = part
+                    done += len(part)
         if out.max() >= self.vocab_size:
             self._refuse_ids(
                 self.paths[bisect.bisect_right(self.ends, starts[int(out.max(1).argmax())])], int(out.max())
@@ -102,9 +129,9 @@ class Tokens:
     def holds(self, token: int) -> bool:
         """Whether the stream contains a token. Reads from the beginning until it finds one."""
         return any(
-            bool((self._map(shard)[start : start + 2**24] == token).any())
+            bool((part == token).any())
             for shard, (*_, count) in enumerate(self.layout)
-            for start in range(0, count, 2**24)
+            for part in self._parts(shard, count)
         )
 
     def check_ids(self, most: int = 2**29) -> None:
@@ -112,12 +139,10 @@ class Tokens:
         for shard, (dtype, _, count) in enumerate(self.layout):
             if self.vocab_size > np.iinfo(dtype).max or most <= 0:
                 continue
-            tokens = self._map(shard)[:most]
-            most -= count
-            for start in range(0, len(tokens), 2**24):
-                top = int(tokens[start : start + 2**24].max())
-                if top >= self.vocab_size:
+            for part in self._parts(shard, most):
+                if (top := int(part.max())) >= self.vocab_size:
                     self._refuse_ids(self.paths[shard], top)
+            most -= count
 
     def _refuse_ids(self, path, top):
         raise UserError(
@@ -126,28 +151,58 @@ class Tokens:
         )
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Loads plain containers, str and int. Refuses a pickle that names a class or a function, and runs no code of it."""
+# What pickle writes for dicts and lists of str, numbers, bool and None, in all of its protocols. Without tuples, classes and copies of what
+# is on the stack no key needs more than one look, and nothing can be made to hold itself many times over.
+PLAIN = {
+    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET",
+    "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "NONE", "NEWTRUE", "NEWFALSE",
+    "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4",
+    "FLOAT", "BINFLOAT",
+}  # fmt: skip
 
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+def plain_pickle(data: bytes) -> Any:
+    """What a pickle holds. No code of it runs. Raises an exception of any kind for what is not made of PLAIN alone."""
+    memo = collections = 0
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name not in PLAIN:
+            raise pickle.UnpicklingError(f"it has {opcode.name}{f' {shown(argument)}' if argument else ''}")
+        if opcode.name.endswith("PUT"):
+            if argument is not None and argument > memo:  # pickle would make room for all the places before it
+                raise pickle.UnpicklingError("its memo has gaps")
+            memo += 1
+        collections += opcode.name in ("MARK", "EMPTY_DICT", "EMPTY_LIST")
+        if collections > 10_000:  # each is one byte, and takes 64 of memory
+            raise pickle.UnpicklingError("it has more than 10,000 lists and dicts")
+    return pickle.loads(data)
+
+
+def check_meta(meta: Any) -> dict[str, Any]:
+    """The dict of a meta.pkl, if it is one. Raises ValueError that says why not."""
+    if type(meta) is not dict or type(meta.get("vocab_size")) is not int or not 0 < meta["vocab_size"] < 2**31:
+        raise ValueError("it has no vocab_size, a number of tokens")
+    if type(meta.get("tokenizer", "")) is not str:
+        raise ValueError(f"its tokenizer is {shown(meta['tokenizer'])}")
+    for name, value in meta.items():
+        inside = value.values() if type(value) is dict else value if type(value) is list else ()
+        if any(type(x) in (dict, list) for x in inside):
+            raise ValueError(f"its {shown(name)} holds more than text and numbers")
+    return meta
 
 
 def load_meta(folder: str | Path) -> dict[str, Any] | None:
     """The dict in a folder's meta.pkl, or None without one. Raises UserError for anything but plain data."""
     path = Path(folder) / "meta.pkl"
-    if not path.exists():
-        return None
     try:
-        with open(path, "rb") as f:
-            meta = PlainUnpickler(f).load()
-        if type(meta["vocab_size"]) is not int or meta["vocab_size"] <= 0:
-            raise ValueError(f"vocab_size is {meta['vocab_size']!r}")
+        return check_meta(plain_pickle(files.read(path, files.DATA)))
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     except Exception as e:  # a pickle can fail in any way
         raise UserError(
             f"{path}: not the meta.pkl of a dataset ({type(e).__name__}: {e}); prepare the data again"
         ) from None
-    return meta
 
 
 def dataset_folder(name: str) -> Path:

@@ -9,20 +9,25 @@ import ast
 import difflib
 import math
 import operator
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Container
-from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from fastgpt import files
 from fastgpt.config import QUICKSTART_OUT, Settings, TrainConfig, UserError, preset
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+LONGEST = 100  # characters of a value or a name in a message
 
 
 def parse(
@@ -44,7 +49,7 @@ def parse(
             # An expression in a file may name any setting: it has the value given before, else its default.
             known = {n: f.get_default(call_default_factory=True) for n, f in schema.model_fields.items()}
             known.update({name: value for name, (value, _) in given.items()})
-            given.update(read_config(word, schema, known))
+            given.update(read_config(os.path.expanduser(word), schema, known))
             has_file = True
             continue
         key, equals, text = word[2:].partition("=")
@@ -98,19 +103,30 @@ def literal(text: str) -> Any:
 def check_key(schema: type[Settings], key: str, where: str) -> None:
     """Raise UserError for a name that is no setting."""
     if key not in schema.model_fields:
-        near = difflib.get_close_matches(key, schema.model_fields, n=1, cutoff=0)
-        raise UserError(f"{where}: there is no setting {key!r}; the nearest is {near[0]!r}")
+        near = difflib.get_close_matches(key[:LONGEST], schema.model_fields, n=1, cutoff=0)
+        raise UserError(f"{where}: there is no setting {shown(key)}; the nearest is {near[0]!r}")
 
 
 def check_value(schema: type[Settings], name: str, value: Any, where: str) -> Any:
     """The value in the setting's type. Raises UserError, which names the setting, the value and the nearest right one."""
     try:
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise OverflowError
         return getattr(schema.__pydantic_validator__.validate_assignment(schema.model_construct(), name, value), name)
     except ValidationError as e:
-        problem = e.errors()[0]["msg"].lower().removeprefix("input ")
-        raise UserError(
-            f"{where}: {value!r} {problem}; the nearest right value is {nearest(schema, name, value)!r}"
-        ) from None
+        problem = e.errors()[0]["msg"].lower().removeprefix("input ").removeprefix("value error, ")
+    except OverflowError:
+        problem = "is not within 64 bits"
+    raise UserError(f"{where}: {shown(value)} {problem}; the nearest right value is {nearest(schema, name, value)!r}")
+
+
+def shown(value: Any) -> str:
+    """A value of a file or flag for a message: whatever it is, as text that is not long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists within lists
+        return f"this {type(value).__name__}"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def nearest(schema: type[Settings], name: str, value: Any) -> Any:
@@ -118,9 +134,9 @@ def nearest(schema: type[Settings], name: str, value: Any) -> Any:
     field = schema.model_fields[name]
     kind = next(t for t in (get_args(field.annotation) or (field.annotation,)) if t is not type(None))
     if not isinstance(kind, type):  # a Literal's choices
-        return difflib.get_close_matches(str(value), get_args(field.annotation), n=1, cutoff=0)[0]
+        return difflib.get_close_matches(shown(value).strip("'"), get_args(field.annotation), n=1, cutoff=0)[0]
     if kind is bool:
-        return str(value).lower() in ("1", "1.0", "yes", "y", "on", "true", "t")
+        return shown(value).strip("'").lower() in ("1", "1.0", "yes", "y", "on", "true", "t")
     try:
         number = round(float(value)) if kind is int else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -153,6 +169,10 @@ def help_text(schema: type[Settings], prog: str) -> str:
 
 # ---- config files ----
 
+# A dotted key of TOML with more than a hundred parts. tomllib's time and memory grow with their square, and no setting has two.
+PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
+MANY_PARTS = re.compile(rf"(?<![\w-]){PART}(?:[ \t]*\.[ \t]*{PART}){{100}}")
+
 BINARY = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
@@ -162,16 +182,18 @@ BINARY = {
 def read_config(path: str, schema: type[Settings], known: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     """{name: (value, where)} of a config file: TOML by its ending, else nanoGPT's assignments. Raises UserError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = files.read_text(path, files.CONFIG)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file (flags are written --key=value)") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read as a config file: {e}") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read as a config file: {e.strerror}") from None
     print(f"Overriding config with {path}:\n{text}")
     if path.endswith(".toml"):
         try:
+            if MANY_PARTS.search(text):
+                raise ValueError("a key has more than 100 parts")
             found = {key: (value, path) for key, value in tomllib.loads(text).items()}
-        except (tomllib.TOMLDecodeError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{path}: not TOML: {e}") from None
     else:
         found = read_assignments(path, text, known, schema.model_fields)

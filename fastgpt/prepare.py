@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fastgpt import tokenizer as tokenizers
 from fastgpt.config import UserError, cache_folder
+from fastgpt.files import guard
 
 EMBEDDED = "python-stdlib"
 
@@ -30,10 +31,11 @@ def prepare(source: str | Path, tokenizer_name: str, out: str | Path, files: lis
     if source.is_file():
         files = [source]
     elif files is None:
-        files = sorted(p for p in source.rglob("*") if p.is_file() and out.resolve() not in p.resolve().parents)
+        real = Path(os.path.realpath(out))  # unlike resolve, it does not fail where links form a circle
+        files = sorted(p for p in source.rglob("*") if p.is_file() and real not in Path(os.path.realpath(p)).parents)
         files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(source).parts)]
     if not files:
-        raise UserError(f"--input={source}: no such file, or a folder without files")
+        raise UserError(f"--input={source}: no such file, or a folder without files (pipes and devices are none)")
     tokenizer: tokenizers.Tiktoken | tokenizers.Chars
     if tokenizer_name != "chars":
         tokenizer = tokenizers.get_tokenizer(tokenizer_name)  # raises before any work
@@ -54,6 +56,8 @@ def prepare(source: str | Path, tokenizer_name: str, out: str | Path, files: lis
                 (Path(part) / "meta.pkl").write_bytes(pickle.dumps(meta))
             for name in ["meta.pkl"] * (meta is not None) + ["train.bin", "val.bin"]:
                 os.replace(Path(part) / name, out / name)
+    except (UnicodeDecodeError, IndexError):
+        raise UserError(f"--input={source}: its text changed while it was read; begin again") from None
     except OSError as e:
         hint = " in the environment variable FASTGPT_CACHE" if out == embedded_folder() else ""
         raise UserError(f"{out}: cannot be written ({e.strerror}); give another folder{hint}") from None
@@ -84,6 +88,9 @@ def write_tokens(
                 file[split].write(ids.astype(dtype).tobytes())
                 counts[split] += len(ids)
                 bar.update(len(text))
+                n_chars -= len(text)
+    if n_chars:
+        raise UserError(f"{files[0].parent}: the text changed while it was read; begin again")
     return counts
 
 
@@ -155,12 +162,18 @@ def embedded_folder() -> Path:
 
 def prepare_embedded(folder: Path) -> None:
     """Tokenize the Python standard library's source, without tests and installed packages, into `folder`, once."""
+    try:
+        guard(folder / "val.bin", make=True)
+    except OSError as e:
+        raise UserError(
+            f"{folder}: no place for the embedded text ({e.strerror}); set FASTGPT_CACHE to a folder of your own"
+        ) from None
     if (folder / "val.bin").exists():
         return
     stdlib = Path(sysconfig.get_path("stdlib"))
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = sorted(p for p in stdlib.rglob("*.py") if not skip & set(p.relative_to(stdlib).parts))
-    if not files:
+    sources = sorted(p for p in stdlib.rglob("*.py") if not skip & set(p.relative_to(stdlib).parts))
+    if not sources:
         raise UserError(f"{stdlib}: this Python has no source of its standard library; give --dataset")
     print(f"preparing the embedded corpus, once: the source of Python's standard library ({stdlib}), as bytes")
-    prepare(stdlib, "bytes", folder, files)
+    prepare(stdlib, "bytes", folder, sources)

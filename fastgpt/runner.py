@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from fastgpt import graphs, metrics, ops, timing, tuned
-from fastgpt.choose import choose, recall, remember
+from fastgpt.choose import choose, is_time, recall, remember
 from fastgpt.config import RESIDUAL, GPTConfig, TrainConfig, UserError, own_environment
 from fastgpt.model import GPT
+from fastgpt.parse import shown
 from fastgpt.records import Shape
 from fastgpt.shadows import Shadows, shadow_dtype
 from fastgpt.step import micro_step, mixed_precision
@@ -87,7 +88,7 @@ class Work:
         """Everything that its time depends on."""
         dtype, rows = getattr(torch, self.dtype), {}
         with suppress(OSError, ValueError):  # not tuned, or not for this run
-            _, rows = tuned.read(tuned.path(self.shape, dtype, device), self.shape, dtype, device)
+            _, rows, _ = tuned.read(tuned.path(self.shape, dtype, device), self.shape, dtype, device)
         library = str(torch.backends.cuda.preferred_blas_library())
         rows = {op: row.text for op, row in rows.items()}
         return {"work": asdict(self), "rows": rows, "blas": library, **tuned.environment(device)}
@@ -135,8 +136,7 @@ def find(
     first = NAMES[work.first]
     if ops.triton is None or micro_steps <= 0:
         return first
-    found: Any = recall("runners", work.key(device)).get("found")
-    found = found if usable(found, work) else {}
+    found = recall("runners", work.key(device), lambda saved: as_timed(saved.get("found"), work)) or {}
     about = micro_steps * estimate(work, device)
     short = about * GAIN < seconds
     if short and not found:
@@ -167,17 +167,27 @@ def row(name: str, ms: dict[str, Any]) -> str:
     return f"  {name + ': ' + NAMES[name].text:52}{cells}"
 
 
-def usable(found: Any, work: Work) -> bool:
-    """Whether what was kept can be read: {name: {"gpu", "wall"} in milliseconds, or {"failed": reason}}, and something could be timed."""
-    try:
-        times = [(ms["gpu"], ms["wall"]) for ms in found.values() if "failed" not in ms]
-        return (
-            bool(times)
-            and found.keys() <= {*work.candidates()}
-            and all(0 < t < float("inf") for pair in times for t in pair)
-        )
-    except (AttributeError, KeyError, TypeError):
+def as_timed(found: Any, work: Work) -> dict[str, Any]:
+    """What was kept of the candidates: {name: an `answer`}, of which one could be timed. Raises ValueError that says what cannot be."""
+    if type(found) is not dict or not found:
+        raise ValueError("it has no candidates")
+    for name, ms in found.items():
+        if name not in work.candidates():
+            raise ValueError(f"{shown(name)} is no candidate")
+        if not answer(ms):
+            raise ValueError(f"{name} has neither times nor a reason why it has none")
+    if not any("wall" in ms for ms in found.values()):
+        raise ValueError("nothing could be timed")
+    return found
+
+
+def answer(ms: Any) -> bool:
+    """Whether a value that was read says how a candidate did: {"gpu", "wall"} in milliseconds, or {"failed": reason}, and not both."""
+    if type(ms) is not dict:
         return False
+    if ms.keys() == {"gpu", "wall"}:
+        return all(is_time(t) and t > 0 for t in ms.values())
+    return type(ms.get("failed")) is str and ms.keys() <= {"failed", "memory"} and type(ms.get("memory", True)) is bool
 
 
 def estimate(work: Work, device: str) -> float:
@@ -206,7 +216,7 @@ def time_all(
         if result is not None:
             found[name] = result
         alone = False
-    if usable(found, work):
+    if any("wall" in ms for ms in found.values()):
         lasting = {name: ms for name, ms in found.items() if not ms.get("memory")}  # others may use this GPU now
         remember("runners", work.key(device), {"found": lasting})
     return found
@@ -226,10 +236,13 @@ def in_a_process(work: Work, name: str, device: str, seconds: float) -> dict[str
     except subprocess.TimeoutExpired:
         return None
     try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError, RecursionError):
+        found = None
+    if not answer(found):
         last = next(iter(done.stderr.strip().splitlines()[-1:]), "no reason given")
         return {"failed": f"exit status {done.returncode}: {last}"}
+    return found
 
 
 def main(argv: list[str]) -> None:

@@ -1,12 +1,12 @@
 """Sample text from a trained model, with nanoGPT's flags: `fastgpt sample`, or `python -m fastgpt.sample`."""
 
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
 
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, health, tokenizer
+from fastgpt import data, distributed, files, health, tokenizer
 from fastgpt.config import SampleConfig, UserError
 from fastgpt.step import mixed_precision
 
@@ -17,9 +17,9 @@ def sample(cfg: SampleConfig) -> None:
     start = cfg.start
     if start.startswith("FILE:"):
         try:
-            start = Path(start[5:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--start={cfg.start}: the file cannot be read ({e})") from None
+            start = files.read_text(os.path.expanduser(start[5:]), files.DATA)
+        except OSError as e:
+            raise UserError(f"--start={cfg.start}: the file cannot be read ({e.strerror})") from None
     torch.manual_seed(cfg.seed)
     _, autocast, _ = mixed_precision(cfg.device, cfg.dtype)
 

@@ -18,8 +18,9 @@ from torch._inductor.exc import InductorError
 from tqdm import tqdm
 
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, files, graphs, health, metrics, ops, optim, runner, signals, tokenizer
+from fastgpt import data, distributed, graphs, health, metrics, ops, optim, runner, signals, tokenizer
 from fastgpt.config import RESIDUAL, Diverged, TrainConfig, UserError
+from fastgpt.lock import lock
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
 from fastgpt.shadows import Shadows, shadow_dtype
@@ -535,7 +536,7 @@ def hold(cfg: TrainConfig, world: distributed.World) -> Iterator[None]:
     def take():
         check_writable(cfg.out_dir)
         if not cfg.eval_only:
-            stack.enter_context(files.lock(cfg.out_dir))
+            stack.enter_context(lock(cfg.out_dir))
 
     with ExitStack() as stack:
         if cfg.init_from != "resume" or Path(cfg.out_dir).is_dir():  # else loading says that there is nothing to resume

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastgpt import ops, runner, tuned
+from fastgpt import files, ops, runner, tuned
 from fastgpt.choose import check, is_cuda, prepared
 from fastgpt.config import TuneConfig, UserError
 from fastgpt.distributed import check_device
@@ -57,11 +57,11 @@ def tune(cfg: TuneConfig, measure: Callable = gpu_rounds) -> None:
         """Add an op's result to the file, and keep what other processes wrote meanwhile. Raises UserError if it cannot be written."""
         report = {"where": tuned.conditions(shape, dtype, device), "ops": {}}
         with contextlib.suppress(OSError, ValueError):  # no valid file: start a new one
-            report, _ = tuned.read(file, shape, dtype, device)
+            report, *_ = tuned.read(file, shape, dtype, device)
         if op is not None:
             (report if op == PRODUCTS else report["ops"])[op] = found
         try:
-            tuned.save(file, report)
+            files.write_json(file, report)
         except (OSError, ValueError) as e:
             raise UserError(f"--out={file}: {getattr(e, 'strerror', None) or e}") from None
 

@@ -6,16 +6,15 @@ that it names.
 """
 
 import hashlib
-import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgpt import ops
+from fastgpt import files, ops
 from fastgpt.config import cache_folder
+from fastgpt.parse import shown
 from fastgpt.records import RECORDS, Shape
 from fastgpt.verify import versions
 
@@ -46,49 +45,57 @@ def path(shape: Shape, dtype: torch.dtype, device: str | torch.device) -> Path:
 
 def read(
     file: Path, shape: Shape, dtype: torch.dtype, device: str | torch.device
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the file's contents, {op: row} for the ops with a row faster than the shipped one).
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """(the file's contents, {op: row} for the ops with a row faster than the shipped one, {op: reason} for entries that are not right).
 
-    Raises ValueError that says why this run cannot use the file, and OSError if it cannot be read.
+    The contents are without these entries. Raises ValueError that says why this run cannot use the file, and OSError if it cannot be
+    read.
     """
     try:
-        saved = json.loads(file.read_text())
-        differs = [name for name, now in conditions(shape, dtype, device).items() if saved["where"].get(name) != now]
-        rows = {}
-        for op, found in saved["ops"].items() if not differs else ():
-            if found["kept"]:
-                rows[op] = type(RECORDS[op].row(shape, dtype, device))(**found["row"])  # type: ignore[misc]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        saved = files.read_json(file)
+        entries, here = dict(saved["ops"]), saved["where"]
+        differs = [name for name, now in conditions(shape, dtype, device).items() if here.get(name) != now]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("it is damaged") from None
     if differs:
         raise ValueError(f"its {', '.join(differs)} {'is' if len(differs) == 1 else 'are'} not this run's")
-    return saved, rows
+    rows, refused = {}, {}
+    for op, found in entries.items():
+        try:
+            if op not in RECORDS or not RECORDS[op].row:
+                raise ValueError("there is no such op")
+            if not isinstance(found, dict) or type(found.get("kept")) is not bool:
+                raise ValueError("it does not say whether it was kept")
+            row = ops.triton.configs.instead_of(RECORDS[op].row(shape, dtype, device), found.get("row"))  # type: ignore[misc]
+            if found["kept"]:
+                rows[op] = row
+        except ValueError as e:
+            refused[op] = str(e)
+    return {**saved, "ops": {op: found for op, found in entries.items() if op not in refused}}, rows, refused
 
 
 def load_rows(shape: Shape, dtype: torch.dtype, device: str | torch.device) -> tuple[tuple[str, str], ...]:
-    """The rows of this run's file, as `ops.Kernels` takes them; () without a file. Prints the file's name, or why it is not used."""
+    """The rows of this run's file, as `ops.Kernels` takes them; () without a file. Prints the file's name, and what of it is not used.
+
+    They are of the right types, and a kernel can be launched with them. Whether they also compute the right thing `choose` finds out.
+    """
     file = path(shape, dtype, device)
     try:
-        _, rows = read(file, shape, dtype, device)
+        _, rows, refused = read(file, shape, dtype, device)
     except FileNotFoundError:  # not tuned
         return ()
     except (OSError, ValueError) as e:
-        print(f"launch configurations: the shipped ones; {file} is not taken: {e}. `fastgpt tune` writes a new one")
+        reason = getattr(e, "strerror", None) or e
+        print(
+            f"launch configurations: the shipped ones; {file} is not taken: {reason}. `fastgpt tune` writes a new one"
+        )
         return ()
-    names = ", ".join(rows)
-    print(f"launch configurations: {f'{names} as tuned, the others' * bool(rows) or 'all'} as shipped, by {file}")
+    for op, why in refused.items():
+        print(f"launch configurations: of {file} {shown(op)} is not taken: {why}")
+    if rows or not refused:
+        names = ", ".join(rows)
+        print(f"launch configurations: {f'{names} as tuned, the others' * bool(rows) or 'all'} as shipped, by {file}")
     return tuple((op, row.text) for op, row in rows.items())
-
-
-def save(file: Path, contents: dict[str, Any]) -> None:
-    """Write JSON to a file, completely or not at all. Raises OSError."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        part.write_text(json.dumps(contents, indent=1))
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def source_hash() -> str:

@@ -15,18 +15,26 @@ from typing import Any
 import torch
 import triton
 
-ANY_COUNT = ("stages", "backward_stages", "programs_per_sm", "min_chunk")  # all other integers must be powers of two
+# The most that fields may be: these, warps of a program, and elements at a time. All integers but these must also be powers of two.
+COUNTS = {"stages": 8, "backward_stages": 8, "programs_per_sm": 32, "min_chunk": 2**20}
+MOST_WARPS, MOST_ELEMENTS = 32, 2**16
+LEAST_TILE = 16  # rows and columns of a product's operands, in every Triton
 
 
 @dataclass(frozen=True)
 class Config:
-    """Base of the rows. The constructor raises ValueError for values with which a kernel cannot be launched."""
+    """Base of the rows. The constructor raises ValueError for values with which a kernel cannot be launched, or would be wrong.
+
+    Rows come from files too, so what a kernel takes for granted of its row is said here, in `__post_init__`.
+    """
 
     def __post_init__(self):
         for field in fields(self):
             value, kinds = getattr(self, field.name), getattr(field.type, "__args__", (field.type,))
             if int in kinds and type(value) is int:
-                right = value > 0 and (field.name in ANY_COUNT or value & (value - 1) == 0)
+                most = MOST_WARPS if "warps" in field.name else MOST_ELEMENTS
+                right = 0 < value <= COUNTS.get(field.name, most)
+                right &= field.name in COUNTS or value & (value - 1) == 0
             else:
                 right = type(value) in kinds or (float in kinds and type(value) is int)
             if not right:
@@ -45,6 +53,12 @@ class Config:
             return cls(**json.loads(text))
         except TypeError as e:
             raise ValueError(f"{cls.__name__}: {e}") from None
+
+    def least(self, least: int, *names: str) -> None:
+        """Raise ValueError if one of the fields is below `least`."""
+        for name in names:
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{type(self).__name__}: {name}={value} is below {least}")
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,12 @@ class LossConfig(Config):
     min_chunk: int = 8192
     memory_share: float = 1 / 16  # of the device's memory that a chunk's logits may take
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.least(32, "block")  # with fewer elements than threads one would read a logit that another has overwritten
+        if not 0 <= self.memory_share <= 1:
+            raise ValueError(f"LossConfig: memory_share={self.memory_share} is not from 0 to 1")
+
 
 LINEAR_CROSS_ENTROPY = LossConfig()
 
@@ -113,6 +133,9 @@ class AdamWConfig(Config):
             raise ValueError(
                 f"AdamWConfig: with {self.warps} warps for a block of {self.block} two threads would update the same element in place"
             )
+        # The rest of a block would be updated by two programs.
+        if self.chunk % self.block or self.chunk > 64 * self.block:
+            raise ValueError(f"AdamWConfig: chunk={self.chunk} is not 1 to 64 blocks of {self.block}")
 
 
 ADAMW = AdamWConfig()
@@ -135,6 +158,11 @@ class GemmConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        self.least(LEAST_TILE, "block_m", "block_n", "block_k")
+        if self.warps * self.programs_per_sm > 64:
+            raise ValueError(
+                f"GemmConfig: an SM has no threads for {self.programs_per_sm} programs of {self.warps} warps"
+            )
         held = self.block_m * self.block_n  # fp32 sums, which may take half of a thread's and of an SM's registers
         if held > 128 * 32 * self.warps or held * self.programs_per_sm > 32768:
             raise ValueError(
@@ -202,6 +230,7 @@ class AttentionConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        self.least(LEAST_TILE, "block_m", "block_n", "outer", "inner", "gated_inner")
         if self.outer % self.inner or self.outer % (self.gated_inner or self.inner):
             raise ValueError(
                 f"AttentionConfig: outer={self.outer} is not a multiple of inner={self.inner} and gated_inner={self.gated_inner}"
@@ -264,6 +293,20 @@ def pipeline(device: torch.device, stages: int) -> int:
 def warp_specialize(device: torch.device, config: GemmConfig) -> bool:
     """Whether a GEMM's warps specialize. On sm_90 Triton ignores it, or the accumulators spill; on sm_120 they spill."""
     return config.warp_specialize and architecture(device) in (100, 103)
+
+
+def instead_of(shipped: Config, given: Any) -> Config:
+    """The row with the given {field: value}, for what the shipped row is for. Raises ValueError that says what is wrong."""
+    kind, names = type(shipped).__name__, {f.name for f in fields(shipped)}
+    if not isinstance(given, dict) or given.keys() != names:
+        raise ValueError(f"{kind}: its fields are not {', '.join(sorted(names))}")
+    try:
+        row: Any = type(shipped)(**given)
+    except TypeError as e:  # of a row within a row
+        raise ValueError(f"{kind}: {e}") from None
+    if isinstance(row, NormConfig) and isinstance(shipped, NormConfig) and row.max_width != shipped.max_width:
+        raise ValueError(f"{kind}: max_width={row.max_width} is not {shipped.max_width}")
+    return row
 
 
 # Each function returns the table's row for its arguments; or, if `row` is given, the row with that text (such as `fastgpt tune` found).

@@ -10,7 +10,7 @@ import torch
 from kernel_case import DEVICE
 
 pytest.importorskip("triton")
-from fastgpt import choose, ops, tune, tuned
+from fastgpt import choose, files, ops, tune, tuned
 from fastgpt.config import TuneConfig, UserError
 from fastgpt.kernels import common, configs, gelu_mlp
 from fastgpt.parse import parse
@@ -263,16 +263,99 @@ def test_a_file_that_does_not_hold_here_is_not_taken_and_says_so(few, monkeypatc
     saved = json.loads(good)
     file.write_text(json.dumps(saved | {"where": saved["where"] | {"gpu": "another"}}))
     assert "its gpu is not this run's" in refused()
-    found = saved["ops"]["embedding"]
-    for damaged in ("", "[]", "{}", good[:-9], good.replace('"block": ', '"black": ')):
+    for damaged in ("", "[]", "{}", good[:-9], '{"ops": []}', '{"ops": {}, "where": 1}', "[" * 9999, "9" * 9999):
         file.write_text(damaged)
         assert "it is damaged" in refused(), damaged
-    file.write_text(json.dumps(saved | {"ops": {"embedding": found | {"row": found["row"] | {"block": 1000}}}}))
-    assert "it is damaged" in refused()
     file.write_text(good)
     monkeypatch.setattr(tuned, "source_hash", lambda: "another")
     monkeypatch.setattr(tuned, "versions", lambda: {"torch": "another"})
     assert "its source, torch are not this run's" in refused()
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong", "why"),
+    [
+        ("adamw", {"chunk": 64}, "chunk=64 is not 1 to 64 blocks of 1024"),  # it trained, and wrongly
+        ("adamw", {"block": 1000}, "block=1000"),
+        ("adamw", {"warps": 64}, "warps=64"),
+        ("adamw", {"chunk": 2**63}, "chunk=9223372036854775808"),
+        ("adamw", {"chunk": "8192"}, "chunk='8192'"),
+        ("adamw", {"chunk": True}, "chunk=True"),
+        ("adamw", {"more": 1}, "its fields are not block, chunk, clip_block, warps"),
+        ("adamw", None, "its fields are not"),
+        ("adamw", [], "its fields are not"),
+        ("layer_norm", {"max_width": 32}, "max_width=32 is not 1024"),
+        ("attention", {"inner": 8}, "inner=8 is below 16"),
+        ("attention", {"stages": 0}, "stages=0"),
+        ("attention", {"gated_inner": 0}, "gated_inner=0"),
+        ("gelu_mlp", {"forward": {"warps": 4}}, "missing"),
+        ("gelu_mlp", {"forward": 4}, "forward=4"),
+        ("linear_cross_entropy", {"memory_share": 2.0}, "memory_share=2.0"),
+        ("linear_cross_entropy", {"memory_share": float("nan")}, "memory_share=nan"),
+        ("linear_cross_entropy", {"block": 16}, "block=16 is below 32"),
+        ("linear", {}, "there is no such op"),
+        ("warp", {}, "there is no such op"),
+    ],
+)
+def test_a_row_that_no_kernel_can_have_is_not_taken_and_the_others_are(op, wrong, why, capsys):
+    """The file was edited, or another version wrote it: the entry is named, with the reason, and its op runs as shipped."""
+    row = asdict(shipped(op)) if op in OPS else {}
+    row = row | wrong if isinstance(wrong, dict) else wrong
+    other = "embedding", farthest("embedding")
+    entries = {op: dict(kept=True, row=row), other[0]: dict(kept=True, row=asdict(other[1]))}
+    file = tuned.path(*RUN)
+    files.write_json(file, dict(where=tuned.conditions(*RUN), ops=entries))
+    assert tuned.load_rows(*RUN) == ((other[0], other[1].text),)
+    line, summary = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"launch configurations: of {file} {op!r} is not taken: ")
+    assert why in line
+    assert summary.startswith("launch configurations: embedding as tuned")
+
+
+@pytest.mark.parametrize("entry", [1, [], {}, {"kept": 1}, {"kept": "no"}, None])
+def test_an_entry_of_another_form_is_not_taken(entry, capsys):
+    files.write_json(tuned.path(*RUN), dict(where=tuned.conditions(*RUN), ops=dict(adamw=entry)))
+    assert tuned.load_rows(*RUN) == ()
+    assert "'adamw' is not taken: it does not say whether it was kept\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spec", ["auto", "triton"])
+def test_a_tuned_row_must_be_equal_to_pytorch_before_it_runs(spec, monkeypatch, capsys):
+    """Once on a machine: what passed is remembered for this row. What fails leaves the shipped row, not PyTorch."""
+    rows = {op: farthest(op) for op in ("embedding", "adamw")}
+    entries = {op: dict(kept=True, row=asdict(row)) for op, row in rows.items()}
+    files.write_json(tuned.path(*RUN), dict(where=tuned.conditions(*RUN), ops=entries))
+    monkeypatch.setattr(choose.timing, "together", lambda calls: {i: Times(float(i == "torch"), 0.0) for i in calls})
+    checked, wrong = [], {"embedding"}
+
+    def check(op, shape, dtype, device, implementation, kernels):
+        if implementation == "triton":
+            checked.append((op, kernels.row(op)))
+            if op in wrong and kernels.row(op):
+                raise ArithmeticError("is not equal: x has 9.0 times PyTorch's error")
+
+    monkeypatch.setattr(choose, "check_small", check)
+    kernels = choose.choose(spec, *RUN, False)
+    assert kernels == replace(ops.all_triton(), rows=(("adamw", rows["adamw"].text),))
+    out = capsys.readouterr().out
+    assert f"of {tuned.path(*RUN)} embedding is not taken; it was tried, and is not equal: x has 9.0" in out
+    assert {(op, row.text) for op, row in rows.items()} <= set(checked)
+    wrong.clear()
+    checked.clear()
+    choose.choose(spec, *RUN, False)
+    assert ("adamw", rows["adamw"].text) not in checked, "remembered"
+    assert ("embedding", rows["embedding"].text) in checked, "what failed is tried again"
+
+
+def test_without_a_gpu_no_tuned_row_is_used(monkeypatch):
+    files.write_json(
+        tuned.path(*RUN),
+        dict(where=tuned.conditions(*RUN), ops=dict(adamw=dict(kept=True, row=asdict(farthest("adamw"))))),
+    )
+    assert tuned.load_rows(*RUN), "the file is right"
+    monkeypatch.setattr(choose, "is_cuda", lambda device: False)
+    for spec in ("auto", "triton", "adamw=triton"):
+        assert choose.choose(spec, *RUN, False).rows == ()
 
 
 def test_another_model_is_not_tuned_by_it(few, capsys):
