@@ -86,7 +86,7 @@ def lock(out_dir: str | Path) -> Iterator[None]:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as e:
             raise UserError(f"{path}: cannot be opened ({e.strerror}); remove it, or give another --out_dir") from None
-        with open(fd, "r+b", buffering=0) as f:
+        with os.fdopen(fd, "r+b", buffering=0) as f:
             locked = try_lock(f, path)
             if locked and not same_file(f, path):  # its holder removed it between the two calls
                 continue
