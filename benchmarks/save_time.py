@@ -16,7 +16,7 @@ from fastgpt.checkpoint import Writer
 from fastgpt.config import GPTConfig
 from fastgpt.model import GPT
 
-SAVES, STEPS, SEQUENCES = 5, 4, 4
+SAVES, STEPS, SEQUENCES = 3, 2, 4
 
 
 def main(folder: str | None) -> None:
@@ -32,7 +32,7 @@ def main(folder: str | None) -> None:
         optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - began
 
-    alone = statistics.median([step() for _ in range(6)][1:])
+    alone = statistics.median([step() for _ in range(4)][1:])
     cpu = next(
         (x.partition(":")[2].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.machine()
     )

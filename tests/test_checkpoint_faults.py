@@ -566,6 +566,37 @@ def test_claims_are_refused_before_they_take_memory(workdir):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000  # kB
 
 
+def test_weights_that_share_their_memory_are_refused(workdir):
+    """Twenty layers in the bytes of one: the model would take more memory than its file."""
+    ckpt = made(1)
+    ckpt["model_args"]["n_layer"] = 20
+    for key, weight in list(ckpt["model"].items()):
+        ckpt["model"].update({key.replace("h.0", f"h.{i}"): weight for i in range(20)})
+    del ckpt["optimizer"]
+    torch.save(ckpt, "ckpt.pt")
+    with pytest.raises(UserError, match="its tensors share their memory"):
+        checkpoint.load(".")
+
+
+@pytest.mark.parametrize(
+    ("pickled", "said"),
+    [
+        (b"})q\x00" + b"".join(bytes([104, i, 0x86, 113, i + 1]) for i in range(26)) + b"K\x01s.", "tuples in tuples without end"),
+        (b"})" + b"\x85" * 200 + b"K\x01s.", "tuples in tuples without end"),
+        (b"}r" + struct.pack("<I", 2**29) + b".", "an index that is too large"),
+        (b"\x96" + struct.pack("<Q", 2**40) + b".", "not a readable checkpoint|opcode"),
+        (b"cos\nsystem\nX\x0b\x00\x00\x00touch pwned\x85R.", "it asks for posix.system|it asks for os.system"),
+        (b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x04\x00\x00\x00idna\x86R.", "it asks for the encoding 'idna'"),
+    ],
+)  # fmt: skip
+def test_a_pickle_that_would_take_time_or_memory_or_run(workdir, pickled, said):
+    with zipfile.ZipFile("ckpt.pt", "w") as z:
+        z.writestr("archive/data.pkl", b"\x80\x02" + pickled)
+    with pytest.raises(UserError, match=said):
+        checkpoint.load(".")
+    assert not Path("pwned").exists()
+
+
 def damage(**moments):
     return lambda o: o["state"][3].update(moments)
 
