@@ -327,8 +327,10 @@ def check_run(tree: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     if type(tree.get("iter_num")) is not int or not 0 <= tree["iter_num"] < 2**62:
         raise Fault(f"its iter_num is {describe(tree.get('iter_num'))}, and not a number of iterations")
     best = tree.get("best_val_loss")
-    if not (type(best) in (int, float) and abs(best) < 2**63) and not (
-        isinstance(best, Claim) and best.shape == () and best.dtype.is_floating_point
+    if (
+        not isinstance(best, float)
+        and not (type(best) is int and abs(best) < 2**63)
+        and not (isinstance(best, Claim) and best.shape == () and best.dtype.is_floating_point)
     ):
         raise Fault("its best_val_loss is not a number")
     try:

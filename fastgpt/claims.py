@@ -130,11 +130,11 @@ def check_pickle(data: bytes) -> None:
     That is an index beyond those in use, up to which the unpickler takes memory, and tuples of the same tuples of the same tuples: their
     hash, if they are the key of a dict, takes time exponential in their depth, and a deep one's overflows the stack.
     """
-    stack, memo, fetched = (
-        [],
-        {},
-        0,
-    )  # (things in it, depth) of what the unpickler will have on its stack; None is a mark
+    stack: list[
+        Any
+    ] = []  # for each thing that the unpickler will have there (things in it, its depth); None for a mark
+    memo: dict[Any, Any] = {}
+    fetched = 0
     for op, arg, _ in pickletools.genops(data):
         if op.name not in OPCODES:
             raise Fault(f"its pickle has the opcode {op.name}")
@@ -142,20 +142,19 @@ def check_pickle(data: bytes) -> None:
         if pickletools.markobject in op.stack_before:
             while (item := stack.pop()) is not None:
                 items.append(item)
-        items += [
-            stack.pop() for kind in op.stack_before if kind not in (pickletools.markobject, pickletools.stackslice)
-        ]
-        made = (
-            (1 + sum(n for n, _ in items), 1 + max((d for _, d in items), default=0)) if "TUPLE" in op.name else (1, 0)
-        )
-        if op.name in ("BINGET", "LONG_BINGET"):
+        below = [kind for kind in op.stack_before if kind not in (pickletools.markobject, pickletools.stackslice)]
+        items += [stack.pop() for _ in below]
+        made = (1, 0)
+        if "TUPLE" in op.name:
+            made = 1 + sum(n for n, _ in items), 1 + max((depth for _, depth in items), default=0)
+        elif op.name in ("BINGET", "LONG_BINGET"):
             made = memo[arg]
             fetched += made[0]
         if fetched > MOST_PICKLE or made[1] > 100:
             raise Fault("its pickle has tuples in tuples without end")
         stack += [None if kind is pickletools.markobject else made for kind in op.stack_after]
         if op.name in ("BINPUT", "LONG_BINPUT"):
-            if arg > len(memo):
+            if int(arg or 0) > len(memo):
                 raise Fault("its pickle has an index that is too large")
             memo[arg] = stack[-1]
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import LOOPBACK, SECONDS, TINY, command, in_two_processes
 
-from fastgpt import checkpoint, distributed, metrics
+from fastgpt import distributed, files, metrics
 from fastgpt.cli import main
 from fastgpt.model import GPT, GPTConfig
 
@@ -373,20 +374,42 @@ class Filling(io.FileIO):
         return super().write(data)
 
 
-@pytest.mark.parametrize("when", ["at once", "half way"])  # torch's writer answers each with another error
-def test_a_full_disk_while_saving_leaves_the_last_checkpoint(train, fastgpt, monkeypatch, when):
+@pytest.mark.parametrize("size", [2_000, 20_000])  # of metrics too; torch's writer answers each with another error
+def test_a_full_disk_while_saving_leaves_the_last_checkpoint(train, fastgpt, monkeypatch, size):
     train()
     before = Path("out/ckpt.pt").read_bytes()
-    if when == "at once":
-        Path("out/ckpt.pt.part").symlink_to("/dev/full")
-    else:
-        monkeypatch.setattr(checkpoint, "open", Filling, raising=False)
-    status, _, err = fastgpt("train", "--dataset=letters", *TINY, "--init_from=resume", "--max_iters=12")
+    monkeypatch.setattr(Filling, "room", size)
+    monkeypatch.setattr(files, "open", Filling, raising=False)
+    status, out, err = fastgpt("train", "--dataset=letters", *TINY, "--init_from=resume", "--max_iters=12")
     assert status == 2
-    reason = "cannot be written (No space left on device); the last checkpoint is as it was"
-    assert err == f"fastgpt: error: out/ckpt.pt: {reason}\n"
+    reason = "cannot be saved (No space left on device); the last checkpoint is of iteration 8"
+    assert f"\nout/ckpt.pt: iteration 8 {reason}; the next save tries again\n" in out
+    assert "\niter 11: " in out  # the run went on
+    assert "checkpoint: none saved\n" in out
+    assert err == f"fastgpt: error: out/ckpt.pt: iteration 12 {reason}\n"
     assert Path("out/ckpt.pt").read_bytes() == before
-    assert sorted(os.listdir("out")) == ["ckpt.pt", "loss.png", "metrics.jsonl"]
+    kept = {"ckpt.pt", "ckpt-0000008.pt", "ckpt-0000004.pt", "ckpt-best.pt", "loss.png", "metrics.jsonl"}
+    assert set(os.listdir("out")) == kept
+    assert os.path.samefile("out/ckpt.pt", "out/ckpt-0000008.pt")  # it was to be kept beside the new one
+
+
+def test_a_disk_with_room_again(train, monkeypatch):
+    """The saves at 4 and 8 fail, the one at 12 does not: the run ends well."""
+    opened = []
+
+    def full_twice(path, mode):
+        opened.append(path)
+        return (Filling if len(opened) < 3 else open)(path, mode)
+
+    monkeypatch.setattr(files, "open", full_twice, raising=False)
+    monkeypatch.setattr(metrics, "replacing", nullcontext)  # there is no file of metrics yet
+    out = train("--max_iters=12")
+    assert [line[:29] for line in out.splitlines() if line.startswith("out/ckpt.pt")] == [
+        "out/ckpt.pt: iteration 4 cann",
+        "out/ckpt.pt: iteration 8 cann",
+        "out/ckpt.pt: saved again, at ",
+    ]
+    assert saved()["iter_num"] == 12
 
 
 def test_a_compiler_that_fails_is_one_line(dataset):
