@@ -374,12 +374,17 @@ class Filling(io.FileIO):
         return super().write(data)
 
 
+def on_disk(new):
+    """`open` where `new` opens the files that are made anew."""
+    return lambda path, mode, **how: (new if mode == "xb" else open)(path, mode, **how)
+
+
 @pytest.mark.parametrize("size", [2_000, 20_000])  # of metrics too; torch's writer answers each with another error
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(train, fastgpt, monkeypatch, size):
     train()
     before = Path("out/ckpt.pt").read_bytes()
     monkeypatch.setattr(Filling, "room", size)
-    monkeypatch.setattr(files, "open", Filling, raising=False)
+    monkeypatch.setattr(files, "open", on_disk(Filling), raising=False)
     status, out, err = fastgpt("train", "--dataset=letters", *TINY, "--init_from=resume", "--max_iters=12")
     assert status == 2
     reason = "cannot be saved (No space left on device); the last checkpoint is of iteration 8"
@@ -397,11 +402,11 @@ def test_a_disk_with_room_again(train, monkeypatch):
     """The saves at 4 and 8 fail, the one at 12 does not: the run ends well."""
     opened = []
 
-    def full_twice(path, mode):
+    def full_twice(path, mode, **how):
         opened.append(path)
-        return (Filling if len(opened) < 3 else open)(path, mode)
+        return (Filling if len(opened) < 3 else open)(path, mode, **how)
 
-    monkeypatch.setattr(files, "open", full_twice, raising=False)
+    monkeypatch.setattr(files, "open", on_disk(full_twice), raising=False)
     monkeypatch.setattr(metrics, "replacing", nullcontext)  # there is no file of metrics yet
     out = train("--max_iters=12")
     assert [line[:29] for line in out.splitlines() if line.startswith("out/ckpt.pt")] == [
