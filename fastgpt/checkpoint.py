@@ -79,7 +79,8 @@ def build_model(checkpoint: dict[str, Any], out_dir: str | Path, dropout: float 
     config.dropout = config.dropout if dropout is None else dropout
     try:
         model = GPT(config)
-        model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()})
+        if "folder" not in checkpoint:  # the rest of a sharded checkpoint: sharded.load_tensors reads the weights
+            model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()})
     except (ValueError, RuntimeError, AttributeError, TypeError) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(

@@ -1,4 +1,4 @@
-"""The command `fastgpt`: train, sample, prepare, verify, tune, bench. A user's error is one line on stderr and exit status 2."""
+"""The command `fastgpt`: train, sample, export, prepare, verify, tune, bench. A user's error is one line on stderr and exit status 2."""
 
 import os
 import sys
@@ -6,13 +6,22 @@ from collections.abc import Callable
 
 import torch
 
-from fastgpt.config import PrepareConfig, SampleConfig, TuneConfig, UserError, VerifyConfig, own_environment
+from fastgpt.config import (
+    ExportConfig,
+    PrepareConfig,
+    SampleConfig,
+    TuneConfig,
+    UserError,
+    VerifyConfig,
+    own_environment,
+)
 from fastgpt.parse import parse, parse_train
 
 USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
 
   train     train a model; without arguments, a small one on the embedded text
   sample    continue a prompt with a trained model
+  export    make one ckpt.pt, as nanoGPT reads it, of a sharded checkpoint
   prepare   turn a text file or folder into a dataset
   verify    check every kernel against PyTorch on this machine; exit status 1 if one fails
   tune      find the kernels' fastest launch configurations on this GPU, for later runs
@@ -42,7 +51,7 @@ def reported(run: Callable[[], int | None], hint: str = "") -> int:
     except UserError as e:
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
         print(f"fastgpt: {rank}error: {e}".replace("\n", " "), file=sys.stderr)
-        return 2
+        return e.status
     except KeyboardInterrupt:
         print(f"\nfastgpt: interrupted{hint}", file=sys.stderr)
         return 130
@@ -68,6 +77,10 @@ def run(command: str, argv: list[str]) -> int | None:
         from fastgpt.sample import sample
 
         sample(parse(SampleConfig, argv, "fastgpt sample")[0])
+    elif command == "export":
+        from fastgpt.sharded import export
+
+        export(parse(ExportConfig, argv, "fastgpt export")[0])
     elif command == "prepare":
         from fastgpt.prepare import prepare
 

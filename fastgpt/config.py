@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. It is shown as one line, with exit status 2 and no traceback."""
+    """A mistake that the user can mend. It is shown as one line, with its exit status and no traceback."""
+
+    status = 2
 
 
 def cache_folder() -> Path:
@@ -122,6 +124,9 @@ class TrainConfig(Settings):
     eval_seed: int | None = Field(None, ge=0, lt=2**63, description="seed of the evaluation batches; None: drawn among the training batches, as in nanoGPT")
     peak_flops: float | None = Field(None, gt=0, description="peak FLOP/s for the MFU; None: by the GPU's name")
     sample_tokens: int = Field(0, ge=0, description="tokens of text to sample at the end")
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="how several processes train one model: ddp, each has all of it; fsdp, each keeps a part of weights, gradients and moments")
+    join_timeout: int = Field(300, gt=0, le=10**6, description="seconds to wait until all processes are there")
+    timeout: int = Field(600, gt=0, le=10**6, description="seconds to wait for another process in training; more than an evaluation and a save take")
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The GPTConfig of a new model."""
@@ -143,6 +148,13 @@ class SampleConfig(Settings):
     device: str = Field("cuda", description="cuda, cuda:1, cpu, mps")
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype on CUDA")
     compile: bool = Field(False, description="torch.compile the full forward; steps on cached keys and values stay eager")
+
+
+class ExportConfig(Settings):
+    """Every flag of making one file of a sharded checkpoint."""
+
+    out_dir: str = Field("out", description="folder of the run, or the checkpoint's own folder in it")
+    to: str = Field("", description="file to write; empty: ckpt.pt in the folder of the run")
 
 
 class PrepareConfig(Settings):

@@ -95,7 +95,11 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
 
 @torch.no_grad()
 def adamw(
-    groups: list[dict[str, Any]], grads: list[Tensor], max_norm: float | None = None, found_inf: Tensor | None = None
+    groups: list[dict[str, Any]],
+    grads: list[Tensor],
+    max_norm: float | None = None,
+    found_inf: Tensor | None = None,
+    squares: Tensor | None = None,
 ) -> Tensor | None:
     """Clip the gradients to a global norm of max_norm, and update by AdamW, in place. Returns the norm before clipping, [] fp32.
 
@@ -104,10 +108,11 @@ def adamw(
     copies of weights, which the update also writes, or None); and with lr, betas, eps, weight_decay, fused.
     found_inf: [] fp32 or None, only if fused; if it is not 0, no weight changes.
     grads: the gradients of all groups, in the order in which their norms are added up. They are scaled in place.
+    squares: the sum of squares from which the norm is, [] fp32, where these tensors are parts of larger ones; None: that of grads.
     """
     norm = None
     if max_norm is not None:
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = torch.nn.utils.get_total_norm(grads) if squares is None else squares.sqrt()
         if max_norm < math.inf:
             torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     for g in groups:

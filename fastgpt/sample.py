@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, tokenizer
+from fastgpt import data, distributed, sharded, tokenizer
 from fastgpt.config import SampleConfig, UserError
 
 
@@ -28,7 +28,7 @@ def sample(cfg: SampleConfig) -> None:
         torch.backends.cudnn.allow_tf32 = True
 
     if cfg.init_from == "resume":
-        saved = checkpoints.load(cfg.out_dir)
+        saved = sharded.load(cfg.out_dir)
         model, meta = checkpoints.build_model(saved, cfg.out_dir), find_meta(saved)
     else:
         saved, model, meta = {}, checkpoints.pretrained(cfg.init_from, 0.0), None

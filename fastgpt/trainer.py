@@ -1,5 +1,6 @@
 """nanoGPT's training loop, with its data order, schedule, evaluations and checkpoints."""
 
+import hashlib
 import math
 import sys
 import tempfile
@@ -15,13 +16,20 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import InductorError
 from tqdm import tqdm
 
+import fastgpt
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, graphs, metrics, ops, optim, runner, tokenizer
+from fastgpt import data, distributed, graphs, metrics, ops, optim, runner, sharded, tokenizer
 from fastgpt.config import RESIDUAL, TrainConfig, UserError
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
 from fastgpt.shadows import Shadows, shadow_dtype
 from fastgpt.step import evaluate, micro_step, train_step
+
+# Settings in which processes may differ: names of places, and what only the main process does.
+MAY_DIFFER = {
+    "out_dir", "dataset", "train_data", "val_data", "preset", "device", "peak_flops", "join_timeout", "sample_tokens",
+    "wandb_log", "wandb_project", "wandb_run_name",
+}  # fmt: skip
 
 
 class Again(Exception):
@@ -38,7 +46,7 @@ def train(cfg: TrainConfig, given: Collection[str] = frozenset()) -> None:
     Raises UserError, if possible before any work; and Again where something fails that the user did not ask for.
     """
     runner.asked(cfg, given)  # raises for contradictory flags
-    world = distributed.init(cfg.device, cfg.backend)
+    world = distributed.init(cfg.device, cfg.backend, cfg.parallel, cfg.join_timeout, cfg.timeout)
     run = None
     try:
         with graphs.stream(world):
@@ -65,6 +73,10 @@ def train(cfg: TrainConfig, given: Collection[str] = frozenset()) -> None:
         if run and run.asked is None and world.size == 1:
             raise again(run, f"torch.compile failed ({reason})", "--runner=graphs") from None
         raise UserError(f"--compile=True: torch.compile failed ({reason}); give --compile=False") from None
+    except RuntimeError as e:
+        if not distributed.lost(e):
+            raise
+        raise distributed.peer_lost(e, cfg.timeout) from None
     finally:
         run = None  # and with it DDP, which holds the process group
         distributed.finish(world)
@@ -84,7 +96,15 @@ class Run:
         self.began = time.perf_counter()
         self.world = world
         self.cuda = world.device.startswith("cuda")
-        saved = checkpoints.load(cfg.out_dir) if cfg.init_from == "resume" else None
+        with distributed.agreement(world) as facts:
+            saved, train_tokens, val_tokens = self.open(cfg, given)
+            facts.update(self.facts(saved, train_tokens, val_tokens))
+        self.make(given, saved, train_tokens, val_tokens)
+
+    def open(self, cfg: TrainConfig, given: Collection[str]) -> tuple[dict[str, Any] | None, data.Tokens, data.Tokens]:
+        """Read the checkpoint and the data, build the model, and check all that this process can check by itself."""
+        world = self.world
+        saved = sharded.load(cfg.out_dir, whole=not world.sharded) if cfg.init_from == "resume" else None
         self.cfg = cfg = checkpoints.keep_shape(saved, cfg, given) if saved else cfg
         self.asked = runner.asked(cfg, given)
         self.micro_steps = distributed.share(cfg.gradient_accumulation_steps, world)  # nanoGPT's, in an iteration
@@ -95,6 +115,7 @@ class Run:
 
         ops.parse(cfg.kernels)  # raises for a wrong word before any work
         check_residual(cfg, self.cuda)
+        check_parallel(cfg, self.cuda)
         torch.manual_seed(cfg.seed + world.rank)
         self.dtype = getattr(torch, cfg.dtype) if self.cuda else torch.float32  # as in nanoGPT
         self.autocast: AbstractContextManager[Any] = nullcontext()
@@ -120,15 +141,34 @@ class Run:
         for tokens in (train_tokens, val_tokens):
             tokens.vocab_size = min(tokens.vocab_size, self.model.config.vocab_size)
             tokens.check_ids()
+        return saved, train_tokens, val_tokens
+
+    def facts(self, saved: dict[str, Any] | None, *streams: data.Tokens) -> dict[str, Any]:
+        """What all processes must have alike: settings, checkpoint, data, versions. Paths may differ, if the same lies there."""
+        facts = {f"--{name}": value for name, value in self.cfg.model_dump().items() if name not in MAY_DIFFER}
+        facts |= {"the device": self.world.device.split(":")[0], "the runner": self.asked and self.asked.text}
+        facts |= {"PyTorch": torch.__version__, "fastgpt": fastgpt.__version__}
+        if saved:
+            facts |= {"the checkpoint's iteration": saved.get("iter_num"), "the checkpoint": digest(saved)}
+        for split, tokens in zip(("training", "validation"), streams, strict=True):
+            facts |= {f"the {split} data's length": len(tokens), f"the {split} data": data_digest(tokens)}
+        return facts
+
+    def make(
+        self, given: Collection[str], saved: dict[str, Any] | None, train_tokens: data.Tokens, val_tokens: data.Tokens
+    ) -> None:
+        """Make what trains: together with the other processes, if there are any."""
+        cfg, world = self.cfg, self.world
         self.plan(given, saved)
         shape = (cfg.batch_size, cfg.block_size, world.device)
         self.batches = data.Batches(train_tokens, *shape, merged=self.sequences // cfg.batch_size)
         # As in nanoGPT, evaluations draw from training's generator, unless --eval_seed gives them their own.
         self.eval_generator = None if cfg.eval_seed is None else torch.Generator()
-        self.eval_batches = {
+        self.eval_batches: dict[str, Any] = {
             "train": data.Batches(train_tokens, *shape, self.eval_generator),
             "val": data.Batches(val_tokens, *shape, self.eval_generator),
         }
+        self.parallelize()
 
         # Only float16 needs loss scaling: the other dtypes have fp32's range.
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.cuda and cfg.dtype == "float16")
@@ -139,13 +179,8 @@ class Run:
         if saved:
             self.restore_optimizer(saved, given)
             offsets = self.restore_random_state(saved.get("fastgpt"))
-        if self.runner.compile:
-            print("compiling the model... (takes a ~minute)")
-        # Evaluations use smaller batches than merged micro-steps. Compile each size by itself, not one graph with dynamic sizes.
-        dynamic = False if self.sequences > cfg.batch_size else None
-        self.compiled: Any = torch.compile(self.model, dynamic=dynamic) if self.runner.compile else self.model
-        self.parallel = distributed.wrap(self.compiled, world)
-        if dtype := shadow_dtype(self.model.kernels, self.dtype):  # after DDP has copied rank 0's weights to all
+        # After DDP has copied rank 0's weights to all. FSDP itself gathers weights in this dtype.
+        if (dtype := shadow_dtype(self.model.kernels, self.dtype)) and not world.sharded:
             self.shadows = Shadows(self.model, dtype)
 
         self.graphs = self.make_graphs() if self.runner.graphs else None
@@ -160,6 +195,23 @@ class Run:
             self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=cfg.model_dump())
         self.batches.prefetch(offsets)
 
+    def parallelize(self) -> None:
+        """Compile the model, and share the work on it among the processes."""
+        cfg, world = self.cfg, self.world
+        if self.runner.compile:
+            print("compiling the model... (takes a ~minute)")
+        self.compiled: Any
+        if world.sharded:
+            several = self.accumulation > 1
+            distributed.shard(self.model, world, self.dtype, self.runner.compile, several)
+            self.compiled = self.parallel = self.model
+            self.eval_batches = {k: distributed.Shown(batches, world) for k, batches in self.eval_batches.items()}
+            return
+        # Evaluations use smaller batches than merged micro-steps. Compile each size by itself, not one graph with dynamic sizes.
+        dynamic = False if self.sequences > cfg.batch_size else None
+        self.compiled = torch.compile(self.model, dynamic=dynamic) if self.runner.compile else self.model
+        self.parallel = distributed.wrap(self.compiled, world)
+
     def plan(self, given: Collection[str], saved: dict[str, Any] | None) -> None:
         """Decide how many sequences a micro-step computes, how it runs, and by which kernels: the same on all processes."""
         cfg, world = self.cfg, self.world
@@ -169,6 +221,11 @@ class Run:
         left = 0 if cfg.eval_only else cfg.max_iters - (done if isinstance(done, int) else 0)  # iterations
 
         def find():
+            if world.sharded:
+                print(
+                    f"runner: {runner.EAGER.text}: FSDP gathers weights between blocks; --compile=True compiles each block"
+                )
+                return runner.EAGER
             return runner.find(self.work(), world.device, left * self.accumulation)
 
         self.merge_micro_batches(cfg.micro_batch, before)
@@ -213,6 +270,9 @@ class Run:
 
     def make_graphs(self) -> graphs.Graphs | None:
         """The Graphs of the micro-steps; None if DDP averages in each of them."""
+        if self.world.sharded:
+            print("CUDA graphs: none with --parallel=fsdp, which gathers weights between blocks")
+            return None
         if self.world.size > 1 and self.accumulation == 1:
             print("CUDA graphs: none, since DDP takes part in the only micro-step of an iteration")
             return None
@@ -250,6 +310,10 @@ class Run:
             for old, new in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
                 old["fused"] = new["fused"]  # depends on this device, not on the one that saved
             self.optimizer.load_state_dict(saved["optimizer"])
+            if self.world.sharded:
+                sharded.spread(self.optimizer)
+                if "folder" in saved:
+                    sharded.load_tensors(saved["folder"], self.model, self.optimizer)
             self.iter_num, self.best_val_loss = int(saved["iter_num"]), float(saved["best_val_loss"])
             for p, moments in self.optimizer.state.items():
                 for value in (v for v in moments.values() if v.dim() > 0):
@@ -263,7 +327,8 @@ class Run:
             ) from None
         wpe = self.model.transformer.wpe.weight  # if block_size was cropped, crop its moments too
         moments = self.optimizer.state[wpe]
-        moments.update({k: v[: wpe.size(0)].clone() for k, v in moments.items() if v.dim() == 2})
+        crops = {k: v[: wpe.size(0)].clone() for k, v in moments.items() if v.dim() == 2 and v.size(0) > wpe.size(0)}
+        moments.update(crops)
         decay, no_decay = self.optimizer.param_groups
         for group, (beta1, beta2) in zip((decay, no_decay), betas, strict=True):
             group["betas"] = cfg.beta1 if "beta1" in given else beta1, cfg.beta2 if "beta2" in given else beta2
@@ -322,9 +387,9 @@ class Run:
                 if last or self.iter_num % cfg.eval_interval == 0:
                     self.clock.stop()
                     state = self.random_state()  # before the evaluation's draws: a resumed run evaluates here again
-                    if main:
-                        self.evaluate(lr, say)
-                        self.save(state, say)
+                    if self.world.takes_part:
+                        self.evaluate(lr, say if main else hush)
+                        self.save(state, say if main else hush)
                     self.clock.start()
                 if last:
                     break
@@ -369,7 +434,11 @@ class Run:
             if self.eval_generator is not None:
                 self.eval_generator.manual_seed(self.cfg.eval_seed)  # type: ignore[arg-type]  # the same batches every time
             self.losses[split] = evaluate(self.compiled, batches, self.cfg.eval_iters, self.autocast)
+        if self.world.sharded:
+            self.losses = distributed.agree(lambda: self.losses, self.world)
         train_loss, val_loss = self.losses["train"], self.losses["val"]
+        if not self.world.is_main:
+            return
         say(f"step {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.metrics.write(iter=self.iter_num, train_loss=train_loss, val_loss=val_loss)
         if self.wandb:
@@ -385,9 +454,11 @@ class Run:
         if self.iter_num == 0 or self.cfg.eval_only or not (best or self.cfg.always_save_checkpoint):
             return
         say(f"saving checkpoint to {self.cfg.out_dir}")
+        whole = (
+            {} if self.world.sharded else {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        )
         checkpoint = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **whole,
             "model_args": asdict(self.model.config),
             "iter_num": self.iter_num,
             "best_val_loss": torch.tensor(self.best_val_loss),
@@ -399,6 +470,9 @@ class Run:
                 "micro_batch": self.sequences,
             },
         }
+        if self.world.sharded:
+            self.saved = sharded.save(checkpoint, self.model, self.optimizer, self.cfg.out_dir, self.world)
+            return
         checkpoints.save(checkpoint, self.cfg.out_dir)
         self.saved = checkpoints.checkpoint_path(self.cfg.out_dir)
 
@@ -418,7 +492,9 @@ class Run:
                 metrics.plot_losses(metrics.read_metrics(self.metrics.path), plot, title)
             except OSError as e:
                 print(f"no loss curve: {e}")
-        if cfg.sample_tokens and math.isfinite(val_loss):
+        if cfg.sample_tokens and self.world.sharded:
+            print("a sample: none with --parallel=fsdp; `fastgpt sample` writes one from the checkpoint")
+        elif cfg.sample_tokens and math.isfinite(val_loss):
             self.model.eval()
             self.model.set_residual(torch.float32)  # as in `fastgpt sample`
             tok = tokenizer.from_meta(self.meta)
@@ -440,6 +516,36 @@ def check_residual(cfg: TrainConfig, cuda: bool) -> None:
     if cfg.residual == "bf16" and not (cuda and cfg.dtype == "bfloat16"):
         here = f"with --dtype={cfg.dtype}" if cuda else f"on --device={cfg.device}, which computes in float32"
         raise UserError(f"--residual=bf16: it needs a CUDA GPU and --dtype=bfloat16, and this is {here}; leave it out")
+
+
+def check_parallel(cfg: TrainConfig, cuda: bool) -> None:
+    """Raise UserError if FSDP cannot train in this dtype."""
+    if cfg.parallel == "fsdp" and cuda and cfg.dtype == "float16":
+        raise UserError(
+            "--parallel=fsdp: it does not train in float16, whose loss scaler knows no shards; give --dtype=bfloat16 or --parallel=ddp"
+        )
+
+
+def hush(line: str) -> None:
+    """Say nothing: the main process speaks."""
+
+
+def digest(saved: dict[str, Any]) -> str:
+    """A short text that differs where two checkpoints do: of a sharded one its id, else of some of each weight."""
+    if "id" in saved:
+        return saved["id"][:12]
+    found = hashlib.sha256()
+    for name, weight in saved["model"].items():
+        flat = weight.flatten()
+        found.update(f"{name} {tuple(weight.shape)} {flat[:64].tolist()} {flat[-64:].tolist()}".encode())
+    return found.hexdigest()[:12]
+
+
+def data_digest(tokens: data.Tokens, places: int = 16, length: int = 1024) -> str:
+    """A short text that differs where two streams of tokens do: of the head, the tail and some places between."""
+    length = min(length, len(tokens))
+    starts = sorted({(len(tokens) - length) * i // (places - 1) for i in range(places)})
+    return hashlib.sha256(tokens.read(starts, length).tobytes()).hexdigest()[:12]
 
 
 def find_separator(meta: dict[str, Any] | None, tokens: data.Tokens) -> int:
