@@ -12,11 +12,11 @@ import re
 import secrets
 import shutil
 import tempfile
-from pathlib import Path
+import warnings
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -47,6 +47,8 @@ class MetadataUnpickler(pickle.Unpickler):
     """Loads a checkpoint's metadata. Refuses a pickle that names anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
+            return PurePath  # where the checkpoint was written: nobody opens it
         if (module, name) not in CLASSES:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
@@ -197,13 +199,15 @@ def load_tensors(folder: str, model: Any, optimizer: torch.optim.Optimizer) -> N
         for p in group["params"]:
             step = torch.zeros((), device=p.device if group["fused"] else "cpu")
             optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    read(Path(folder), tensors(model, optimizer))
+    read(Path(folder), tensors(model, optimizer), alone=False)
 
 
-def read(folder: Path, into: dict[str, Tensor]) -> None:
-    """Fill tensors from a folder, by name. Raises UserError."""
+def read(folder: Path, into: dict[str, Tensor], alone: bool = True) -> None:
+    """Fill tensors from a folder, by name. Not alone: all processes call it, for tensors that they share. Raises UserError."""
     try:
-        dcp.load(into, storage_reader=Reader(folder), no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # no_dist says so
+            dcp.load(into, storage_reader=Reader(folder), no_dist=alone)
     except (Exception, CheckpointException) as e:  # a damaged file can fail in any way
         if isinstance(e, Exception) and distributed.lost(e):
             raise
