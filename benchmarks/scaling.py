@@ -120,16 +120,17 @@ def scaling(cfg):
         ring = cfg.nvlink if gpus <= cfg.node else min(cfg.nvlink, cfg.node * cfg.network)
         links = Links(gpus, ring * cfg.link_share, cfg.hop_us * 1e-6)
         whole = 4 * model["small"] * 4  # weights, gradients, two moments in fp32, on each GPU
-        gathered = 4 * model["embeddings"] + 2 * (2 if cfg.micro_steps == 1 else L) * model["blocks"] / L
+        held = 2 if cfg.micro_steps == 1 else L  # blocks, gathered in 16 bits, and with fp32 gradients that are whole
+        gathered = 8 * model["embeddings"] + 6 * held * model["blocks"] / L
         kinds = {
             "ddp": (ddp(links, model, times), times["update"], 16 * n + 2 * model["blocks"] + 2 * model["embeddings"]),
             "fsdp": (
                 fsdp(links, model, times, cfg.micro_steps, L), times["update"] / gpus, 16 * (n - model["small"]) / gpus + whole + gathered,
             ),
         }  # fmt: skip
-        for kind, ((sent, took, shown), update, held) in kinds.items():
+        for kind, ((sent, took, shown), update, state) in kinds.items():
             step = computing + update + shown
             print(
                 f"{gpus:5} {kind:5}{sent / 1e9:9.2f}{took * 1e3:10.2f}{(took - shown) * 1e3:11.2f}{step * 1e3:9.2f}{alone / step:11.1%} "
-                f"{gpus * tokens / step:14,.0f}{held / 1e9:10.2f}"
+                f"{gpus * tokens / step:14,.0f}{state / 1e9:10.2f}"
             )

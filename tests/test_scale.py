@@ -98,7 +98,10 @@ def test_one_two_and_four_processes_train_as_one_by_ddp_and_by_fsdp(dataset, fas
 
 
 def train_in_bf16(rank):
-    """One micro-step of a GPT that FSDP gathers in bf16: its loss, and the gradients of all processes' mean, are those of autocast."""
+    """One micro-step of a GPT that FSDP gathers in bf16: its loss, and the gradients of all processes' mean, are those of autocast.
+
+    The last line of the log is the bytes that this rank sent in its large messages.
+    """
     world = distributed.init("cpu", "gloo", "fsdp")
     torch.manual_seed(0)
     plain = GPT(GPTConfig(16, 32, 2, 2, 16, 0.0, True))
@@ -112,6 +115,18 @@ def train_in_bf16(rank):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = [plain(x, y, return_logits=False)[1] for x, y in parts]
         distributed.averages(model, True)
+        dist, sent = distributed.dist, []
+        gather, scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+
+        def all_gather_into_tensor(output_tensor, input_tensor, *args, **kwargs):
+            sent.append(input_tensor.nbytes * (world.size - 1))
+            return gather(output_tensor, input_tensor, *args, **kwargs)
+
+        def reduce_scatter_tensor(output, input, *args, **kwargs):
+            sent.append(output.nbytes * (world.size - 1))
+            return scatter(output, input, *args, **kwargs)
+
+        dist.all_gather_into_tensor, dist.reduce_scatter_tensor = all_gather_into_tensor, reduce_scatter_tensor
         loss = model(*parts[rank], return_logits=False)[1]
     assert loss.item() == expected[rank].item()
     torch.stack(expected).mean().backward()
@@ -125,6 +140,7 @@ def train_in_bf16(rank):
     assert block.mlp.c_fc.weight.to_local().shape == (64 // world.size, 16)
     assert not hasattr(block.ln_1.weight, "to_local")
     distributed.finish(world)
+    print(sum(sent))
 
 
 def test_fsdp_gathers_in_bf16_what_autocast_would_cast(workdir):
@@ -132,6 +148,21 @@ def test_fsdp_gathers_in_bf16_what_autocast_would_cast(workdir):
     for rank in ranks:
         rank.join(100)
     assert [rank.exitcode for rank in ranks] == [0, 0], Path("rank0.log").read_text() + Path("rank1.log").read_text()
+    from fastgpt.benchmarks import scaling
+
+    links, model = scaling.Links(2, 1e9, 0.0), dict(embeddings=48 * 16, blocks=2 * 12 * 16 * 16, small=0)
+    counted, *_ = scaling.fsdp(links, model, dict(forward=0.0, backward=0.0), 1, 2)
+    assert int(Path("rank1.log").read_text().split()[-1]) == counted
+
+
+def test_the_page_on_many_gpus_says_what_the_command_prints(fastgpt):
+    page = (Path(__file__).parents[1] / "docs/scaling.md").read_text()
+    blocks = re.findall(r"```\n\$ fastgpt (bench scaling.*)\n([^`]+)```", page)
+    assert len(blocks) == 3
+    for words, printed in blocks:
+        assert fastgpt(*words.split()) == (0, printed, "")
+    for wrong in ("--gpus=1,8", "--gpu=abacus"):
+        assert fastgpt("bench", "scaling", wrong)[0] == 2
 
 
 @pytest.mark.slow
