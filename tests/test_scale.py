@@ -97,6 +97,26 @@ def test_one_two_and_four_processes_train_as_one_by_ddp_and_by_fsdp(dataset, fas
     assert (Path("again") / "ckpt.pt").exists()
 
 
+def count_messages(world):
+    """A list to which each large message of FSDP from now on adds the bytes that this rank sends in it."""
+    dist, sent = distributed.dist, []
+    names = (
+        ("all_gather_single", "reduce_scatter_single") if hasattr(dist, "all_gather_single") else ()
+    )  # newer PyTorch
+
+    def counting(call):
+        def counted(*args, **kwargs):
+            part = min(t.nbytes for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+            sent.append(part * (world.size - 1))
+            return call(*args, **kwargs)
+
+        return counted
+
+    for name in names or ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        setattr(dist, name, counting(getattr(dist, name)))
+    return sent
+
+
 def train_in_bf16(rank):
     """One micro-step of a GPT that FSDP gathers in bf16: its loss, and the gradients of all processes' mean, are those of autocast.
 
@@ -115,18 +135,7 @@ def train_in_bf16(rank):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = [plain(x, y, return_logits=False)[1] for x, y in parts]
         distributed.averages(model, True)
-        dist, sent = distributed.dist, []
-        gather, scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
-
-        def all_gather_into_tensor(output_tensor, input_tensor, *args, **kwargs):
-            sent.append(input_tensor.nbytes * (world.size - 1))
-            return gather(output_tensor, input_tensor, *args, **kwargs)
-
-        def reduce_scatter_tensor(output, input, *args, **kwargs):
-            sent.append(output.nbytes * (world.size - 1))
-            return scatter(output, input, *args, **kwargs)
-
-        dist.all_gather_into_tensor, dist.reduce_scatter_tensor = all_gather_into_tensor, reduce_scatter_tensor
+        sent = count_messages(world)
         loss = model(*parts[rank], return_logits=False)[1]
     assert loss.item() == expected[rank].item()
     torch.stack(expected).mean().backward()
