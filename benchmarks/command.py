@@ -1,4 +1,4 @@
-"""`fastgpt bench`: run the suite and write its report; and the commands compare, report, count and roofline."""
+"""`fastgpt bench`: run the suite and write its report; and the commands compare, report, count, roofline and scaling."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from fastgpt.benchmarks import compare, report, roofline
+from fastgpt.benchmarks import compare, report, roofline, scaling
 from fastgpt.config import PathText, Settings, UserError
 from fastgpt.parse import parse
 
@@ -27,6 +27,7 @@ USAGE = """usage: fastgpt bench [--key=value ...]                    measure thi
        fastgpt bench report [FILE.json] [--key=value ...]        write a result's report again; --readme: the README's table
        fastgpt bench count [--key=value ...]                     launches and bytes of a micro-step, without a GPU
        fastgpt bench roofline [--key=value ...]                  the floor of a step on a GPU, by part
+       fastgpt bench scaling [--key=value ...]                   bytes on the wire and efficiency on many GPUs, predicted
 
 --help behind each of these lists its flags.
 """
@@ -56,12 +57,16 @@ def bench(argv):
         return count(rest)
     if command == "roofline":
         return roofline.roofline(parse(roofline.RooflineConfig, rest, prog)[0])
+    if command == "scaling":
+        return scaling.scaling(parse(scaling.ScalingConfig, rest, prog)[0])
     if command == "compare":
         return compare.run(parse(compare.CompareConfig, flags, prog)[0], files)
     if command == "report":
         return report.run(parse(report.ReportConfig, flags, prog)[0], files)
     if command:
-        raise UserError(f"bench: there is no command {command!r}; they are compare, report, count and roofline")
+        raise UserError(
+            f"bench: there is no command {command!r}; they are compare, report, count, roofline and scaling"
+        )
     if rest[:1] in (["-h"], ["--help"]):
         print(USAGE)
     return run(parse(BenchConfig, rest, prog)[0])

@@ -137,7 +137,7 @@ class Writer:
                 link(self.path, best_path)
             elif first and best_path.exists() and not 0 < iteration_of(best_path) <= before:
                 best_path.unlink()  # of another run
-            self.prune(min(before, iteration - 1))
+            self.prune(min(before, iteration - 1), self.keep - 1)
             sync_folder(out_dir)
         except (OSError, RuntimeError) as e:
             # On a full disk torch's writer raises a RuntimeError; the system's error, which says why, is its context.
@@ -151,10 +151,16 @@ class Writer:
             self.failed = f"{self.path}: iteration {iteration} cannot be saved ({system.strerror}); {last}"
             self.say(f"{self.failed}; the next save tries again")
 
-    def prune(self, latest: int) -> None:
-        """Remove all but the last `keep` checkpoints: ckpt.pt, and of those up to the iteration `latest` the newest."""
+    def took(self, folder: Path, iteration: int, prune: bool) -> None:
+        """Note a sharded checkpoint, which others wrote. prune: remove the older ones."""
+        self.saved, self.iteration = folder, iteration
+        if prune:
+            self.prune(iteration, self.keep)
+
+    def prune(self, latest: int, most: int) -> None:
+        """Remove all numbered checkpoints but the newest `most` of those up to the iteration `latest`."""
         found = numbered(self.path.parent)
-        kept = [i for i in found if i <= latest][: self.keep - 1]
+        kept = [i for i in found if i <= latest][:most]
         for path in (found[i] for i in found if i not in kept):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -386,7 +392,8 @@ def build_model(checkpoint: dict[str, Any], dropout: float | None = None) -> GPT
     config = GPTConfig(**checkpoint["model_args"])
     config.dropout = config.dropout if dropout is None else dropout
     model = GPT(config)
-    model.load_state_dict(checkpoint["model"])
+    if "folder" not in checkpoint:  # of a sharded checkpoint: sharded.load_tensors reads the weights
+        model.load_state_dict(checkpoint["model"])
     return model
 
 

@@ -1,4 +1,4 @@
-"""The command `fastgpt`: train, sample, prepare, verify, tune, bench. A user's error is one line on stderr and exit status 2."""
+"""The command `fastgpt`: train, sample, export, prepare, verify, tune, bench. A user's error is one line on stderr and exit status 2."""
 
 import os
 import sys
@@ -10,6 +10,7 @@ USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
 
   train     train a model; without arguments, a small one on the embedded text
   sample    continue a prompt with a trained model
+  export    make one ckpt.pt, as nanoGPT reads it, of a sharded checkpoint
   prepare   turn a text file or folder into a dataset
   verify    check every kernel against PyTorch on this machine; exit status 1 if one fails
   tune      find the kernels' fastest launch configurations on this GPU, for later runs
@@ -66,7 +67,15 @@ def run(command: str, argv: list[str]) -> int | None:
     """Run one command, and return its exit status; None means 0. Raises UserError."""
     import torch
 
-    from fastgpt.config import PrepareConfig, SampleConfig, TuneConfig, UserError, VerifyConfig, own_environment
+    from fastgpt.config import (
+        ExportConfig,
+        PrepareConfig,
+        SampleConfig,
+        TuneConfig,
+        UserError,
+        VerifyConfig,
+        own_environment,
+    )
     from fastgpt.parse import parse, parse_train
 
     if command == "train":
@@ -83,6 +92,10 @@ def run(command: str, argv: list[str]) -> int | None:
         from fastgpt.sample import sample
 
         sample(parse(SampleConfig, argv, "fastgpt sample")[0])
+    elif command == "export":
+        from fastgpt.sharded import export
+
+        export(parse(ExportConfig, argv, "fastgpt export")[0])
     elif command == "prepare":
         from fastgpt.prepare import prepare
 

@@ -15,7 +15,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. It is shown as one line, with exit status 2 and no traceback."""
+    """A mistake that the user can mend. It is shown as one line, with its exit status and no traceback."""
+
+    status = 2
 
     status = 2
 
@@ -143,6 +145,9 @@ class TrainConfig(Settings):
     keep: int = Field(2, gt=0, description="checkpoints to keep: ckpt.pt, the ones before it, and the best one")
     async_checkpoint: bool = Field(False, description="write checkpoints in the background, from a copy of weights and optimizer in the CPU's memory")
     sample_tokens: int = Field(0, ge=0, description="tokens of text to sample at the end")
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="how several processes train one model: ddp, each has all of it; fsdp, each keeps a part of weights, gradients and moments")
+    join_timeout: int = Field(300, gt=0, le=10**6, description="seconds to wait until all processes are there")
+    timeout: int = Field(600, gt=0, le=10**6, description="seconds to wait for another process in training; more than an evaluation and a save take")
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The GPTConfig of a new model."""
@@ -164,6 +169,13 @@ class SampleConfig(Settings):
     device: str = Field("cuda", description="cuda, cuda:1, cpu, mps")
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype on CUDA")
     compile: bool = Field(False, description="torch.compile the full forward; steps on cached keys and values stay eager")
+
+
+class ExportConfig(Settings):
+    """Every flag of making one file of a sharded checkpoint."""
+
+    out_dir: PathText = Field("out", description="folder of the run, or the checkpoint's own folder in it")
+    to: PathText = Field("", description="file to write; empty: ckpt.pt in the folder of the run")
 
 
 class PrepareConfig(Settings):

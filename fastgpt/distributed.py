@@ -1,10 +1,18 @@
-"""torch.distributed under torchrun: data parallel, one process for each GPU."""
+"""torch.distributed under torchrun: data parallel by DDP or FSDP2, one process for each GPU.
+
+A run on several processes can go wrong in ways that one process cannot: a rank never comes, a rank has other settings or data, a rank
+is lost on the way. Each of these is one line, and an end.
+"""
 
 import gc
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -22,31 +30,149 @@ class World:
     rank: int
     size: int
     device: str
+    sharded: bool = False  # each process keeps a part of the model, by FSDP; a forward then needs all processes
 
     @property
     def is_main(self) -> bool:
-        """Whether this process logs, evaluates and saves."""
+        """Whether this process logs, and says what all draw and save."""
         return self.rank == 0
 
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process takes part in evaluations and saves."""
+        return self.is_main or self.sharded
 
-def init(device: str, backend: str) -> World:
-    """Join torchrun's process group if there is one, and return the World. Raises UserError for an unusable device or backend."""
-    parallel = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
-    rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if parallel else (0, 1)
-    if parallel and device.startswith("cuda"):
+
+class PeerLost(UserError):
+    """Another process ended, or did not answer in time. The status is 1: torchrun then starts all again, if it may."""
+
+    status = 1
+
+
+def init(device: str, backend: str, parallel: str = "ddp", join_timeout: int = 300, timeout: int = 600) -> World:
+    """Join torchrun's process group if there is one, and return the World. Raises UserError for an unusable device or backend, and where
+    a process does not come within join_timeout seconds. No operation among processes may take more than `timeout` seconds then.
+    """
+    several = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
+    rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if several else (0, 1)
+    if several and device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    if parallel:
+    if several:
         backend = "gloo" if backend == "nccl" and device == "cpu" else backend
         if not dist.is_backend_available(backend):
             raise UserError(
                 f"--backend={backend}: this PyTorch has no such backend; write nccl on GPUs, gloo elsewhere"
             )
         own = torch.device(device) if device.startswith("cuda") else None
-        dist.init_process_group(backend, device_id=own)  # NCCL else guesses the GPU at the first barrier
-    return World(rank, size, device)
+        store, limit = join(rank, size, join_timeout), timedelta(seconds=timeout)
+        try:  # without a device_id NCCL guesses the GPU at the first barrier
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=own)
+        except (RuntimeError, ValueError) as e:
+            raise PeerLost(f"--backend={backend}: the processes cannot connect ({reason(e)})") from None
+    return World(rank, size, device, sharded=size > 1 and parallel == "fsdp")
+
+
+def join(rank: int, size: int, seconds: int) -> dist.Store:
+    """Wait until all processes are here: the store that they share. Raises PeerLost, which names those that did not come."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal():
+        raise UserError(
+            "RANK and WORLD_SIZE are set, but MASTER_ADDR and MASTER_PORT are not: torchrun sets all four; start the run by it"
+        )
+    limit = timedelta(seconds=seconds)
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself keeps the store
+    try:
+        store: dist.Store = dist.TCPStore(
+            host, int(port), is_master=rank == 0 and not agent, timeout=limit, wait_for_workers=False
+        )
+        # torchrun's store outlives the processes: another start of theirs must not find what this one wrote.
+        store = dist.PrefixStore(f"fastgpt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        names = [f"joined {r}" for r in range(size)]
+        store.set(names[rank], "")
+    except RuntimeError as e:
+        raise PeerLost(f"no rank 0 answers at {host}:{port} within --join_timeout={seconds} s ({reason(e)})") from None
+    try:
+        store.wait(names, limit)
+    except RuntimeError as e:
+        try:
+            late = [r for r, name in enumerate(names) if not store.check([name])]
+        except RuntimeError:  # the store's own process is gone
+            raise PeerLost(f"rank 0 left before all ranks had joined ({reason(e)})") from None
+        raise PeerLost(
+            f"{ranks(late)} of {size} did not join within --join_timeout={seconds} s; what they printed says why"
+        ) from None
+    return store
+
+
+def ranks(some: list[int]) -> str:
+    """Ranks as text: "rank 3", "ranks 1, 2 and 5"; of many the first few."""
+    if len(some) == 1:
+        return f"rank {some[0]}"
+    if len(some) > 8:
+        return f"ranks {', '.join(map(str, some[:6]))} and {len(some) - 6} more"
+    return f"ranks {', '.join(map(str, some[:-1]))} and {some[-1]}"
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone or does not answer. gloo's are RuntimeErrors, known by their text."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of an error, without the place in PyTorch's sources where it was raised."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\[[^\]]*\]\s*", "", lines[0]).split(". ")[0].rstrip(".")
+
+
+def peer_lost(error: BaseException, timeout: int) -> PeerLost:
+    """The PeerLost of an error that is `lost`."""
+    return PeerLost(
+        f"a peer is lost or did not answer within --timeout={timeout} s ({reason(error)}); "
+        "the run can go on from its last checkpoint with --init_from=auto"
+    )
+
+
+@contextmanager
+def agreement(world: World) -> Iterator[dict[str, Any]]:
+    """A block that every process runs, and that fills a dict {what it is: a value} in which all must agree.
+
+    Raises UserError on the main process where the block fails in any process, or where the dicts differ: it names the value and the ranks.
+    The other processes then exit without a word, with the same status. The block may take part in collectives only where no process fails.
+    """
+    facts: dict[str, Any] = {}
+    failure = None
+    try:
+        yield facts
+    except Exception as e:
+        if world.size == 1 or lost(e):
+            raise
+        failure = e
+    if world.size == 1:
+        return
+    told: list[Any] = [None] * world.size
+    dist.all_gather_object(told, (None if failure is None else str(failure) or type(failure).__name__, facts))
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure  # a fault of ours, with its traceback
+    problem = next((f"rank {r}: " * (r > 0) + why for r, (why, _) in enumerate(told) if why is not None), "")
+    if not problem and (different := differences([facts for _, facts in told])):
+        problem = f"the processes do not agree: {'; '.join(different)}; start all of them alike"
+    if problem:
+        raise UserError(problem) if world.is_main else SystemExit(UserError.status)
+
+
+def differences(facts: list[dict[str, Any]]) -> list[str]:
+    """What is not the same in all dicts, as text: a line for each name, with each value and the ranks that have it."""
+    found = []
+    for name in dict.fromkeys(name for of_rank in facts for name in of_rank):
+        having: dict[str, list[int]] = {}
+        for rank, of_rank in enumerate(facts):
+            having.setdefault(str(of_rank.get(name)), []).append(rank)
+        if len(having) > 1:
+            found.append(f"{name} is " + ", ".join(f"{value} on {ranks(some)}" for value, some in having.items()))
+    return found
 
 
 def check_device(device: str) -> None:
@@ -85,6 +211,81 @@ def wrap(model: Any, world: World) -> Any:
     if world.size == 1:
         return model
     return DistributedDataParallel(model, device_ids=[world.device] if world.device.startswith("cuda") else None)
+
+
+def shard(model: Any, world: World, dtype: torch.dtype, compiled: bool = False, accumulates: bool = False) -> Any:
+    """Shard a GPT by FSDP2, in place, and return it: of each weight a process keeps its rows, and of the gradients and moments too.
+
+    A block is one group: its weights are gathered in `dtype` before its forward and its backward. The embeddings are another, in fp32,
+    since nanoGPT looks them up in fp32. LayerNorms and biases stay whole: kernels read them in fp32, and they are small. The residual
+    stream keeps its dtype. compiled: each block runs under torch.compile. accumulates: an iteration has several micro-steps, and the
+    weights stay gathered from the first to the last.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    # A block returns views. FSDP warns that a write into one would lose its hook; nothing writes into the stream.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    for p in model.parameters():  # each process has drawn its own
+        dist.broadcast(p.data, 0)
+    mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
+    whole = {p for p in model.parameters() if p.dim() < 2}
+    low = dict(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else {}
+    policy: Any = MixedPrecisionPolicy(**low, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        if compiled:
+            block.step = torch.compile(block.step, dynamic=False)
+        fully_shard(block, mesh=mesh, ignored_params=whole, mp_policy=policy, reshard_after_forward=not accumulates)
+        register_fsdp_forward_method(block, "step")  # the model calls it in place of forward
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    if dist.get_backend() == "gloo":  # it has no mean
+        model.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def averages(model: Any, last: bool) -> bool:
+    """Whether a micro-step's gradients are averaged over all processes: in the last of an iteration, if DDP or FSDP has the model.
+
+    It tells them so: call it before each forward.
+    """
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+    elif hasattr(model, "require_backward_grad_sync"):  # DDP, which reads it at the start of a forward
+        model.require_backward_grad_sync = last
+    else:
+        return False
+    return last
+
+
+def average_whole(model: Any) -> None:
+    """Average the gradients of the parameters that FSDP leaves whole, all in one message. Without FSDP nothing is to be done."""
+    if not hasattr(model, "set_requires_gradient_sync"):
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None and not hasattr(p, "to_local")]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    torch._foreach_copy_(
+        grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
+    )
+
+
+class Shown:
+    """Batches whose `take` gives every process what the main process draws. Every process must take."""
+
+    def __init__(self, batches: Any, world: World):
+        self.batches, self.world = batches, world
+
+    def take(self, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield n batches."""
+        b = self.batches
+        for batch in b.take(n) if self.world.is_main else repeat(None, n):
+            shape = 2, b.batch_size, b.block_size
+            xy = torch.stack(batch) if batch else torch.empty(shape, dtype=torch.int64, device=self.world.device)
+            dist.broadcast(xy, 0)
+            x, y = xy.unbind()
+            yield x, y
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Whether a run is sound: updates that were left out, loss spikes, parameters that are not finite."""
 
+import itertools
 import math
 import statistics
 from collections import deque
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -72,9 +74,15 @@ class Spikes:
 
 
 def first_not_finite(model: nn.Module, gradients: bool = False) -> str | None:
-    """The name of the first parameter that is not finite (or, with `gradients`, whose gradient is not); None if all are finite."""
+    """The name of the first parameter that is not finite (or, with `gradients`, whose gradient is not); None if all are finite.
+
+    If the model is sharded, every process must call it.
+    """
     tensors = {name: p.grad if gradients else p.detach() for name, p in model.named_parameters()}
     named = {name: t for name, t in tensors.items() if t is not None}
-    largest = torch.stack(torch._foreach_norm(list(named.values()), math.inf))
-    bad = next((name for name, finite in zip(named, largest.isfinite().tolist(), strict=True) if not finite), None)
-    return f"the gradient of {bad}" if bad and gradients else bad
+    own = [t.to_local() if hasattr(t, "to_local") else t for t in named.values()]
+    bad = torch.stack([~t.isfinite().all() for t in own]).int()
+    if any(hasattr(t, "to_local") for t in named.values()):
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    name = next(itertools.compress(named, bad.tolist()), None)
+    return f"the gradient of {name}" if name and gradients else name

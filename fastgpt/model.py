@@ -182,6 +182,11 @@ class Block(nn.Module):
         return x, *run_branch(self.mlp, MLP, h)
 
 
+def stepping(block: nn.Module) -> TypeGuard[Any]:
+    """Whether a block's `step` may be called in place of its forward: it is plain, or FSDP's, whose hooks stand around `step` then."""
+    return plain(block, Block) or (isinstance(block, Block) and "step" in block.__dict__)
+
+
 def draws(block: nn.Module) -> bool:
     """Whether a block may draw random numbers. If not, checkpointing preserves no random state: a CUDA graph cannot read one."""
 
@@ -338,7 +343,7 @@ class GPT(nn.Module):
         x, head = self._embed(idx[:, start:], start)
         branch, p = None, 0.0
         for i, block in enumerate(t.h):
-            if not plain(block, Block):
+            if not stepping(block):
                 cache = caches[i] if caches else None
                 x, branch = call_module(block, Block, add_branch(x, branch, p), cache=cache, doc_ids=doc_ids), None
             elif self.recompute_blocks and self.training and torch.is_grad_enabled():

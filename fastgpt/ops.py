@@ -211,10 +211,10 @@ def linear_cross_entropy(
 
 def adamw(
     groups: list[dict[str, Any]], grads: list[Tensor], max_norm: float | None = None, loss: Tensor | None = None,
-    found_inf: Tensor | None = None, kernels: Kernels = TORCH,
+    found_inf: Tensor | None = None, kernels: Kernels = TORCH, squares: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """See `reference.adamw`."""
     p = next(p for group in groups for p in group["params"])
     if kernels.adamw == "triton" and fits("adamw", "triton", triton.adamw.takes(p, groups), p):
-        return triton.adamw.adamw(groups, grads, max_norm, loss, found_inf, kernels.row("adamw"))
-    return reference.adamw(groups, grads, max_norm, loss, found_inf)
+        return triton.adamw.adamw(groups, grads, max_norm, loss, found_inf, kernels.row("adamw"), squares)
+    return reference.adamw(groups, grads, max_norm, loss, found_inf, squares)

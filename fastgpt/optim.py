@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgpt import ops
@@ -19,7 +20,8 @@ class AdamW(torch.optim.AdamW):
     finite, or if `loss`, [] fp32 or None, is not. The device decides that: the host does not wait.
 
     `in_order` is the order of the parameters in which their norms are added up; other parameters come last. `kernels` is the ops.Kernels.
-    Raises ValueError for amsgrad, maximize, capturable and differentiable, which nanoGPT does not use.
+    `sharded`: some parameters are DTensors, as FSDP makes them; then each process updates its own rows, and the norm is that of all
+    processes' rows together. Raises ValueError for amsgrad, maximize, capturable and differentiable, which nanoGPT does not use.
     """
 
     max_norm: float | None = None
@@ -27,10 +29,14 @@ class AdamW(torch.optim.AdamW):
     loss: Tensor | None = None
     in_order: Sequence[Tensor] = ()
     kernels = ops.TORCH
+    sharded = False
 
     def __getstate__(self):
         """torch's, and what a copy needs to update as this one does."""
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in ("max_norm", "in_order", "kernels")}}
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in ("max_norm", "in_order", "kernels", "sharded")},
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Any:
@@ -55,14 +61,38 @@ class AdamW(torch.optim.AdamW):
             groups.append({**group, **dict(zip(names, tensors, strict=True)), "shadows": shadows})
         order = {id(p): i for i, p in enumerate(self.in_order)}  # a tensor's own hash is slow
         params = sorted((p for group in groups for p in group["params"]), key=lambda p: order.get(id(p), len(order)))
-        grads = [p.grad for p in params]
+        grads, squares = [p.grad for p in params], None
+        if self.sharded:
+            for group in groups:
+                for name in names[:4]:
+                    group[name] = local(group[name])
+            if self.max_norm is not None:
+                squares = sum_of_squares(grads)
+            grads = local(grads)
         # torch.amp.GradScaler sets these two on a fused optimizer, which must then unscale and skip.
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is not None:
             torch._foreach_div_(grads, scale)
         if grads:
-            self.grad_norm = ops.adamw(groups, grads, self.max_norm, self.loss, found_inf, self.kernels)
+            self.grad_norm = ops.adamw(groups, grads, self.max_norm, self.loss, found_inf, self.kernels, squares)
         return loss
+
+
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """This process's rows of sharded tensors; the other tensors as they are."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+
+
+def sum_of_squares(grads: list[Tensor]) -> Tensor:
+    """The sum of squares of gradients, [] fp32: of the sharded ones over all processes, of the others once. Every process must call it."""
+    sharded = [hasattr(g, "to_local") for g in grads]
+    parts = [local([g for g, s in zip(grads, sharded, strict=True) if s is which]) for which in (True, False)]
+    # Summed up by itself: of a rank that has no row of any tensor too.
+    mine, whole = (
+        torch.stack(torch._foreach_norm(part)).square().sum() if part else grads[0].new_zeros(()) for part in parts
+    )
+    dist.all_reduce(mine)
+    return mine + whole
 
 
 def adamw(
@@ -82,6 +112,7 @@ def adamw(
     fused = device_type == "cuda"
     optimizer = AdamW(groups, lr=learning_rate, betas=betas, **({"fused": True} if fused else {}))
     optimizer.in_order, optimizer.kernels = params, kernels
+    optimizer.sharded = any(hasattr(p, "to_local") for p in params)
     print(f"using fused AdamW: {fused}")
     return optimizer
 

@@ -96,7 +96,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
 @torch.no_grad()
 def adamw(
     groups: list[dict[str, Any]], grads: list[Tensor], max_norm: float | None = None, loss: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    found_inf: Tensor | None = None, squares: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Clip the gradients to a global norm of max_norm, and update by AdamW, in place. Returns the norm before clipping, [] fp32.
 
@@ -106,10 +106,11 @@ def adamw(
     copies of weights, which the update also writes, or None); and with lr, betas, eps, weight_decay, fused.
     found_inf: [] fp32 or None, only if fused; if it is not 0, no weight changes.
     grads: the gradients of all groups, in the order in which their norms are added up. They are scaled in place.
+    squares: the sum of squares from which the norm is, [] fp32, where these tensors are parts of larger ones; None: that of grads.
     """
     norm = None
     if max_norm is not None:
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = torch.nn.utils.get_total_norm(grads) if squares is None else squares.sqrt()
         bad = ~torch.isfinite(norm if loss is None else norm + loss)
         if all(g["fused"] for g in groups):  # then the device decides, and the host does not wait
             found_inf = bad.float() if found_inf is None else torch.maximum(found_inf, bad.float())

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, files, health, tokenizer
+from fastgpt import data, distributed, files, health, sharded, tokenizer
 from fastgpt.config import SampleConfig, UserError
 from fastgpt.step import mixed_precision
 
@@ -24,7 +24,7 @@ def sample(cfg: SampleConfig) -> None:
     _, autocast, _ = mixed_precision(cfg.device, cfg.dtype)
 
     if cfg.init_from == "resume":
-        saved = checkpoints.load(cfg.out_dir)
+        saved = sharded.load(cfg.out_dir)
         model, meta = checkpoints.build_model(saved), find_meta(saved)
     else:
         saved, model, meta = {}, checkpoints.pretrained(cfg.init_from, 0.0), None

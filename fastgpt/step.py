@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import ops, optim
+from fastgpt import distributed, ops, optim
 from fastgpt.data import Batches
 
 
@@ -39,17 +39,14 @@ def train_step(
     total: Any = 0.0
     for i in range(accumulation):
         x, y = batches.get()
-        last = i == accumulation - 1
-        parallel = hasattr(model, "require_backward_grad_sync")
-        if parallel:  # DDP averages in the last backward only; it reads this at the start of a forward
-            model.require_backward_grad_sync = last
-        averages = parallel and last
+        averages = distributed.averages(model, i == accumulation - 1)
         if graphs is None or averages:
             loss = micro_step(model, x, y, scaler, accumulation, autocast, not averages, batches.prefetch)
         else:
             loss = graphs(x, y, fresh=i == 0)
             batches.prefetch()
         total = total + loss
+    distributed.average_whole(model)
     scaler.unscale_(optimizer)
     total = mean(total)
     optimizer.max_norm, optimizer.loss = grad_clip or float("inf"), total

@@ -1,5 +1,6 @@
 """nanoGPT's training loop, with its data order, schedule, evaluations and checkpoints."""
 
+import hashlib
 import itertools
 import math
 import os
@@ -17,14 +18,21 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import InductorError
 from tqdm import tqdm
 
+import fastgpt
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, graphs, health, metrics, ops, optim, runner, signals, tokenizer
+from fastgpt import data, distributed, graphs, health, metrics, ops, optim, runner, sharded, signals, tokenizer
 from fastgpt.config import RESIDUAL, Diverged, TrainConfig, UserError
 from fastgpt.lock import lock
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
 from fastgpt.shadows import Shadows, shadow_dtype
 from fastgpt.step import evaluate, micro_step, mixed_precision, train_step
+
+# Settings in which processes may differ: names of places, and what only the main process does.
+MAY_DIFFER = {
+    "out_dir", "dataset", "train_data", "val_data", "preset", "device", "peak_flops", "join_timeout", "sample_tokens",
+    "wandb_log", "wandb_project", "wandb_run_name", "overwrite", "save_minutes", "keep", "async_checkpoint",
+}  # fmt: skip
 
 
 class Again(Exception):
@@ -41,7 +49,7 @@ def train(cfg: TrainConfig, given: Collection[str] = frozenset()) -> None:
     Raises UserError, if possible before any work; and Again where something fails that the user did not ask for.
     """
     runner.asked(cfg, given)  # raises for contradictory flags
-    world = distributed.init(cfg.device, cfg.backend)
+    world = distributed.init(cfg.device, cfg.backend, cfg.parallel, cfg.join_timeout, cfg.timeout)
     run = None
     try:
         with graphs.stream(world), hold(cfg, world):
@@ -72,6 +80,10 @@ def train(cfg: TrainConfig, given: Collection[str] = frozenset()) -> None:
         if run and run.asked is None and world.size == 1:
             raise again(run, f"torch.compile failed ({reason})", "--runner=graphs") from None
         raise UserError(f"--compile=True: torch.compile failed ({reason}); give --compile=False") from None
+    except RuntimeError as e:
+        if not distributed.lost(e):
+            raise
+        raise distributed.peer_lost(e, cfg.timeout) from None
     finally:
         run = None  # and with it DDP, which holds the process group
         distributed.finish(world)
@@ -92,7 +104,15 @@ class Run:
         self.world = world
         self.cuda = world.device.startswith("cuda")
         cfg = begin_or_resume(cfg, world)
-        saved = checkpoints.load(cfg.out_dir, resume=True) if cfg.init_from == "resume" else None
+        with distributed.agreement(world) as facts:
+            saved, train_tokens, val_tokens = self.open(cfg, given)
+            facts.update(self.facts(saved, train_tokens, val_tokens))
+        self.make(given, saved, train_tokens, val_tokens)
+
+    def open(self, cfg: TrainConfig, given: Collection[str]) -> tuple[dict[str, Any] | None, data.Tokens, data.Tokens]:
+        """Read the checkpoint and the data, build the model, and check all that this process can check by itself."""
+        world = self.world
+        saved = sharded.load(cfg.out_dir, resume=True, whole=not world.sharded) if cfg.init_from == "resume" else None
         self.cfg = cfg = checkpoints.keep_shape(saved, cfg, given) if saved else cfg
         self.asked = runner.asked(cfg, given)
         self.micro_steps = distributed.share(cfg.gradient_accumulation_steps, world)  # nanoGPT's, in an iteration
@@ -102,6 +122,7 @@ class Run:
 
         ops.parse(cfg.kernels)  # raises for a wrong word before any work
         check_residual(cfg, self.cuda)
+        check_parallel(cfg, self.cuda)
         torch.manual_seed(cfg.seed + world.rank)
         self.dtype, self.autocast, self.scaler = mixed_precision(world.device, cfg.dtype)
 
@@ -118,7 +139,26 @@ class Run:
         for tokens in (train_tokens, val_tokens):
             tokens.vocab_size = min(tokens.vocab_size, self.model.config.vocab_size)
             tokens.check_ids()
+        return saved, train_tokens, val_tokens
+
+    def facts(self, saved: dict[str, Any] | None, *streams: data.Tokens) -> dict[str, Any]:
+        """What all processes must have alike: settings, checkpoint, data, versions. Paths may differ, if the same lies there."""
+        facts = {f"--{name}": value for name, value in self.cfg.model_dump().items() if name not in MAY_DIFFER}
+        facts |= {"the device": self.world.device.split(":")[0], "the runner": self.asked and self.asked.text}
+        facts |= {"PyTorch": torch.__version__, "fastgpt": fastgpt.__version__}
+        if saved:
+            facts |= {"the checkpoint's iteration": saved.get("iter_num"), "the checkpoint": digest(saved)}
+        for split, tokens in zip(("training", "validation"), streams, strict=True):
+            facts |= {f"the {split} data's length": len(tokens), f"the {split} data": data_digest(tokens)}
+        return facts
+
+    def make(
+        self, given: Collection[str], saved: dict[str, Any] | None, train_tokens: data.Tokens, val_tokens: data.Tokens
+    ) -> None:
+        """Make what trains: together with the other processes, if there are any."""
+        cfg, world = self.cfg, self.world
         self.plan(given, saved)
+        self.parallelize()
         self.optimizer = self.model.configure_optimizers(
             cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), "cuda" if self.cuda else "cpu"
         )
@@ -131,17 +171,12 @@ class Run:
         # As in nanoGPT, evaluations draw from training's generator, unless --eval_seed gives them their own.
         self.eval_generator = None if cfg.eval_seed is None else torch.Generator()
         eval_draws = data.Draws(self.eval_generator)
-        self.eval_batches = {
-            split: data.Batches(tokens, *shape, eval_draws)
-            for split, tokens in (("train", train_tokens), ("val", val_tokens))
-        }
-        if self.runner.compile:
-            print("compiling the model... (takes a ~minute)")
-        # Evaluations use smaller batches than merged micro-steps. Compile each size by itself, not one graph with dynamic sizes.
-        dynamic = False if self.sequences > cfg.batch_size else None
-        self.compiled: Any = torch.compile(self.model, dynamic=dynamic) if self.runner.compile else self.model
-        self.parallel = distributed.wrap(self.compiled, world)
-        if dtype := shadow_dtype(self.model.kernels, self.dtype):  # after DDP has copied rank 0's weights to all
+        self.eval_batches: dict[str, Any] = {}
+        for split, tokens in (("train", train_tokens), ("val", val_tokens)):
+            batches = data.Batches(tokens, *shape, eval_draws)
+            self.eval_batches[split] = distributed.Shown(batches, world) if world.sharded else batches
+        # After DDP has copied rank 0's weights to all. FSDP itself gathers weights in this dtype.
+        if (dtype := shadow_dtype(self.model.kernels, self.dtype)) and not world.sharded:
             self.shadows = Shadows(self.model, dtype)
 
         self.graphs = self.make_graphs() if self.runner.graphs else None
@@ -160,6 +195,22 @@ class Run:
         self.saved_at = time.monotonic()
         self.batches.prefetch()
 
+    def parallelize(self) -> None:
+        """Compile the model, and share the work on it among the processes."""
+        cfg, world = self.cfg, self.world
+        if self.runner.compile:
+            print("compiling the model... (takes a ~minute)")
+        self.compiled: Any
+        if world.sharded:
+            several = self.accumulation > 1
+            distributed.shard(self.model, world, self.dtype, self.runner.compile, several)
+            self.compiled = self.parallel = self.model
+            return
+        # Evaluations use smaller batches than merged micro-steps. Compile each size by itself, not one graph with dynamic sizes.
+        dynamic = False if self.sequences > cfg.batch_size else None
+        self.compiled = torch.compile(self.model, dynamic=dynamic) if self.runner.compile else self.model
+        self.parallel = distributed.wrap(self.compiled, world)
+
     def plan(self, given: Collection[str], saved: dict[str, Any] | None) -> None:
         """Decide how many sequences a micro-step computes, how it runs, and by which kernels: the same on all processes."""
         cfg, world = self.cfg, self.world
@@ -169,6 +220,11 @@ class Run:
         left = 0 if cfg.eval_only else cfg.max_iters - (done if isinstance(done, int) else 0)  # iterations
 
         def find():
+            if world.sharded:
+                print(
+                    f"runner: {runner.EAGER.text}: FSDP gathers weights between blocks; --compile=True compiles each block"
+                )
+                return runner.EAGER
             return runner.find(self.work(), world.device, left * self.accumulation)
 
         self.merge_micro_batches(cfg.micro_batch, before)
@@ -213,6 +269,9 @@ class Run:
 
     def make_graphs(self) -> graphs.Graphs | None:
         """The Graphs of the micro-steps; None if DDP averages in each of them."""
+        if self.world.sharded:
+            print("CUDA graphs: none with --parallel=fsdp, which gathers weights between blocks")
+            return None
         if self.world.size > 1 and self.accumulation == 1:
             print("CUDA graphs: none, since DDP takes part in the only micro-step of an iteration")
             return None
@@ -249,10 +308,15 @@ class Run:
         for old, new in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
             old["fused"] = new["fused"]  # depends on this device, not on the one that saved
         self.optimizer.load_state_dict(saved["optimizer"])
+        if self.world.sharded:
+            sharded.spread(self.optimizer)
+            if "folder" in saved:
+                sharded.load_tensors(saved["folder"], self.model, self.optimizer)
         self.iter_num, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
         for p, moments in self.optimizer.state.items():
             # Copies, which do not hold the file. If block_size was cropped, crop the moments too.
-            moments.update({k: (v[: p.size(0)] if v.dim() else v).clone() for k, v in moments.items()})
+            whole = {k: v for k, v in moments.items() if not hasattr(v, "to_local")}
+            moments.update({k: (v[: p.size(0)] if v.dim() else v).clone() for k, v in whole.items()})
         betas = [group["betas"] for group in self.optimizer.param_groups]
         decay, no_decay = self.optimizer.param_groups
         for group, (beta1, beta2) in zip((decay, no_decay), betas, strict=True):
@@ -321,7 +385,7 @@ class Run:
                     if len(self.watch):
                         self.look()
                     state = self.random_state()  # before the evaluation's draws: a resumed run evaluates here again
-                    if main and self.evaluate(lr):
+                    if self.world.takes_part and self.evaluate(lr):
                         self.save_evaluated(state)
                     elif self.world.size == 1:
                         self.react(state)
@@ -376,7 +440,7 @@ class Run:
         if culprit is None:
             (x, y), _ = self.batches.read(bad.offsets.tolist())
             self.optimizer.zero_grad(set_to_none=True)
-            micro_step(self.model, x, y, self.scaler, self.accumulation, self.autocast)
+            micro_step(self.model, x, y, self.scaler, self.accumulation, self.autocast, not self.world.sharded)
             culprit = health.first_not_finite(self.model, gradients=True)
         at = ", ".join(map(str, bad.offsets[:4].tolist())) + ", ..." * (len(bad.offsets) > 4)
         return (
@@ -396,7 +460,7 @@ class Run:
         if not wish:
             return
         state = state or self.random_state()
-        if self.world.is_main:
+        if self.world.takes_part:
             self.save(state, False)
         if wish > 1:
             self.writer.wait()
@@ -431,6 +495,10 @@ class Run:
             self.losses[split] = evaluate(self.compiled, taken, self.autocast)
             if self.world.size == 1 and signals.received():
                 return False
+        if self.world.sharded:
+            self.losses = distributed.agree(lambda: self.losses, self.world)
+        if not self.world.is_main:
+            return True
         train_loss, val_loss = self.losses["train"], self.losses["val"]
         tell(f"step {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.metrics.write(iter=self.iter_num, train_loss=train_loss, val_loss=val_loss)
@@ -458,16 +526,21 @@ class Run:
         return next((f"{path} stays" for path in checkpoints.find(self.cfg.out_dir)), "no checkpoint was saved")
 
     def save(self, state: dict[str, Any], best: bool) -> None:
-        """Save a checkpoint with this random_state; but not at iteration 0, and no weights that are not finite."""
+        """Save a checkpoint with this random_state; but not at iteration 0, and no weights that are not finite. With FSDP every process
+        must call it."""
         if self.iter_num == 0:
             return
         if culprit := health.first_not_finite(self.model):
             tell(f"no new checkpoint: {culprit} is not finite; {self.kept()}")
             return
         tell(f"saving checkpoint to {self.cfg.out_dir}")
+        whole = (
+            {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            if not self.world.sharded
+            else {}
+        )
         checkpoint = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **whole,
             "model_args": asdict(self.model.config),
             "iter_num": self.iter_num,
             "best_val_loss": torch.tensor(self.best_val_loss),
@@ -480,7 +553,11 @@ class Run:
                 **state,
             },
         }
-        self.writer.save(checkpoint, best)
+        if self.world.sharded:
+            folder = sharded.save(checkpoint, self.model, self.optimizer, self.cfg.out_dir, self.world)
+            self.writer.took(folder, self.iter_num, prune=self.world.is_main)
+        else:
+            self.writer.save(checkpoint, best)
         self.saved_at = time.monotonic()
 
     def finish(self) -> None:
@@ -500,7 +577,9 @@ class Run:
                 metrics.plot_losses(metrics.read_metrics(self.metrics.path), plot, title)
             except OSError as e:
                 print(f"no loss curve: {e}")
-        if cfg.sample_tokens and math.isfinite(val_loss):
+        if cfg.sample_tokens and self.world.sharded:
+            print("a sample: none with --parallel=fsdp; `fastgpt sample` writes one from the checkpoint")
+        elif cfg.sample_tokens and math.isfinite(val_loss):
             self.model.eval()
             self.model.set_residual(torch.float32)  # as in `fastgpt sample`
             tok = tokenizer.from_meta(self.meta)
@@ -564,6 +643,32 @@ def check_residual(cfg: TrainConfig, cuda: bool) -> None:
     if cfg.residual == "bf16" and not (cuda and cfg.dtype == "bfloat16"):
         here = f"with --dtype={cfg.dtype}" if cuda else f"on --device={cfg.device}, which computes in float32"
         raise UserError(f"--residual=bf16: it needs a CUDA GPU and --dtype=bfloat16, and this is {here}; leave it out")
+
+
+def check_parallel(cfg: TrainConfig, cuda: bool) -> None:
+    """Raise UserError if FSDP cannot train in this dtype."""
+    if cfg.parallel == "fsdp" and cuda and cfg.dtype == "float16":
+        raise UserError(
+            "--parallel=fsdp: it does not train in float16, whose loss scaler knows no shards; give --dtype=bfloat16 or --parallel=ddp"
+        )
+
+
+def digest(saved: dict[str, Any]) -> str:
+    """A short text that differs where two checkpoints do: of a sharded one its id, else of some of each weight."""
+    if "id" in saved:
+        return saved["id"][:12]
+    found = hashlib.sha256()
+    for name, weight in saved["model"].items():
+        flat = weight.flatten()
+        found.update(f"{name} {tuple(weight.shape)} {flat[:64].tolist()} {flat[-64:].tolist()}".encode())
+    return found.hexdigest()[:12]
+
+
+def data_digest(tokens: data.Tokens, places: int = 16, length: int = 1024) -> str:
+    """A short text that differs where two streams of tokens do: of the head, the tail and some places between."""
+    length = min(length, len(tokens))
+    starts = sorted({(len(tokens) - length) * i // (places - 1) for i in range(places)})
+    return hashlib.sha256(tokens.read(starts, length).tobytes()).hexdigest()[:12]
 
 
 def find_separator(meta: dict[str, Any] | None, tokens: data.Tokens) -> int:

@@ -199,13 +199,9 @@ def copied(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
 
 
 def update(
-    grad: Tensor,
-    groups: list[dict[str, Any]],
-    max_norm: float | None,
-    loss: Tensor | None,
-    found_inf: Tensor | None,
-    row: str,
-) -> Tensor | None:
+    grad: Tensor, groups: list[dict[str, Any]], max_norm: float | None, loss: Tensor | None, found_inf: Tensor | None, row: str,
+    squares: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """See `adamw`. grad is one of the gradients."""
     config, device = configs.adamw(row), grad.device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -220,10 +216,13 @@ def update(
     constants = dict(CHUNK=config.chunk, BLOCK=config.block, ALIGNED=aligned, num_warps=config.warps)
     if max_norm is not None:
         norm, scale, taken = (torch.empty((), dtype=torch.float32, device=device) for _ in range(3))
-        partial = torch.empty(len(rows), dtype=torch.float32, device=device)
-        launch(_adamw_norm, (len(rows),), table, rows, partial, **constants)
+        if squares is None:
+            partial = torch.empty(len(rows), dtype=torch.float32, device=device)
+            launch(_adamw_norm, (len(rows),), table, rows, partial, **constants)
+        else:
+            partial = squares.view(1)
         launch(
-            _adamw_clip, (1,), partial, norm, scale, taken, loss, found_inf, len(rows), float(max_norm),
+            _adamw_clip, (1,), partial, norm, scale, taken, loss, found_inf, len(partial), float(max_norm),
             BLOCK=config.clip_block, num_warps=8,
         )  # fmt: skip
     steps = [t for group in groups for t in group["steps"]]
@@ -283,7 +282,7 @@ def takes(p: Tensor, groups: list[dict[str, Any]]) -> bool:
 @torch.no_grad()
 def adamw(
     groups: list[dict[str, Any]], grads: list[Tensor], max_norm: float | None = None, loss: Tensor | None = None,
-    found_inf: Tensor | None = None, row: str = "",
+    found_inf: Tensor | None = None, row: str = "", squares: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Clip to a global norm of max_norm, and update in place. Returns the norm before clipping, [] fp32.
 
@@ -294,5 +293,6 @@ def adamw(
     grads: the gradients of all groups, in the order in which PyTorch adds up their norms. They are not changed.
     found_inf: [] fp32, or None; if it is not 0, nothing changes.
     row: a launch configuration (configs.AdamWConfig.text); "" means the table's.
+    squares: the sum of squares from which the norm is, [] fp32, where these tensors are parts of larger ones; None: that of grads.
     """
-    return update(grads[0], groups, max_norm, loss, found_inf, row)
+    return update(grads[0], groups, max_norm, loss, found_inf, row, squares)

@@ -63,31 +63,45 @@ def as_rank(environment, folder, f, args):
     f(*args)
 
 
-def in_two_processes(f, *args):
-    """Run f(*args) in two processes, as torchrun would; what rank 0 prints. Both must end well. f is a function of a module.
+def start_ranks(f, arguments):
+    """Start a process for each rank, as torchrun would: it runs f with the rank's own arguments. f is a function of a module.
 
-    The processes are forks of a server that has imported everything once, so they begin within milliseconds.
+    The processes are forks of a server that has imported everything once, so they begin within milliseconds. The store is returned
+    too: it must live as long as they do.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastgpt.trainer", "fastgpt.kernels", "pytest"])
+    preload = ["fastgpt.trainer", "fastgpt.kernels", "pytest", "torch.distributed.fsdp", "torch.distributed.tensor"]
+    context.set_forkserver_preload(preload)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that nobody else has
     world = dict(
-        WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True"
-    )
+        WORLD_SIZE=str(len(arguments)), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )  # fmt: skip
     ranks = []
-    for r in "01":
-        environment = {**os.environ, **LOOPBACK, **world, "RANK": r, "LOCAL_RANK": r}
+    for r, args in enumerate(arguments):
+        environment = {**os.environ, **LOOPBACK, **world, "RANK": str(r), "LOCAL_RANK": str(r)}
         ranks.append(context.Process(target=as_rank, args=(environment, os.getcwd(), f, args)))
         ranks[-1].start()
+    return ranks, store
+
+
+def in_processes(size, f, *args):
+    """Run f(*args) in several processes; what rank 0 prints. All must end well."""
+    ranks, _store = start_ranks(f, [args] * size)
     while (alive := [rank for rank in ranks if rank.exitcode is None]) and wait([a.sentinel for a in alive], SECONDS):
         if any(rank.exitcode for rank in ranks):
             break
     for rank in ranks:
         rank.kill()
         rank.join()
-    logs = [Path(f"rank{r}.log").read_text() for r in "01"]
-    assert [rank.exitcode for rank in ranks] == [0, 0], "\n".join(logs)
+    logs = [Path(f"rank{r}.log").read_text() for r in range(size)]
+    assert [rank.exitcode for rank in ranks] == [0] * size, "\n".join(logs)
     return logs[0]
+
+
+def in_two_processes(f, *args):
+    """Run f(*args) in two processes; what rank 0 prints. Both must end well."""
+    return in_processes(2, f, *args)
 
 
 @pytest.fixture

@@ -477,7 +477,7 @@ ops.embedding = embedding"""
     ("words", "says"),
     [
         (["--only=gelu"], "--only=gelu: it is one of headline, step, ops, layer_norm"),
-        (["fast"], "there is no command 'fast'; they are compare, report, count and roofline"),
+        (["fast"], "there is no command 'fast'; they are compare, report, count, roofline and scaling"),
         (["a.json"], "`fastgpt bench compare` and `fastgpt bench report` take files"),
         (["compare", "a.json"], "give two result files, or none"),
         (["compare", "--out=nowhere"], "there are no two results of one GPU"),

@@ -34,7 +34,16 @@ def test_every_flag_of_nanogpt_has_its_default():
     got = settings("--dataset=openwebtext").model_dump()
     assert {k: got[k] for k in NANOGPT_DEFAULTS} == NANOGPT_DEFAULTS
     own = {"kernels", "preset", "train_data", "val_data", "seed", "eval_seed", "peak_flops", "sample_tokens"}
-    own |= {"overwrite", "save_minutes", "max_bad_steps", "keep", "async_checkpoint"}
+    own |= {
+        "overwrite",
+        "save_minutes",
+        "max_bad_steps",
+        "keep",
+        "async_checkpoint",
+        "parallel",
+        "timeout",
+        "join_timeout",
+    }
     own |= {"micro_batch", "recompute", "doc_mask", "residual", "cuda_graphs", "runner"}
     assert got.keys() - NANOGPT_DEFAULTS.keys() == own
 

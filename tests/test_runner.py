@@ -430,11 +430,12 @@ def test_nccl_is_told_its_gpu(monkeypatch):
     for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "check_device", lambda device: None)
+    monkeypatch.setattr(distributed, "join", lambda rank, size, seconds: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(distributed.dist, "is_backend_available", lambda backend: True)
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **kwargs: asked.append((args, kwargs)))
     assert distributed.init("cuda", "nccl") == distributed.World(1, 2, "cuda:1")
-    assert asked == [(("nccl",), {"device_id": torch.device("cuda:1")})]
+    assert [(args, kwargs["device_id"]) for args, kwargs in asked] == [(("nccl",), torch.device("cuda:1"))]
 
 
 # ---- what a candidate's process does ----
