@@ -66,11 +66,11 @@ def received() -> int:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    _State.received = number
+    again, _State.received = _State.received, number
     for each in SIGNALS:  # a second signal: the system ends the process, whatever it waits for
         if signal.getsignal(each) is _handle:
             signal.signal(each, signal.SIG_DFL)
-    if not _State.running:
+    if again or not _State.running:  # again: both came before this process could answer the first
         _say(f"{name(number)}: stopped")
         os._exit(128 + number)
     if not _State.waits:

@@ -80,7 +80,7 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
         ("nothing clipped", "scale = tl.load(scale_ptr)", "scale = 1.0", SHAPE),
         ("a norm of the first chunks", "for start in range(0, chunks, BLOCK)", "for start in range(0, BLOCK, BLOCK)", SHAPE),
         ("every chunk the first", "start = (chunk - tl.load(table_ptr + row * WIDTH + FIRST)) * CHUNK", "start = chunk * 0", SHAPE),
-        ("steps that are not counted", "torch._foreach_add_(steps, 1 if", "torch._foreach_add_(steps, 0 if", SHAPE),
+        ("steps that are not counted", "1 if taken is None else taken)", "0 if taken is None else 0 * taken)", SHAPE),
     ],
     "linear_cross_entropy": [
         ("no target in the gradient", "- log2_total) - 1", "- log2_total)", FEWER),

@@ -238,7 +238,7 @@ def test_kernels_are_chosen_on_documents(train, monkeypatch):
     choose = runner.choose
     monkeypatch.setattr(runner, "choose", lambda spec, shape, *rest: shapes.append(shape) or choose(spec, shape, *rest))
     train("--doc_mask")
-    train()
+    train("--overwrite")
     assert shapes[0] == replace(shapes[1], doc_mask=True)
 
 

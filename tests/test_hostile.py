@@ -635,17 +635,20 @@ def test_what_is_kept_is_its_owners_and_follows_no_link(workdir, monkeypatch):
         assert stat.S_IMODE(path.stat().st_mode) == mode
     file.unlink()
     file.symlink_to(victim)
-    names = iter(["taken", "free"])
-    monkeypatch.setattr(files.tempfile, "_get_candidate_names", lambda: names)
-    (file.parent / ".part-taken").symlink_to(victim)
+    guessed = file.parent / ".guessed.part"
+    guessed.symlink_to(victim)
+    with monkeypatch.context() as m:
+        m.setattr(files, "temporary", lambda path: guessed)
+        with pytest.raises(FileExistsError):
+            files.write_json(file, {"a": 2})
+    assert victim.read_text() == "precious"
     files.write_json(file, {"a": 2})
     assert victim.read_text() == "precious"
     assert not file.is_symlink()
     assert files.read_json(file) == {"a": 2}
-    monkeypatch.undo()
     with pytest.raises(IsADirectoryError):
         files.write_json(file.parent, {})
-    assert sorted(f.name for f in file.parent.iterdir()) == [".part-taken", "a.json"], "a failure leaves nothing"
+    assert [f.name for f in file.parent.iterdir()] == ["a.json"], "a failure leaves nothing"
 
 
 @pytest.mark.parametrize(

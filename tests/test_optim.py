@@ -105,5 +105,5 @@ def test_evaluation_is_the_mean_without_dropout_and_leaves_train_mode(four):
             m.p = 0.5
     expected = torch.stack([model.eval()(x, y)[1] for x, y in four]).mean().item()
     model.train()
-    assert evaluate(model, Given(four), 4, nullcontext()) == pytest.approx(expected, rel=1e-6)
+    assert evaluate(model, four, nullcontext()) == pytest.approx(expected, rel=1e-6)
     assert model.training

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY, losses
 
-from fastgpt import ops, runner, trainer
+from fastgpt import ops, runner, step, trainer
 from fastgpt.config import RESIDUAL, TrainConfig, UserError
 from fastgpt.model import GPT, GPTConfig
 
@@ -118,7 +118,7 @@ def test_the_stream_and_its_gradient_are_of_16_bits_throughout(kernels, compiled
 def test_a_run_trains_and_evaluates_in_bf16_and_samples_in_fp32(train, monkeypatch):
     """On the CPU, which is made to compute as a GPU does: under autocast."""
     monkeypatch.setattr(trainer, "check_residual", lambda *args: None)
-    monkeypatch.setattr(trainer, "nullcontext", lambda: torch.autocast("cpu", BF16))
+    monkeypatch.setattr(step, "nullcontext", lambda: torch.autocast("cpu", BF16))
     streams, embedding = [], ops.embedding
 
     def noted(*args, **how):
@@ -157,7 +157,7 @@ def test_it_is_refused_where_products_are_not_in_bf16(dataset, fastgpt):
 def test_kernels_are_chosen_on_such_a_stream(train, monkeypatch):
     shapes, choose = [], runner.choose
     monkeypatch.setattr(trainer, "check_residual", lambda *args: None)
-    monkeypatch.setattr(trainer, "nullcontext", lambda: torch.autocast("cpu", BF16))
+    monkeypatch.setattr(step, "nullcontext", lambda: torch.autocast("cpu", BF16))
     monkeypatch.setattr(runner, "choose", lambda spec, shape, *rest: shapes.append(shape) or choose(spec, shape, *rest))
     train("--residual=bf16")
     train()
