@@ -11,6 +11,7 @@ docs/checkpoints.md says what is checked, and what a kill or a full disk leaves.
 import difflib
 import io
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection
@@ -132,6 +133,7 @@ class Writer:
             if self.failed:
                 self.say(f"{self.path}: saved again, at iteration {iteration}")
             replaced, self.saved, self.iteration, self.failed = True, self.path, iteration, None
+            (out_dir / ".overwrite").unlink(missing_ok=True)
             best_path = out_dir / "ckpt-best.pt"
             if best:
                 link(self.path, best_path)
@@ -153,9 +155,19 @@ class Writer:
 
     def took(self, folder: Path, iteration: int, prune: bool) -> None:
         """Note a sharded checkpoint, which others wrote. prune: remove the older ones."""
-        self.saved, self.iteration = folder, iteration
-        if prune:
-            self.prune(iteration, self.keep)
+        before, self.saved, self.iteration = self.iteration, folder, iteration
+        if not prune:
+            return
+        (self.path.parent / ".overwrite").unlink(missing_ok=True)
+        if self.path.exists():  # what this run went on from is an older one now; another run's goes
+            if 0 < iteration_of(self.path) == before:
+                os.replace(self.path, self.path.with_name(f"ckpt-{before:07d}.pt"))
+            else:
+                self.path.unlink()
+        best = self.path.with_name("ckpt-best.pt")
+        if best.exists() and not 0 < iteration_of(best) <= before:
+            best.unlink()
+        self.prune(iteration, self.keep)
 
     def prune(self, latest: int, most: int) -> None:
         """Remove all numbered checkpoints but the newest `most` of those up to the iteration `latest`."""

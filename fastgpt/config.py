@@ -19,8 +19,6 @@ class UserError(Exception):
 
     status = 2
 
-    status = 2
-
 
 class Diverged(UserError):
     """A run that cannot go on: its loss, gradients or weights are not finite. All its processes raise it."""

@@ -257,6 +257,7 @@ class Draws:
 
     def __call__(self, n: int, bound: int) -> torch.Tensor:
         """The next n offsets below `bound`, int64 [n]."""
+        self.left = self.left[(self.left >= 0) & (self.left < bound)]  # a resumed run's data may be shorter
         first, self.left = self.left[:n], self.left[n:]
         drawn = torch.randint(bound, (n - len(first),), generator=self.generator)
         return torch.cat((first, drawn)) if len(first) else drawn

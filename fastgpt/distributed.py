@@ -7,6 +7,8 @@ is lost on the way. Each of these is one line, and an end.
 import gc
 import os
 import re
+import secrets
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,23 +90,30 @@ def join(rank: int, size: int, seconds: int) -> dist.Store:
         store: dist.Store = dist.TCPStore(
             host, int(port), is_master=rank == 0 and not agent, timeout=limit, wait_for_workers=False
         )
-        # torchrun's store outlives the processes: another start of theirs must not find what this one wrote.
-        store = dist.PrefixStore(f"fastgpt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        names = [f"joined {r}" for r in range(size)]
-        store.set(names[rank], "")
     except RuntimeError as e:
         raise PeerLost(f"no rank 0 answers at {host}:{port} within --join_timeout={seconds} s ({reason(e)})") from None
+    # torchrun's store outlives the processes, and what an earlier start wrote is still there. TORCHELASTIC_RESTART_COUNT names no start:
+    # a node whose workers were well is started again without counting it. So rank 0 names the start, and answers each rank's own word.
+    word, end, names = secrets.token_hex(8), time.monotonic() + seconds, ["fastgpt start"]
     try:
-        store.wait(names, limit)
-    except RuntimeError as e:
-        try:
-            late = [r for r, name in enumerate(names) if not store.check([name])]
-        except RuntimeError:  # the store's own process is gone
-            raise PeerLost(f"rank 0 left before all ranks had joined ({reason(e)})") from None
-        raise PeerLost(
-            f"{ranks(late)} of {size} did not join within --join_timeout={seconds} s; what they printed says why"
-        ) from None
-    return store
+        if rank == 0:
+            store.set("fastgpt start", word)
+        while time.monotonic() < end:
+            if store.check(["fastgpt start"]):
+                start = f"fastgpt {store.get('fastgpt start').decode()}"
+                names, answer = [f"{start} joined {r}" for r in range(size)], f"{start} all"
+                store.set(names[rank], word)
+                if rank == 0 and store.check(names):
+                    store.set(answer, " ".join(store.get(name).decode() for name in names))
+                if store.check([answer]) and word in store.get(answer).decode().split():
+                    return dist.PrefixStore(start, store)
+            time.sleep(0.05)
+        late = [r for r, name in enumerate(names) if not store.check([name])] or [0]
+    except RuntimeError as e:  # the store's own process is gone
+        raise PeerLost(f"rank 0 left before all ranks had joined ({reason(e)})") from None
+    raise PeerLost(
+        f"{ranks(late)} of {size} did not join within --join_timeout={seconds} s; what they printed says why"
+    )
 
 
 def ranks(some: list[int]) -> str:

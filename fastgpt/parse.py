@@ -88,7 +88,7 @@ def train_base(given: dict[str, Any], has_file: bool) -> dict[str, Any]:
     """
     named = has_file or given.keys() & {"preset", "dataset", "train_data"}
     start = given.get("init_from", "scratch")
-    own = start == "scratch" or (start == "resume" and given.get("out_dir", QUICKSTART_OUT) == QUICKSTART_OUT)
+    own = start == "scratch" or (start in ("resume", "auto") and given.get("out_dir", QUICKSTART_OUT) == QUICKSTART_OUT)
     return preset("quickstart" if own and not named else given.get("preset", ""))
 
 

@@ -147,6 +147,8 @@ def save(
 
 def made(folder: Path) -> str:
     """A new folder beside `folder`, with a name that nobody knows before."""
+    for left in folder.parent.glob(".ckpt-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         part.chmod(0o755)

@@ -62,18 +62,25 @@ def deferred() -> Iterator[None]:
 
 def received() -> int:
     """The number of the signal that waits, or 0."""
+    if _State.received:
+        _end_at_next()
     return _State.received
+
+
+def _end_at_next() -> None:
+    """From now on the system ends the process at the next signal, whatever it waits for."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is _handle:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
     again, _State.received = _State.received, number
-    for each in SIGNALS:  # a second signal: the system ends the process, whatever it waits for
-        if signal.getsignal(each) is _handle:
-            signal.signal(each, signal.SIG_DFL)
-    if again or not _State.running:  # again: both came before this process could answer the first
+    if again or not _State.running:
         _say(f"{name(number)}: stopped")
         os._exit(128 + number)
     if not _State.waits:
+        _end_at_next()
         raise Stopped(number)
     _say(f"{name(number)}: the run stops when this iteration is finished and saved; a second signal ends it at once")
 
@@ -81,4 +88,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def _say(line: str) -> None:
     """Write a line to stderr. In a signal's handler print could meet its own half-written buffer."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"\nfastgpt: {line}\n".encode())
+        try:
+            os.write(2, f"\nfastgpt: {line}\n".encode())
+        except OSError:  # the terminal is closed: nothing that comes may fail by it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -112,6 +112,8 @@ class Run:
     def open(self, cfg: TrainConfig, given: Collection[str]) -> tuple[dict[str, Any] | None, data.Tokens, data.Tokens]:
         """Read the checkpoint and the data, build the model, and check all that this process can check by itself."""
         world = self.world
+        with distributed.main_first(world):  # before all that can fail in one process alone: the others would wait here
+            train_tokens, val_tokens, self.meta, vocab_size = data.load_dataset(cfg)
         saved = sharded.load(cfg.out_dir, resume=True, whole=not world.sharded) if cfg.init_from == "resume" else None
         self.cfg = cfg = checkpoints.keep_shape(saved, cfg, given) if saved else cfg
         self.asked = runner.asked(cfg, given)
@@ -126,8 +128,6 @@ class Run:
         torch.manual_seed(cfg.seed + world.rank)
         self.dtype, self.autocast, self.scaler = mixed_precision(world.device, cfg.dtype)
 
-        with distributed.main_first(world):
-            train_tokens, val_tokens, self.meta, vocab_size = data.load_dataset(cfg)
         if saved:
             checkpoints.check_dataset(saved, cfg, self.meta)
             checkpoints.say_changes(saved, cfg)
@@ -146,6 +146,7 @@ class Run:
         facts = {f"--{name}": value for name, value in self.cfg.model_dump().items() if name not in MAY_DIFFER}
         facts |= {"the device": self.world.device.split(":")[0], "the runner": self.asked and self.asked.text}
         facts |= {"PyTorch": torch.__version__, "fastgpt": fastgpt.__version__}
+        facts["the model"] = self.model.config
         if saved:
             facts |= {"the checkpoint's iteration": saved.get("iter_num"), "the checkpoint": digest(saved)}
         for split, tokens in zip(("training", "validation"), streams, strict=True):
@@ -438,7 +439,9 @@ class Run:
         """What ends the run, in words, with this update. Every process must call it."""
         culprit = health.first_not_finite(self.model)
         if culprit is None:
-            (x, y), _ = self.batches.read(bad.offsets.tolist())
+            (x, y), copied = self.batches.read(bad.offsets.tolist())
+            if copied is not None:
+                torch.cuda.current_stream(self.world.device).wait_event(copied)
             self.optimizer.zero_grad(set_to_none=True)
             micro_step(self.model, x, y, self.scaler, self.accumulation, self.autocast, not self.world.sharded)
             culprit = health.first_not_finite(self.model, gradients=True)
@@ -528,7 +531,7 @@ class Run:
     def save(self, state: dict[str, Any], best: bool) -> None:
         """Save a checkpoint with this random_state; but not at iteration 0, and no weights that are not finite. With FSDP every process
         must call it."""
-        if self.iter_num == 0:
+        if self.iter_num == 0 or self.cfg.eval_only:
             return
         if culprit := health.first_not_finite(self.model):
             tell(f"no new checkpoint: {culprit} is not finite; {self.kept()}")
@@ -604,8 +607,13 @@ class Run:
 
 def tell(line: str) -> None:
     """Print a line at once, above a progress bar if there is one."""
-    tqdm.write(line)
-    sys.stdout.flush()
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except OSError:  # the terminal is closed, or who read the pipe has ended
+        if not signals.received():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the run is to be saved, whether somebody reads it or not
 
 
 @contextmanager
@@ -613,24 +621,32 @@ def hold(cfg: TrainConfig, world: distributed.World) -> Iterator[None]:
     """Make out_dir and lock it, for a run that writes checkpoints. Raises UserError, on all processes."""
 
     def take():
+        if cfg.init_from == "resume" and not Path(cfg.out_dir).is_dir():
+            return  # loading says that there is nothing to resume
         check_writable(cfg.out_dir)
         if not cfg.eval_only:
             stack.enter_context(lock(cfg.out_dir))
 
     with ExitStack() as stack:
-        if cfg.init_from != "resume" or Path(cfg.out_dir).is_dir():  # else loading says that there is nothing to resume
-            distributed.agree(take, world)
+        distributed.agree(take, world)
         yield
 
 
 def begin_or_resume(cfg: TrainConfig, world: distributed.World) -> TrainConfig:
     """The TrainConfig with --init_from=auto decided. Raises UserError if a new run would replace another's checkpoint."""
-    held = distributed.agree(lambda: bool(checkpoints.find(cfg.out_dir)), world)
-    # A worker that torchrun started again must not overwrite what it had begun.
-    again = cfg.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    mark = (
+        Path(cfg.out_dir) / ".overwrite"
+    )  # while it stands, the checkpoints are still those of the run to be replaced
+    held, replacing, overwrite = distributed.agree(
+        lambda: (bool(checkpoints.find(cfg.out_dir)), mark.exists(), cfg.overwrite), world
+    )
+    # Workers that torchrun started again must not overwrite what they had begun. Only the node of the failure counts that start.
+    again = distributed.most(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), world) > 0 and overwrite
     if cfg.init_from == "auto" or again:
-        cfg = cfg.model_copy(update={"init_from": "resume" if held else "scratch"})
-    if held and not (cfg.init_from == "resume" or cfg.overwrite or cfg.eval_only):
+        cfg = cfg.model_copy(update={"init_from": "resume" if held and not (again and replacing) else "scratch"})
+    if world.is_main and held and overwrite and cfg.init_from != "resume" and not cfg.eval_only:
+        mark.touch()
+    if held and not (cfg.init_from == "resume" or overwrite or cfg.eval_only):
         raise UserError(
             f"--out_dir={cfg.out_dir}: it holds a run; go on with it by --init_from=auto, begin anew by --overwrite, "
             "or give another --out_dir"

@@ -1,5 +1,6 @@
 """A run that is stopped, broken or begun twice: what it saves, says and answers, and how it goes on."""
 
+import errno
 import itertools
 import json
 import math
@@ -311,6 +312,28 @@ def test_loss_spikes_are_marked():
 # ---- resuming ----
 
 
+def test_a_closed_terminal_keeps_no_run_from_saving(monkeypatch):
+    """SIGHUP, after which nothing can be printed any more."""
+
+    def closed(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(trainer.tqdm, "write", closed)
+    with pytest.raises(OSError, match="Input/output"):
+        trainer.tell("a line")
+    monkeypatch.setattr(signals._State, "received", signal.SIGHUP)
+    with open(os.dup(1), "wb") as kept:
+        trainer.tell("a line")
+        os.dup2(kept.fileno(), 1)
+
+
+def test_offsets_beyond_the_data_are_drawn_anew():
+    left = torch.tensor([3, 50, 99, -1])
+    drawn = data.Draws(torch.Generator().manual_seed(0), left)(4, 60)
+    assert drawn[:2].tolist() == [3, 50]
+    assert drawn.max() < 60
+
+
 def test_auto_resumes_what_there_is(train):
     out = train("--init_from=auto", "--max_iters=4")
     assert "Initializing a new model from scratch" in out
@@ -332,10 +355,30 @@ def test_a_folder_that_holds_a_run_is_not_begun_anew_unasked(train, fastgpt, mon
     )
     train("--eval_only=True")
     assert Path("out/ckpt.pt").read_bytes() == before
+    train("--eval_only=True", "--init_from=resume")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # a worker that torchrun began again
     assert "Resuming training" in train("--overwrite", "--max_iters=9")
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    assert "Initializing a new model" in train("--overwrite")
+    status, _, _ = fastgpt(
+        *TRAIN, "--overwrite", "--seed=5", "--learning_rate=1e30", "--decay_lr=False", "--max_bad_steps=1"
+    )
+    assert status == 3  # before its first checkpoint
+    assert saved()["iter_num"] == 9
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "Initializing a new model" in train("--overwrite", "--seed=5", "--max_iters=4")
+    assert saved()["iter_num"] == 4
+    assert "Resuming training" in train("--overwrite", "--seed=5")
+
+
+def test_a_signal_in_an_evaluation_alone_saves_nothing(train, fastgpt, monkeypatch):
+    """It holds no lock, so another run may be writing there."""
+    train()
+    before = sorted(os.listdir("out")), Path("out/ckpt.pt").stat().st_mtime_ns
+    monkeypatch.setattr(signals._State, "received", signal.SIGTERM)
+    status, _, err = fastgpt(*TRAIN, "--init_from=resume", "--eval_only=True")
+    assert status == 143
+    assert "nothing new is saved" in err
+    assert (sorted(os.listdir("out")), Path("out/ckpt.pt").stat().st_mtime_ns) == before
 
 
 def states(seeds, left=0, bound=1000):
