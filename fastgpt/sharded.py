@@ -8,7 +8,6 @@ only a few classes.
 
 import os
 import pickle
-import re
 import secrets
 import shutil
 import tempfile
@@ -69,29 +68,43 @@ class Reader(dcp.FileSystemReader):
         return metadata
 
 
-def newest(out_dir: str | Path) -> Path | None:
-    """The newest sharded checkpoint of a run, or out_dir itself if it is one; None if there is none, or ckpt.pt is newer."""
+def folders(out_dir: str | Path) -> list[Path]:
+    """A run's sharded checkpoints, newest first; or out_dir alone, if it is one."""
     out = Path(out_dir)
-    if (out / REST).exists():
-        return out
-    found = [
-        folder for folder in out.glob("ckpt-*") if (folder / REST).exists() and re.fullmatch(r"ckpt-\d+", folder.name)
-    ]
-    folder = max(found, key=lambda folder: int(folder.name[5:]), default=None)
-    one = checkpoints.checkpoint_path(out)
-    if folder and one.exists() and one.stat().st_mtime > (folder / REST).stat().st_mtime:
-        return None
-    return folder
+    found = {it: path for it, path in checkpoints.numbered(out).items() if path.is_dir()}
+    return [out] if (out / REST).exists() else list(found.values())
+
+
+def newest(out_dir: str | Path) -> Path | None:
+    """The newest sharded checkpoint of a run, or out_dir itself if it is one; None if there is none, or ckpt.pt is not older."""
+    folder = next(iter(folders(out_dir)), None)
+    if folder is None or folder == Path(out_dir):
+        return folder
+    return folder if checkpoints.iteration_of(checkpoints.checkpoint_path(out_dir)) < int(folder.name[5:]) else None
 
 
 def load(out_dir: str | Path, resume: bool = False, whole: bool = True) -> dict[str, Any]:
-    """A run's newest checkpoint, a sharded one or ckpt.pt: see checkpoint.load. Raises UserError.
+    """A run's newest checkpoint, a sharded one or ckpt.pt: see checkpoint.load. Prints a line for each broken folder. Raises UserError.
 
     Not whole: of a sharded one without the tensors; then `load_tensors` reads this process's part of them into a model and an optimizer.
     """
-    folder = newest(out_dir)
-    if folder is None:
+    if newest(out_dir) is None:
         return checkpoints.load(out_dir, resume)
+    faults: list[str] = []
+    for folder in folders(out_dir):
+        try:
+            checkpoint = one(folder, whole)
+        except UserError as e:
+            faults.append(str(e))
+            continue
+        for fault in faults:
+            print(f"{fault}; {folder} takes its place")
+        return checkpoint
+    raise UserError(faults[0])
+
+
+def one(folder: Path, whole: bool) -> dict[str, Any]:
+    """The checkpoint in one folder. Raises UserError."""
     try:
         rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
         missing = {"model_args", "iter_num", "names", "optimizer", "id"} - rest.keys()
@@ -102,7 +115,20 @@ def load(out_dir: str | Path, resume: bool = False, whole: bool = True) -> dict[
     if missing:
         raise UserError(f"{folder / REST}: not a part of a checkpoint of fastgpt: it has no {sorted(missing)[0]!r}")
     rest["path"] = folder
-    return single(folder, rest) if whole else {**rest, "folder": str(folder)}
+    sizes = sizes_of(folder)
+    return single(folder, rest, sizes) if whole else {**rest, "folder": str(folder)}
+
+
+def sizes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a folder, by name. Raises UserError if its files cannot hold them."""
+    try:
+        sizes = {name: tuple(t.size) for name, t in Reader(folder).read_metadata().state_dict_metadata.items()}
+        held = sum(path.stat().st_size for path in folder.glob("*.distcp"))
+        if sum(torch.Size(size).numel() for size in sizes.values()) * 4 > held:
+            raise ValueError("it promises more than its files hold")
+    except Exception as e:  # a damaged file can fail in any way
+        raise UserError(f"{folder}: its metadata is damaged ({type(e).__name__}: {e})") from None
+    return sizes
 
 
 def tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -215,15 +241,8 @@ def spread(optimizer: torch.optim.Optimizer) -> None:
                 state[key] = distribute_tensor(rows, p.device_mesh, p.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
-def single(folder: Path, rest: dict[str, Any]) -> dict[str, Any]:
+def single(folder: Path, rest: dict[str, Any], sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """The dict that ckpt.pt would hold, of a sharded checkpoint: in nanoGPT's layout, on the CPU. Raises UserError."""
-    try:
-        sizes = {name: tuple(t.size) for name, t in Reader(folder).read_metadata().state_dict_metadata.items()}
-        held = sum(path.stat().st_size for path in folder.glob("*.distcp"))
-        if sum(torch.Size(size).numel() for size in sizes.values()) * 4 > held:
-            raise ValueError("it promises more than its files hold")
-    except Exception as e:
-        raise UserError(f"{folder}: its metadata is damaged ({type(e).__name__}: {e})") from None
     into = {name: torch.empty(size) for name, size in sizes.items()}
     read(folder, into)
     model = {name.removeprefix("model."): t for name, t in into.items() if name.startswith("model.")}

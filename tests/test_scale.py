@@ -311,6 +311,23 @@ def folder(dataset):
     return Path("out/ckpt-0000001")
 
 
+def test_a_broken_newest_folder_is_named_and_the_one_before_is_used(dataset, fastgpt):
+    in_processes(2, command, "train", *FLAGS, FSDP, "--max_iters=2", "--eval_interval=1")
+    (Path("out/ckpt-0000002") / ".metadata").write_bytes(b"damaged")
+    status, out, err = fastgpt("train", *FLAGS, "--init_from=auto", "--max_iters=3")
+    assert status == 0, err
+    assert "out/ckpt-0000002: its metadata is damaged" in out
+    assert "; out/ckpt-0000001 takes its place\n" in out
+    assert "iter 1: " in out
+    for older in Path("out").glob("ckpt-000000[12]*"):
+        (older / ".metadata").write_bytes(b"damaged") if older.is_dir() else older.unlink()
+    assert fastgpt("sample", "--device=cpu", "--start=a", "--max_new_tokens=1")[0] == 0  # ckpt.pt is newer
+    Path("out/ckpt.pt").unlink()
+    status, _, err = fastgpt("sample", "--device=cpu", "--start=a")
+    assert status == 2
+    assert "its metadata is damaged" in err
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("ran",)
