@@ -155,7 +155,7 @@ class Writer:
 
     def took(self, folder: Path, iteration: int, prune: bool) -> None:
         """Note a sharded checkpoint, which others wrote. prune: remove the older ones."""
-        before, self.saved, self.iteration = self.iteration, folder, iteration
+        before, self.saved, self.iteration, self.failed = self.iteration, folder, iteration, None
         if not prune:
             return
         (self.path.parent / ".overwrite").unlink(missing_ok=True)

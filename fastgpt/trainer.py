@@ -557,7 +557,12 @@ class Run:
             },
         }
         if self.world.sharded:
-            folder = sharded.save(checkpoint, self.model, self.optimizer, self.cfg.out_dir, self.world)
+            try:
+                folder = sharded.save(checkpoint, self.model, self.optimizer, self.cfg.out_dir, self.world)
+            except (UserError, SystemExit) as e:  # the main process raises the one, and says it, the others the other
+                self.writer.failed = str(e)
+                tell(f"{e}; the next save tries again")
+                return
             self.writer.took(folder, self.iter_num, prune=self.world.is_main)
         else:
             self.writer.save(checkpoint, best)

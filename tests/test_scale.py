@@ -7,13 +7,15 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY, command, in_processes, losses, start_ranks
+from conftest import SECONDS, TINY, command, in_processes, losses, start_ranks
+from torch.distributed import TCPStore
 
 from fastgpt import data, distributed, sharded, trainer
 from fastgpt.cli import main
@@ -301,6 +303,20 @@ def test_a_lost_rank_is_one_line(dataset, fault, parallel):
     assert ("Timed out" in said) == stopped
 
 
+def test_ranks_that_are_started_again_join_anew(monkeypatch):
+    """torchrun keeps its store, with what an earlier start wrote; and it counts a restart only on the node that failed."""
+    agents = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in (("ADDR", "127.0.0.1"), ("PORT", str(agents.port))):
+        monkeypatch.setenv(f"MASTER_{name}", value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for start in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            first, second = pool.map(lambda rank: distributed.join(rank, 2, SECONDS), range(2))
+        assert not second.check(["a word"])
+        first.set("a word", str(start))
+        assert second.get("a word") == str(start).encode()
+
+
 # ---- a folder that is damaged, or that wants to run code ----
 
 
@@ -374,10 +390,11 @@ def test_a_save_that_fails_leaves_the_last_checkpoint(folder):
     before = (folder / "rest.pt").read_bytes()
     words = ["train", *FLAGS, FSDP, "--init_from=resume", "--max_iters=2", "--eval_interval=1"]
     (status0, log0), (status1, log1) = fails(save_on_a_full_disk, (False, words), (True, words))
-    assert (status0, status1, log1) == (2, 2, "")
-    assert error(log0).endswith(
-        "ckpt-0000001: cannot be written (No space left on device); the last checkpoint is as it was"
-    )
+    reason = "cannot be written (No space left on device); the last checkpoint is as it was"
+    assert (status0, status1, log1) == (2, 0, "")
+    assert f"out/ckpt-0000001: {reason}; the next save tries again\n" in log0
+    assert "\niter 1: " in log0  # the run went on
+    assert error(log0).endswith(f"out/ckpt-0000002: {reason}")
     assert sorted(os.listdir("out")) == ["ckpt-0000001", "loss.png", "metrics.jsonl"]
     assert (folder / "rest.pt").read_bytes() == before
 
