@@ -95,7 +95,7 @@ def assert_same(a, b):
         (1, {}),
         (3, dict(dropout=0.2)),
         pytest.param(1, dict(kernels="triton", recompute="block"), marks=pytest.mark.slow),
-        (2, dict(kernels="triton", dropout=0.2, dtype=torch.float16, shadows=True)),
+        pytest.param(2, dict(kernels="triton", dropout=0.2, dtype=torch.float16, shadows=True), marks=pytest.mark.slow),
         (2, dict(dtype=torch.float16, scaled=True, steps=8)),
     ],
     ids=["torch", "dropout", "triton recomputing", "triton dropout shadows", "a loss scale that falls and rises"],

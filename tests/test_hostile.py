@@ -350,7 +350,7 @@ def mutated(loader, cases):
 
 @pytest.mark.parametrize("loader", LOADERS, indirect=True)
 def test_a_mutated_file_is_a_line_or_right(loader):
-    mutated(loader, 40)
+    mutated(loader, 25)
 
 
 SLOWER = ("text", "choice", "runner")

@@ -70,7 +70,7 @@ def test_a_stream_that_is_rounded_worse_is_found(exact_and_plain, monkeypatch):
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_stream_and_its_gradient_are_of_16_bits_throughout(kernels, compiled, monkeypatch):
     """The branches are of the compute dtype either way, the weights' gradients fp32."""
     if kernels == "triton":

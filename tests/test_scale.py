@@ -290,7 +290,7 @@ def end_at_the_third(fault, words):
         status(*words)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_rank_is_one_line(dataset, fault, parallel):
     words = ["train", *FLAGS, "--timeout=3", f"--parallel={parallel}"]

@@ -124,6 +124,7 @@ def test_training_with_shadows_is_training_without(tiny):
     assert same_bits(*ends)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_reads_them_while_they_are_there(tiny):
     model, *batch = tiny
     torch._dynamo.reset()
@@ -166,7 +167,8 @@ def train_in_bf16(with_shadows, *flags):
     assert [type(m) for m in made] == [Shadows if with_shadows else type(None)]
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_the_trainers_shadows_give_the_same_run(dataset, processes):
     for with_shadows in (True, False):
         if processes == 1:
