@@ -55,6 +55,17 @@ def find(out_dir: str | Path) -> list[Path]:
 # ---- saving ----
 
 
+def write(thing: Any, path: Path) -> None:
+    """torch.save to a file, completely or not at all, and on the disk. Raises OSError."""
+    try:
+        with replacing(path) as f:
+            torch.save(thing, f)
+    except RuntimeError as e:  # torch's writer on a full disk; the system's error, which says why, is its context
+        if not isinstance(e.__context__, OSError):
+            raise
+        raise e.__context__ from None
+
+
 class Writer:
     """Saves a run's checkpoints in out_dir: the last `keep` of them, and the best one. The run must hold `lock(out_dir)`.
 
@@ -128,8 +139,7 @@ class Writer:
             remove_parts(out_dir)
             if self.keep > 1 and before < iteration and iteration_of(self.path) == before:
                 link(self.path, out_dir / f"ckpt-{before:07d}.pt")
-            with replacing(self.path) as f:
-                torch.save(checkpoint, f)
+            write(checkpoint, self.path)
             if self.failed:
                 self.say(f"{self.path}: saved again, at iteration {iteration}")
             replaced, self.saved, self.iteration, self.failed = True, self.path, iteration, None
@@ -141,11 +151,7 @@ class Writer:
                 best_path.unlink()  # of another run
             self.prune(min(before, iteration - 1), self.keep - 1)
             sync_folder(out_dir)
-        except (OSError, RuntimeError) as e:
-            # On a full disk torch's writer raises a RuntimeError; the system's error, which says why, is its context.
-            system = e if isinstance(e, OSError) else e.__context__
-            if not isinstance(system, OSError):
-                raise
+        except OSError as system:
             if replaced:
                 self.say(f"{out_dir}: the older checkpoints cannot be put in order ({system.strerror})")
                 return

@@ -34,18 +34,18 @@ def reported(run: Callable[[], int | None]) -> int:
     """Call run(), and return its exit status or 0. A UserError or an interruption becomes one line on stderr."""
     from fastgpt.config import Diverged, UserError
 
+    rank = int(os.environ.get("RANK", 0))
     try:
         with signals.raised():
             status = run() or 0
             sys.stdout.flush()  # inside the try: it raises if the pipe is closed
             return status
     except UserError as e:
-        rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
         if not (rank and isinstance(e, Diverged)):  # all ranks raise that, and one says it
-            print(f"fastgpt: {rank}error: {one_line(str(e))}", file=sys.stderr)
+            print(f"fastgpt: {f'rank {rank}: ' * bool(rank)}error: {one_line(str(e))}", file=sys.stderr)
         return e.status
     except signals.Stopped as e:
-        if os.environ.get("RANK", "0") == "0":
+        if rank == 0:
             print(f"\nfastgpt: {e}", file=sys.stderr)
         return e.status
     except KeyboardInterrupt:  # where nobody listens to signals

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastgpt.optim import local
+
 
 class LeftOut(NamedTuple):
     """An update that was left out: iteration, its first micro-batch's offsets, loss, gradient norm, and how many in a row with it."""
@@ -41,7 +43,7 @@ class Watch:
 
     def look(self) -> list[LeftOut]:
         """Those left out since the last look. Sets `last`, (loss, gradient norm) of the last iteration added."""
-        values = torch.stack([torch.stack((loss.float(), norm.float())) for *_, loss, norm in self.unseen]).tolist()
+        values = torch.stack([t.float() for *_, loss, norm in self.unseen for t in (loss, norm)]).view(-1, 2).tolist()
         found = []
         for (it, offsets, *_), (loss, norm) in zip(self.unseen, values, strict=True):
             if math.isfinite(loss) and math.isfinite(norm):
@@ -80,8 +82,7 @@ def first_not_finite(model: nn.Module, gradients: bool = False) -> str | None:
     """
     tensors = {name: p.grad if gradients else p.detach() for name, p in model.named_parameters()}
     named = {name: t for name, t in tensors.items() if t is not None}
-    own = [t.to_local() if hasattr(t, "to_local") else t for t in named.values()]
-    bad = torch.stack([~t.isfinite().all() for t in own]).int()
+    bad = torch.stack([~t.isfinite().all() for t in local(list(named.values()))]).int()
     if any(hasattr(t, "to_local") for t in named.values()):
         dist.all_reduce(bad, dist.ReduceOp.MAX)
     name = next(itertools.compress(named, bad.tolist()), None)

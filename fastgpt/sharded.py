@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from fastgpt import checkpoint as checkpoints
 from fastgpt import distributed
 from fastgpt.config import ExportConfig, UserError
-from fastgpt.files import replacing, sync_folder
+from fastgpt.files import sync_folder
 
 REST = "rest.pt"
 # What torch.distributed.checkpoint's metadata of tensors consist of. Entries of bytes are left out: to load one runs its pickle.
@@ -161,7 +161,7 @@ def save(
                     rest["names"] = [names[p] for group in group_of for p in group["params"]]
                     rest["optimizer"] = {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}
                     rest["id"] = secrets.token_hex(16)
-                    write(rest, part / REST)
+                    checkpoints.write(rest, part / REST)
                     replace(part, folder)
             except (OSError, CheckpointException) as e:
                 raise UserError(f"{folder}: cannot be written ({why(e)}); the last checkpoint is as it was") from None
@@ -191,15 +191,6 @@ def replace(part: Path, folder: Path) -> None:
     os.rename(part, folder)
     shutil.rmtree(old, ignore_errors=True)
     sync_folder(folder.parent)
-
-
-def write(thing: Any, path: Path) -> None:
-    """torch.save to a file, completely or not at all, and on the disk. Raises OSError."""
-    try:
-        with replacing(path) as f:
-            torch.save(thing, f)
-    except RuntimeError as e:  # torch's writer on a full disk; the system's error, which says why, is its context
-        raise (e.__context__ if isinstance(e.__context__, OSError) else OSError(0, str(e).splitlines()[0])) from None
 
 
 def why(error: BaseException) -> str:
@@ -276,7 +267,7 @@ def export(cfg: ExportConfig) -> None:
     checkpoint = load(folder)
     del checkpoint["path"]
     try:
-        write(checkpoint, to)
+        checkpoints.write(checkpoint, to)
     except OSError as e:
         raise UserError(f"--to={to}: cannot be written ({e.strerror})") from None
     print(f"{folder}, iteration {checkpoint['iter_num']}, is now one file: {to}")

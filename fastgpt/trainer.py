@@ -459,7 +459,8 @@ class Run:
         """
         minutes = self.cfg.save_minutes
         due = minutes is not None and self.world.is_main and time.monotonic() - self.saved_at >= 60 * minutes
-        wish = distributed.most(signals.received() + 1 if signals.received() else int(due), self.world)  # 1: save
+        signal = signals.received()
+        wish = distributed.most(signal + 1 if signal else int(due), self.world)  # 1: save
         if not wish:
             return
         state = state or self.random_state()
