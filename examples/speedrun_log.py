@@ -22,7 +22,9 @@ RULE = "=" * 100
 def code() -> str:
     """The source of the installed packages fastgpt and fastgpt.kernels."""
     packages = [Path(module.__file__).parent for module in (fastgpt, fastgpt.kernels)]
-    return "\n".join(f"# {p.parent.name}/{p.name}\n{p.read_text()}" for folder in packages for p in sorted(folder.glob("*.py")))
+    return "\n".join(
+        f"# {p.parent.name}/{p.name}\n{p.read_text()}" for folder in packages for p in sorted(folder.glob("*.py"))
+    )
 
 
 def nvidia_smi() -> str:
