@@ -5,6 +5,7 @@
 The time is that of training, from its first iteration on, with compilation and without evaluations.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 
 import fastgpt
 import fastgpt.kernels
-from fastgpt import checkpoint
 from fastgpt.metrics import read_metrics
 
 RULE = "=" * 100
@@ -37,7 +37,7 @@ def nvidia_smi() -> str:
 
 def lines(out_dir: str) -> list[str]:
     """`step:125/5100 val_loss:4.8001 train_time:23000ms step_avg:184.00ms` for each evaluation of a run."""
-    last = checkpoint.load(out_dir)["config"]["max_iters"]
+    last = json.loads((Path(out_dir) / "config.json").read_text())["settings"]["max_iters"]
     found = []
     for record in read_metrics(Path(out_dir) / "metrics.jsonl"):
         if "val_loss" in record:
