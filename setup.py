@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import setup
 
 here = Path(__file__).parent
+readme = (here / "README.md").read_text(encoding="utf-8")
 version = re.search(r'__version__ = "(.+)"', (here / "fastgpt/__init__.py").read_text()).group(1)
 
 test = [
@@ -31,10 +32,17 @@ setup(
     name="fastgpt",
     version=version,
     description="nanoGPT with its hot paths fused: same model, same loss curve, more tokens per second",
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=re.sub(r"!?\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", readme),  # its links lead into the checkout
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
+    classifiers=[
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=["fastgpt", "fastgpt.kernels", "fastgpt.benchmarks", "fastgpt.benchmarks.peers"],
     # `kernels` is a package of Hugging Face's on PyPI: ours goes under our own name (docs/decisions/0001). The link fastgpt/kernels tells
     # type checkers and editors the same, which read no package_dir.

@@ -139,6 +139,7 @@ class TrainConfig(Settings):
     val_data: PathText = Field("", description="token file or glob in place of the dataset's val.bin")
     seed: int = Field(1337, ge=0, lt=2**63, description="random seed; nanoGPT's is 1337")
     eval_seed: int | None = Field(None, ge=0, lt=2**63, description="seed of the evaluation batches; None: drawn among the training batches, as in nanoGPT")
+    eval_windows: Literal["random", "first"] = Field("random", description="which windows an evaluation reads: random as in nanoGPT; first, the first eval_iters * batch_size of a split in order, the same every time, and nothing is drawn")
     peak_flops: float | None = Field(None, gt=0, description="peak FLOP/s for the MFU; None: by the GPU's name")
     keep: int = Field(2, gt=0, description="checkpoints to keep: ckpt.pt, the ones before it, and the best one")
     async_checkpoint: bool = Field(False, description="write checkpoints in the background, from a copy of weights and optimizer in the CPU's memory")

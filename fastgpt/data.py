@@ -292,6 +292,26 @@ class SharedDraws:
         return [{"rng": d.generator.get_state(), "offsets": torch.cat((o, d.left))} for d, o in every]  # type: ignore[union-attr]
 
 
+class InOrder:
+    """The offsets of a stream's first `count` windows, one behind the other, again and again: for evaluations. Nothing is drawn.
+
+    Raises UserError if the stream is shorter.
+    """
+
+    def __init__(self, tokens: Tokens, count: int, block_size: int):
+        if len(tokens) < count * block_size + 1:
+            raise UserError(
+                f"--eval_windows=first: {tokens.paths[0]}: the first {count:,} windows of {block_size} tokens need "
+                f"{count * block_size + 1:,} tokens, and there are {len(tokens):,}; take a smaller --eval_iters"
+            )
+        self.count, self.block_size, self.next = count, block_size, 0
+
+    def __call__(self, n: int, bound: int) -> torch.Tensor:
+        """The next n offsets, int64 [n]; all are below `bound`."""
+        self.next += n
+        return torch.arange(self.next - n, self.next) % self.count * self.block_size
+
+
 class Batches:
     """Random batches of a token stream, drawn as nanoGPT draws them. A thread reads each and copies it to the device.
 
@@ -303,7 +323,7 @@ class Batches:
 
     def __init__(
         self, tokens: Tokens, batch_size: int, block_size: int, device: str | torch.device,
-        draws: Draws | SharedDraws | None = None, merged: int = 1,
+        draws: Draws | SharedDraws | InOrder | None = None, merged: int = 1,
     ):  # fmt: skip
         if len(tokens) <= block_size:
             raise UserError(

@@ -169,12 +169,14 @@ class Run:
         draws = self.restore_random_state(saved.get("fastgpt")) if saved else data.Draws()
         shape = (cfg.batch_size, cfg.block_size, world.device)
         self.batches = data.Batches(train_tokens, *shape, draws, merged=self.sequences // cfg.batch_size)
-        # As in nanoGPT, evaluations draw from training's generator, unless --eval_seed gives them their own.
+        # As in nanoGPT, evaluations draw from training's generator, unless a flag gives them windows of their own.
         self.eval_generator = None if cfg.eval_seed is None else torch.Generator()
         eval_draws = data.Draws(self.eval_generator)
         self.eval_batches: dict[str, Any] = {}
         for split, tokens in (("train", train_tokens), ("val", val_tokens)):
-            batches = data.Batches(tokens, *shape, eval_draws)
+            first = cfg.eval_windows == "first"
+            in_order = data.InOrder(tokens, cfg.eval_iters * cfg.batch_size, cfg.block_size) if first else None
+            batches = data.Batches(tokens, *shape, in_order or eval_draws)
             self.eval_batches[split] = distributed.Shown(batches, world) if world.sharded else batches
         # After DDP has copied rank 0's weights to all. FSDP itself gathers weights in this dtype.
         if (dtype := shadow_dtype(self.model.kernels, self.dtype)) and not world.sharded:

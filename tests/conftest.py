@@ -104,6 +104,14 @@ def in_two_processes(f, *args):
     return in_processes(2, f, *args)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What tests/test_docs.py ran of each page, what it did not, and why."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, line in report.user_properties:
+            if name == "page":
+                terminalreporter.write_line(line)
+
+
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
     """A fresh folder as the working directory and home of the cache; torch's generator in a known state."""

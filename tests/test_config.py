@@ -34,6 +34,7 @@ def test_every_flag_of_nanogpt_has_its_default():
     got = settings("--dataset=openwebtext").model_dump()
     assert {k: got[k] for k in NANOGPT_DEFAULTS} == NANOGPT_DEFAULTS
     own = {"kernels", "preset", "train_data", "val_data", "seed", "eval_seed", "peak_flops", "sample_tokens"}
+    own |= {"eval_windows"}
     own |= {
         "overwrite",
         "save_minutes",

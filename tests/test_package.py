@@ -2,11 +2,18 @@
 
 import ast
 import functools
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from graphlib import TopologicalSorter
 from importlib.metadata import distribution
 from pathlib import Path
+
+import pytest
+from pages import copy_of_the_clone, own_environment
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"fastgpt": "fastgpt", "fastgpt.kernels": "kernels"}
@@ -118,3 +125,61 @@ def test_the_kernels_folder_is_installed_under_our_name():
     assert "fastgpt" in {e.name for e in distribution("fastgpt").entry_points}
     done = subprocess.run([sys.executable, "-c", "import kernels"], capture_output=True, cwd="/")
     assert done.returncode != 0, "the bare name `kernels` belongs to Hugging Face's package"
+
+
+def build(folder, hook, out):
+    """Call a hook of setuptools in a folder, as a front end does: the path of what it builds."""
+    code = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+    done = subprocess.run([sys.executable, "-c", code, hook, out], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out / done.stdout.splitlines()[-1]
+
+
+def contents(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.mark.slow
+def test_the_wheel_of_the_sdist_is_that_of_the_checkout_and_works_elsewhere(tmp_path):
+    """.ci/wheel does the same, and more, in an environment that has nothing else."""
+    copy_of_the_clone(tmp_path / "clone")
+    sdist = build(tmp_path / "clone", "build_sdist", tmp_path)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    for name in (
+        "tests/conftest.py",
+        "tests/ptx/machine.py",
+        "docs/kernels.md",
+        "examples/shakespeare_char.sh",
+        "benchmarks/on_gpu.sh",
+    ):
+        assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes(), name
+    wheel = build(unpacked, "build_wheel", tmp_path)
+    shutil.rmtree(tmp_path / "clone/fastgpt.egg-info", ignore_errors=True)
+    (tmp_path / "other").mkdir()
+    found = contents(wheel)
+    assert found == contents(build(tmp_path / "clone", "build_wheel", tmp_path / "other"))
+    assert {name.split("/")[0] for name in found} == {"fastgpt", f"{sdist.name.removesuffix('.tar.gz')}.dist-info"}
+    assert {f"fastgpt/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= found.keys()
+    assert {"fastgpt/py.typed", "fastgpt/kernels/py.typed", "fastgpt/benchmarks/bench_train.py"} <= found.keys()
+
+    programs = own_environment(tmp_path / "venv")
+    subprocess.run([programs / "pip", "install", "-q", "--no-deps", wheel], check=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    for words in (
+        "train --preset=tiny --device=cpu --max_iters=2 --eval_iters=1 --out_dir=out",
+        "sample --out_dir=out --device=cpu --num_samples=1 --max_new_tokens=5",
+        "bench roofline --preset=gpt2 --gpu=H200",
+    ):
+        done = subprocess.run(
+            [programs / "fastgpt", *words.split()], cwd=tmp_path, env={**environment, "FASTGPT_CACHE": str(tmp_path / "cache")},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, words + done.stdout + done.stderr
+    where = subprocess.run(
+        [programs / "python", "-c", "import fastgpt.kernels; print(fastgpt.kernels.__file__)"], cwd=tmp_path, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert str(tmp_path / "venv") in where.stdout

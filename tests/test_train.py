@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from conftest import LOOPBACK, SECONDS, TINY, command, in_two_processes
@@ -211,6 +212,31 @@ def test_eval_seed_frees_the_training_from_the_evaluations(train):
     train("--out_dir=e", "--eval_seed=3", "--max_iters=0")
     train("--out_dir=f", "--eval_seed=3", "--max_iters=0")
     assert records("e") == records("f")
+
+
+def test_eval_windows_first_evaluates_a_fixed_part_of_each_split(train, dataset):
+    """The mean loss of the first eval_iters * batch_size windows, in order, at every evaluation; training does not see it."""
+    first = ["--eval_windows=first", "--eval_interval=8"]
+    train("--out_dir=a", *first)
+    train("--out_dir=b", *first, "--eval_iters=5", "--eval_interval=3")
+    assert equal(saved("a"), saved("b"))
+    model = GPT(GPTConfig(**saved("a")["model_args"]))
+    model.load_state_dict(saved("a")["model"])
+    last = records("a")[-1]
+    for split in ("train", "val"):
+        tokens = torch.from_numpy(np.fromfile(dataset / f"{split}.bin", "<u2", 2 * 4 * 16 + 1).astype("i8"))
+        with torch.no_grad():
+            loss = model.eval()(tokens[:-1].view(8, 16), tokens[1:].view(8, 16))[1].item()
+        assert last[f"{split}_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_eval_windows_first_refuses_a_split_that_is_too_short(fastgpt, dataset):
+    """In 500 tokens there are 31 windows of 16, and the token behind the last one."""
+    words = "train", "--dataset=letters", *TINY, "--eval_windows=first", "--max_iters=0"
+    assert fastgpt(*words, "--eval_iters=7")[0] == 0
+    status, _, err = fastgpt(*words, "--eval_iters=8", "--overwrite")
+    assert status == 2
+    assert "val.bin: the first 32 windows of 16 tokens need 513 tokens, and there are 500" in err
 
 
 def test_a_seed_decides_everything(train):
