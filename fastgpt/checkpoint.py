@@ -464,7 +464,7 @@ def pretrained(name: str, dropout: float) -> GPT:
         return GPT.from_pretrained(name, dict(dropout=dropout))
     except ImportError:
         raise UserError(
-            f"--init_from={name}: Hugging Face's transformers is not installed; pip install 'fastgpt[hf]'"
+            f"--init_from={name}: Hugging Face's transformers is not installed; pip install transformers"
         ) from None
     except Exception as e:  # transformers and the network fail in many ways
         reason = " ".join(str(e).split())[:300]

@@ -720,7 +720,7 @@ def import_wandb() -> Any:
         import wandb
     except ImportError:
         raise UserError(
-            "--wandb_log=True: wandb is not installed; pip install 'fastgpt[wandb]', or give --wandb_log=False"
+            "--wandb_log=True: wandb is not installed; pip install wandb, or give --wandb_log=False"
         ) from None
     if not hasattr(wandb, "init"):
         raise UserError(f"--wandb_log=True: {wandb.__path__} is a folder, not the package wandb; run elsewhere")
