@@ -370,7 +370,7 @@ class Run:
     def loop(self) -> None:
         """Train to max_iters. Evaluate and save every eval_interval iterations and at the end."""
         cfg, main = self.cfg, self.world.is_main
-        live = main and sys.stderr.isatty() and sys.stdout.isatty()  # not for `| tee log`, which needs lines
+        live = main and shows_bar()
         with (
             signals.deferred(),
             tqdm(total=cfg.max_iters, initial=self.iter_num, disable=not live, unit="it", dynamic_ncols=True) as bar,
@@ -609,6 +609,11 @@ class Run:
             print(f"more text:  fastgpt sample --out_dir={cfg.out_dir}{device}")
         if self.writer.failed:
             raise UserError(self.writer.failed)
+
+
+def shows_bar() -> bool:
+    """Whether the outputs are a terminal with a width. Others need lines: `| tee log`, and terminals that say that they are 0 wide."""
+    return sys.stderr.isatty() and sys.stdout.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 def tell(line: str) -> None:

@@ -195,7 +195,8 @@ def test_devices_that_cannot_be(refused):
 def test_a_hub_that_cannot_be_reached(refused, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     says(refused("--init_from=gpt2"), "--init_from=gpt2", "no GPT-2 weights could be loaded")
-    says(refused("--init_from=resme"), "--init_from=resme", "'resume'")
+    says(refused("--init_from=resme"), "--init_from=resme", "the nearest name is 'resume'")
+    says(refused("--init_from=llama"), "--init_from=llama: neither a folder nor one of scratch, resume, auto, gpt2,")
 
 
 def test_what_is_not_installed(refused, monkeypatch):
