@@ -5,6 +5,36 @@ from pathlib import Path
 
 from setuptools import setup
 
+try:
+    from setuptools.command import editable_wheel
+except ImportError:  # as in a setuptools that is to come: editable installs are then its own
+    editable_wheel = None
+
+# Beside a clone, whose folder has the package's name, Python takes that folder for a package without an __init__.py before it asks
+# setuptools' finder of editable installs. This one comes first, and speaks only in that case.
+BEFORE_FOLDERS = """
+
+class _BeforeFolders:
+    @staticmethod
+    def find_spec(fullname, path=None, target=None):
+        if path is None and fullname in MAPPING:
+            found = PathFinder.find_spec(fullname)
+            if found is None or found.origin is None:
+                return _EditableFinder.find_spec(fullname)
+        return None
+
+
+_install = install
+
+
+def install():
+    _install()
+    sys.meta_path.insert(0, _BeforeFolders)
+"""
+template = getattr(editable_wheel, "_FINDER_TEMPLATE", "")  # setuptools' own text: another version may have another
+if all(part in template for part in ("import sys", "PathFinder", "MAPPING", "class _EditableFinder", "def install():")):
+    editable_wheel._FINDER_TEMPLATE = template + BEFORE_FOLDERS
+
 here = Path(__file__).parent
 readme = (here / "README.md").read_text(encoding="utf-8")
 version = re.search(r'__version__ = "(.+)"', (here / "fastgpt/__init__.py").read_text()).group(1)
@@ -28,21 +58,28 @@ bench = [
     "liger-kernel; sys_platform == 'linux'",
     "quack-kernels; sys_platform == 'linux'",
 ]
+readme = (here / "README.md").read_text(encoding="utf-8")
 setup(
     name="fastgpt",
     version=version,
     description="nanoGPT with its hot paths fused: same model, same loss curve, more tokens per second",
     long_description=re.sub(r"!?\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", readme),  # its links lead into the checkout
     long_description_content_type="text/markdown",
+    author="the fastgpt authors",
     license="MIT",
-    python_requires=">=3.10",
+    keywords=["nanogpt", "gpt", "transformer", "language model", "triton", "cuda", "kernels", "pytorch", "training"],
     classifiers=[
+        "Development Status :: 4 - Beta",
         "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Education",
         "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
         *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
+    python_requires=">=3.10",
     packages=["fastgpt", "fastgpt.kernels", "fastgpt.benchmarks", "fastgpt.benchmarks.peers"],
     # `kernels` is a package of Hugging Face's on PyPI: ours goes under our own name (docs/decisions/0001). The link fastgpt/kernels tells
     # type checkers and editors the same, which read no package_dir.

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from fastgpt.benchmarks import compare, report, roofline, scaling
 from fastgpt.config import PathText, Settings, UserError
-from fastgpt.parse import parse
+from fastgpt.parse import close, parse
 
 OPS = ("layer_norm", "attention", "gelu_mlp", "linear_cross_entropy", "embedding", "adamw")
 FILES = {
@@ -22,25 +22,36 @@ FILES = {
     "ops": OPS,
     **{op: [op] for op in OPS},
 }  # --only: the files bench_NAME.py
-USAGE = """usage: fastgpt bench [--key=value ...]                    measure this machine, and write a report
-       fastgpt bench compare [A.json B.json] [--key=value ...]   exit status 1 if something became slower
-       fastgpt bench report [FILE.json] [--key=value ...]        write a result's report again; --readme: the README's table
-       fastgpt bench count [--key=value ...]                     launches and bytes of a micro-step, without a GPU
-       fastgpt bench roofline [--key=value ...]                  the floor of a step on a GPU, by part
-       fastgpt bench scaling [--key=value ...]                   bytes on the wire and efficiency on many GPUs, predicted
+COMMANDS = ("compare", "report", "count", "roofline", "scaling")
+USAGE = """fastgpt bench                          measure this machine, and write a report
+fastgpt bench compare [A.json B.json]  what became slower from one result to another: exit status 1
+fastgpt bench report [FILE.json]       write a result's report again; --readme: the README's table
+fastgpt bench count                    kernels and bytes of a micro-step, counted without a GPU
+fastgpt bench roofline                 the least time that a step can take on a GPU, by part
+fastgpt bench scaling                  what many GPUs would do, predicted
 
---help behind each of these lists its flags.
+Each takes --key=value; --help behind it lists its flags. Those of the first:
 """
 
 
 class BenchConfig(Settings):
-    """Every flag of a benchmark run."""
+    """Measure training steps and kernels beside other libraries on this machine, and write a report."""
+
+    EXAMPLES = [
+        "fastgpt bench --quick",
+        "fastgpt bench --only=headline --budget=200",
+        "fastgpt bench compare",
+        "fastgpt bench roofline --gpu=H100",
+    ]
 
     budget: int = Field(480, gt=0, description="seconds for everything; the most important comes first")
     only: str = Field("", description="headline, which is the first of step; step, ops, or one op: " + ", ".join(OPS))
     quick: bool = Field(False, description="fewer cases and rounds; without a GPU sizes are toys either way")
     out: PathText = Field(report.RESULTS, description="folder of the results; each GPU has a folder in it")
-    profile: bool = Field(False, description="a trace of each arm's step, and its time by op beside the roofline's")
+    profile: bool = Field(
+        False,
+        description="a trace of each implementation's step, and its time by op beside the least possible",
+    )
 
 
 def bench(argv):
@@ -64,8 +75,10 @@ def bench(argv):
     if command == "report":
         return report.run(parse(report.ReportConfig, flags, prog)[0], files)
     if command:
+        near = close(command, COMMANDS)
         raise UserError(
-            f"bench: there is no command {command!r}; they are compare, report, count, roofline and scaling"
+            f"bench: there is no command {command!r}; they are {', '.join(COMMANDS)}"
+            + f"; the nearest is {near!r}" * bool(near)
         )
     if rest[:1] in (["-h"], ["--help"]):
         print(USAGE)
@@ -86,7 +99,9 @@ def run(cfg):
         import pytest
         import pytest_benchmark  # noqa: F401
     except ImportError:
-        raise UserError("bench: pytest and pytest-benchmark are not installed; pip install 'fastgpt[bench]'") from None
+        raise UserError(
+            "bench: pytest and pytest-benchmark are not installed; pip install pytest pytest-benchmark"
+        ) from None
     from fastgpt.benchmarks.progress import Progress
 
     folder, target = Path(__file__).parent, result_path(Path(cfg.out))
@@ -95,7 +110,8 @@ def run(cfg):
     part = Path(own.name) / target.name
     words = [
         *(f"{folder}/bench_{name}.py" for name in names), f"--rootdir={folder}", "-o", "addopts=", "-p", "no:terminal",
-        "-p", "no:cacheprovider", f"--benchmark-json={part}", "--benchmark-quiet", f"--budget={cfg.budget}",
+        "-p", "no:cacheprovider",
+        f"--benchmark-storage=file://{own.name}", f"--benchmark-json={part}", "--benchmark-quiet", f"--budget={cfg.budget}",
         *["--quick"] * cfg.quick, *["--first"] * (cfg.only == "headline"),
         *[f"--profile-to={target.with_suffix('')}-profile"] * cfg.profile,
     ]  # fmt: skip

@@ -12,7 +12,9 @@ from fastgpt.config import PathText, Settings, UserError
 
 
 class CompareConfig(Settings):
-    """Every flag of comparing two result files, given by path, else the newest two of the newest GPU."""
+    """Compare two result files, given by path, else the newest two of the newest GPU, case by case."""
+
+    EXAMPLES = ["fastgpt bench compare", "fastgpt bench compare before.json after.json --threshold=0.1"]
 
     threshold: float = Field(0.05, ge=0, description="how much slower is too slow: 0.05 is five percent")
     out: PathText = Field(RESULTS, description="folder of the results")

@@ -51,10 +51,13 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # pydantic has a deprecated method `json`, which nobody calls here
 
     class CountConfig(StepShape):
-        """Every flag of counting a micro-step's launches and bytes."""
+        """Count the kernels and bytes of a micro-step, without a GPU."""
 
-        arms: str = Field(",".join(ARMS), description="which arms to count")
-        residual: Residual = Field("fp32", description="dtype of the residual stream in fastgpt's arms: fp32 or bf16")
+        GROUPS = {"preset": "the step", "arms": "the count", "gemm_share": "what --predict supposes"}
+        EXAMPLES = ["fastgpt bench count --preset=tiny", "fastgpt bench count --arms=compiled,fastgpt --predict=True"]
+
+        arms: str = Field(",".join(ARMS), description="which implementations to count")
+        residual: Residual = Field("fp32", description="dtype of the residual stream in fastgpt's own")
         by_kernel: bool = Field(False, description="a row for each kernel instead of for each op")
         json: bool = Field(False, description="print JSON instead of the tables")
         predict: bool = Field(
@@ -490,7 +493,9 @@ def show(found, arms):
         f"one micro-step of {c['preset'] or 'nanoGPT'}: {c['n_layer']} layers, {c['n_embd']} wide, {c['batch_size']} x "
         f"{c['block_size']} tokens, bf16 autocast, forward and backward, the update apart; torch {found['torch']}\n"
     )
-    print(f"{'arm':16}{'launches':>10}{'GB outside GEMMs and attention':>32}{'GB in GEMMs':>13}{'in attention':>14}")
+    print(
+        f"{'implementation':16}{'launches':>10}{'GB outside GEMMs and attention':>32}{'GB in GEMMs':>13}{'in attention':>14}"
+    )
     for arm in arms:
         a = found[arm]
         gb = (a[k] / 1e9 for k in ("non_gemm_bytes", "gemm_bytes", "attention_bytes"))
@@ -528,7 +533,7 @@ def predicted(found, cfg, arm, gpu):
 def show_predicted(found, cfg):
     """Print the table of `predicted`, with each arm's time and the first one's over it."""
     print(
-        f"\n{'GPU':10}{'arm':16}{'GEMMs ms':>10}{'attention':>11}{'memory':>9}{'launches':>10}{'sum ms':>9}{'ratio':>7}"
+        f"\n{'GPU':10}{'implementation':16}{'GEMMs ms':>10}{'attention':>11}{'memory':>9}{'launches':>10}{'sum ms':>9}{'ratio':>7}"
     )
     for gpu in PREDICTED:
         first = None

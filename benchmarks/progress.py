@@ -4,6 +4,12 @@ import sys
 
 import pytest
 
+from fastgpt.benchmarks import harness
+
+LEGEND = """A line is one implementation:
+its median time; how many times as fast as the first line of its group it is (1.25x: a quarter faster; a few percent are noise);
+and its rate. 100% of the limit would be the least time that this machine's own product of matrices and copy allow."""
+
 
 class Progress:
     """A pytest plugin in place of its terminal reporter."""
@@ -12,7 +18,9 @@ class Progress:
         self.budget, self.group, self.row, self.said = budget, None, None, set()
 
     def pytest_collection_finish(self, session):
-        self.say(f"{len(session.items)} cases in at most {self.budget} s, the most important first")
+        if not harness.CUDA:
+            self.say("No CUDA GPU here: toy sizes on a CPU. These numbers say nothing of a GPU.\n")
+        self.say(f"{len(session.items)} cases in at most {self.budget} s, the most important first. {LEGEND}")
 
     def pytest_collectreport(self, report):
         if report.failed:
@@ -47,9 +55,9 @@ def line(info, seconds):
     """A result as a line: time, ratio to the baseline, rate."""
     against = " " * 8 if info["ratio"] is None else f"{info['ratio'][0]:7.2f}x"
     if info["kind"] == "step":
-        share, of = (info["mfu"], "MFU") if info["mfu"] else (info["mfu_of_ceiling"], "of the ceiling")
+        share, of = (info["mfu"], "MFU") if info["mfu"] else (info["mfu_of_ceiling"], "of the limit")
         rest = f"{info['tokens_per_s']:12,.0f} tok/s{100 * share:7.1f}% {of}"
     else:
         flops = f"{info['tflops']:9.2f} TFLOP/s" if info["tflops"] else " " * 17
-        rest = f"{flops}{info['gb_per_s']:9.1f} GB/s{100 * info['of_floor']:7.1f}% of its floor"
+        rest = f"{flops}{info['gb_per_s']:9.1f} GB/s{100 * info['of_floor']:7.1f}% of the limit"
     return f"  {info['provider']:28}{seconds * 1e3:11.4f} ms{against}{rest}"

@@ -41,8 +41,8 @@ OP_COLUMNS = [
     ("against baseline", "the baseline's time over the row's, median (range of rounds): above 1 is faster.", "against", ""),
 ]  # fmt: skip
 PEERS = (
-    "The strongest peer of a case is the fastest provider that is equal to PyTorch and not fastgpt's. Ratio: its time over that of "
-    "fastgpt's fastest, by their medians against the baseline: above 1 fastgpt is faster."
+    "Of each case the fastest implementation that is equal to PyTorch and not fastgpt's, beside fastgpt's fastest. Ratio: its time over "
+    "that of fastgpt's fastest, by their medians against the baseline: above 1 fastgpt is faster."
 )
 UNEQUAL = "They do not compute what PyTorch computes, so they have no time. fastgpt's own fail the run."
 INDUCTOR = "; Inductor left gradients of LayerNorm's weights unwritten before (pytorch issue 193061)"
@@ -50,7 +50,9 @@ BATCH = "B: sequences of a micro-step x micro-steps of an iteration. T: tokens o
 
 
 class ReportConfig(Settings):
-    """Every flag of writing a report of a result file, given by path, else the newest."""
+    """Write the report of a result file, given by path, else of the newest."""
+
+    EXAMPLES = ["fastgpt bench report", "fastgpt bench report result.json", "fastgpt bench report --readme"]
 
     readme: bool = Field(False, description="write the README's table of the newest result instead")
     out: PathText = Field(RESULTS, description="folder of the results")
@@ -262,7 +264,7 @@ def first_of(benchmarks, ours):
 
 
 def peer_table(groups):
-    """The table of the strongest peer of each case."""
+    """The table of the fastest other implementation of each case."""
     rows = []
     for case, benchmarks in groups.items():
         peer, ours = (first_of(benchmarks, ours) for ours in (False, True))
@@ -270,7 +272,7 @@ def peer_table(groups):
         ratio = cell(ratios[0] / ratios[1], ".2f") + "x" if all(ratios) else "-"
         times = [(cell(b.get("provider")), cell(b.get("ms"), ",.4g")) for b in (peer, ours)]
         rows.append([", ".join(case), *times[0], *times[1], ratio])
-    return table(["case", "strongest peer", "ms", "fastgpt's fastest", "ms", "ratio"], rows, 2)
+    return table(["case", "fastest other", "ms", "fastgpt's fastest", "ms", "ratio"], rows, 2)
 
 
 def explained(columns):
@@ -336,7 +338,7 @@ def write(path):
     unequal = [(why, name) for why, name in left_out if "not equal" in why]
     left_out = [x for x in left_out if x not in unequal]
     unequal = [(why + INDUCTOR * ("layer_norm" in name and "inductor" in name), name) for why, name in unequal]
-    heading = f"## The strongest peer on {cell(result['fastgpt']['gpu'])}"
+    heading = f"## The fastest others on {cell(result['fastgpt']['gpu'])}"
     parts += [heading, PEERS, peer_table(steps | ops)] if steps or ops else []
     parts += ["## Not equal", UNEQUAL, listed(unequal)] if unequal else []
     parts += ["In each case the fastest provider comes first, in bold."]
@@ -436,13 +438,13 @@ def readme_table(path, folder=ROOT):
         for i, b in ((0, ours), (2, peer)):
             rates[i] += f" ({cell(b.get('provider'))})"
         rows.append([model, f"{shape}, {dtype}", *rates, cell(ours.get("against")), cell(ours.get("mfu"), ".1%")])
-    titles = ["model", "batch", "fastgpt tokens/s", "compiled nanoGPT tokens/s", "strongest peer's", "ratio", "MFU"]
+    titles = ["model", "batch", "fastgpt tokens/s", "compiled nanoGPT tokens/s", "the fastest other's", "ratio", "MFU"]
     parts = [
         *warnings(result),
         f"{cell(result['fastgpt']['gpu'])}, {when(result):%Y-%m-%d}, commit {commit(result)}; {versions(result)}. "
         f"Measured by `fastgpt bench`; [every provider, op and column]({stem}.md).",
         table(titles, rows, left=2),
-        f"{BATCH} Strongest peer: the fastest that is not fastgpt's. Ratio: compiled nanoGPT's time over fastgpt's, "
+        f"{BATCH} The fastest other: of those that are not fastgpt's. Ratio: compiled nanoGPT's time over fastgpt's, "
         "median (range of rounds): above 1 is faster. fastgpt: its fastest runner, which `--runner=auto` takes. MFU: fastgpt's, "
         "of the data sheet's peak.",
     ]

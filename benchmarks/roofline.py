@@ -15,7 +15,10 @@ from fastgpt.records import RECORDS, Shape, n_params
 
 # fmt: off
 class RooflineConfig(StepShape):
-    """Every flag of the roofline of a training step."""
+    """The least time that a training step can take on a GPU, by part: by its FLOPs, or by the bytes that it must move."""
+
+    GROUPS = {"preset": "the step", "gpu": "the GPU"}
+    EXAMPLES = ["fastgpt bench roofline --gpu=H100", "fastgpt bench roofline --preset=gpt2-xl --batch_size=8"]
 
     gpu: str = Field("H200", description="a GPU by name; its data sheet gives the rates")
     flops: float | None = Field(None, gt=0, description="FLOP/s in bf16, such as a benchmark's ceiling; None: the data sheet's")
@@ -48,7 +51,7 @@ def roofline(cfg):
         f"{cfg.preset}: {n_params(shape, config.n_layer) / 1e6:.1f}M parameters, {shape.B} x {shape.T} tokens, one micro-step and "
         f"the update, on {cfg.gpu} ({flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s)\n"
     )
-    titles = (("times", 6), ("GFLOP", 10), ("GB", 8), ("FLOPs ms", 10), ("bytes ms", 10), ("floor ms", 10))
+    titles = (("times", 6), ("GFLOP", 10), ("GB", 8), ("FLOPs ms", 10), ("bytes ms", 10), ("least ms", 10))
     print(f"{'part':24}{'direction':11}" + "".join(f"{title:>{width}}" for title, width in titles))
     for p in parts:
         work, moved = p.times * p.flops, p.times * p.bytes
@@ -64,5 +67,5 @@ def roofline(cfg):
         f"\n{work / 1e12:.2f} TFLOP, {moved / 1e9:.1f} GB; {outside / 1e9:.1f} GB of it outside GEMMs and attention, the update apart"
     )
     floors, best = sum(p.seconds(flops, bandwidth) for p in parts), max(work / flops, moved / bandwidth)
-    print(f"sum of the floors:     {floors * 1e3:9.2f} ms, {tokens / floors:12,.0f} tok/s")
+    print(f"sum of the parts:      {floors * 1e3:9.2f} ms, {tokens / floors:12,.0f} tok/s")
     print(f"all overlapped:        {best * 1e3:9.2f} ms, {tokens / best:12,.0f} tok/s")

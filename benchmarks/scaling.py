@@ -33,7 +33,10 @@ INFINIBAND = 50e9
 
 # fmt: off
 class ScalingConfig(StepShape):
-    """Every flag of the prediction for many GPUs."""
+    """Predict bytes between GPUs and the efficiency of many, of a micro-step's shape."""
+
+    GROUPS = {"preset": "the step", "gpus": "the machines"}
+    EXAMPLES = ["fastgpt bench scaling --gpus=8,64", "fastgpt bench scaling --preset=gpt2-xl --network=25e9"]
 
     gpus: str = Field("8,64,512", description="how many GPUs, with commas")
     node: int = Field(8, gt=0, description="GPUs of a node")

@@ -458,13 +458,15 @@ def keep_shape(checkpoint: dict[str, Any], cfg: TrainConfig, given: Collection[s
 def pretrained(name: str, dropout: float) -> GPT:
     """GPT.from_pretrained of a GPT-2 size or a local folder. Raises UserError for whatever goes wrong."""
     if name not in MODEL_SIZES and not Path(name).is_dir():
-        near = difflib.get_close_matches(name, ["resume", *MODEL_SIZES], n=1, cutoff=0)[0]
-        raise UserError(f"--init_from={name}: neither a known name nor a folder; the nearest name is {near!r}")
+        known = ["scratch", "resume", "auto", *MODEL_SIZES]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f"; the nearest name is {near[0]!r}" if near else ""
+        raise UserError(f"--init_from={name}: neither a folder nor one of {', '.join(known)}{hint}")
     try:
         return GPT.from_pretrained(name, dict(dropout=dropout))
     except ImportError:
         raise UserError(
-            f"--init_from={name}: Hugging Face's transformers is not installed; pip install 'fastgpt[hf]'"
+            f"--init_from={name}: Hugging Face's transformers is not installed; pip install transformers"
         ) from None
     except Exception as e:  # transformers and the network fail in many ways
         reason = " ".join(str(e).split())[:300]

@@ -1,22 +1,33 @@
 """The command `fastgpt`: train, sample, export, prepare, verify, tune, bench. A user's error is one line on stderr and exit status 2."""
 
+import difflib
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
-from fastgpt import signals  # PyTorch is imported later: a signal must meet a handler first
+from fastgpt import __version__, signals  # PyTorch is imported later: a signal must meet a handler first
 
-USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
+COMMANDS = {
+    "train": "train a model; without arguments, a small one on text that is built in",
+    "sample": "continue a prompt with a trained model",
+    "export": "make one ckpt.pt, as nanoGPT reads it, of a sharded checkpoint",
+    "prepare": "turn a text file or folder into a dataset",
+    "verify": "check every kernel against PyTorch on this machine; exit status 1 if one fails",
+    "tune": "find the kernels' fastest launch configurations on this GPU, for later runs",
+    "bench": "measure training steps and kernels against other libraries; also compare, count, roofline, report, scaling",
+    "completion": "print a script for bash, zsh or fish that completes commands, flags and values",
+    "help": "print this, or with a command its flags",
+}
+USAGE = f"""usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
 
-  train     train a model; without arguments, a small one on the embedded text
-  sample    continue a prompt with a trained model
-  export    make one ckpt.pt, as nanoGPT reads it, of a sharded checkpoint
-  prepare   turn a text file or folder into a dataset
-  verify    check every kernel against PyTorch on this machine; exit status 1 if one fails
-  tune      find the kernels' fastest launch configurations on this GPU, for later runs
-  bench     measure training steps and kernels against other libraries; also compare, count, roofline, report
+{"".join(f"  {name:11}{says}{chr(10)}" for name, says in COMMANDS.items())}
+fastgpt COMMAND --help lists every flag with its default; fastgpt COMMAND ... --print_config, what they become; fastgpt --version.
 
-fastgpt COMMAND --help lists every flag with its default.
+examples:
+  fastgpt train
+  fastgpt sample --out_dir=out-quickstart
+  fastgpt train config/train_shakespeare_char.py --max_iters=2000
 """
 
 
@@ -32,18 +43,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def reported(run: Callable[[], int | None]) -> int:
     """Call run(), and return its exit status or 0. A UserError or an interruption becomes one line on stderr."""
-    from fastgpt.config import Diverged, UserError
-
     rank = int(os.environ.get("RANK", 0))
     try:
         with signals.raised():
             status = run() or 0
             sys.stdout.flush()  # inside the try: it raises if the pipe is closed
             return status
-    except UserError as e:
-        if not (rank and isinstance(e, Diverged)):  # all ranks raise that, and one says it
-            print(f"fastgpt: {f'rank {rank}: ' * bool(rank)}error: {one_line(str(e))}", file=sys.stderr)
-        return e.status
     except signals.Stopped as e:
         if rank == 0:
             print(f"\nfastgpt: {e}", file=sys.stderr)
@@ -55,6 +60,17 @@ def reported(run: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the flush at exit would fail again
         print("fastgpt: the output was closed", file=sys.stderr)
         return 1
+    except config().UserError as e:
+        if not (rank and isinstance(e, config().Diverged)):  # all ranks raise that, and one says it
+            print(f"fastgpt: {f'rank {rank}: ' * bool(rank)}error: {one_line(str(e))}", file=sys.stderr)
+        return e.status
+
+
+def config() -> Any:
+    """The module of the settings and errors, which imports PyTorch: --version and --help do without."""
+    from fastgpt import config
+
+    return config
 
 
 def one_line(text: str, most: int = 2000) -> str:
@@ -65,8 +81,14 @@ def one_line(text: str, most: int = 2000) -> str:
 
 def run(command: str, argv: list[str]) -> int | None:
     """Run one command, and return its exit status; None means 0. Raises UserError."""
-    import torch
-
+    if command == "help" and argv:
+        command, argv = argv[0], [*argv[1:], "--help"]
+    if command in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return None
+    if command in ("-V", "--version"):
+        print(f"fastgpt {__version__}")
+        return None
     from fastgpt.config import (
         ExportConfig,
         PrepareConfig,
@@ -106,6 +128,8 @@ def run(command: str, argv: list[str]) -> int | None:
         prepare(cfg.input, cfg.tokenizer, cfg.out)
     elif command == "verify":
         cfg, _ = parse(VerifyConfig, argv, "fastgpt verify")
+        import torch
+
         if not torch.cuda.is_available():
             os.environ["TRITON_INTERPRET"] = "1"  # the import below reads it
         from fastgpt.verify import verify
@@ -119,10 +143,14 @@ def run(command: str, argv: list[str]) -> int | None:
         from fastgpt.benchmarks.command import bench
 
         return bench(argv)
-    elif command in ("-h", "--help"):
-        print(USAGE, end="")
+    elif command == "completion":
+        from fastgpt.completion import completion
+
+        print(completion(argv), end="")
     else:
-        raise UserError(f"there is no command {command!r}; fastgpt --help lists them")
+        near = difflib.get_close_matches(command[:100], COMMANDS, n=1, cutoff=0.6)
+        hint = f"the nearest is {near[0]!r}" if near else "fastgpt --help lists them"
+        raise UserError(f"there is no command {command!r}; {hint}")
     return None
 
 

@@ -4,11 +4,12 @@ A setting's type, bounds, default and help stand in one line. fastgpt/parse.py r
 `fastgpt bench` stand with the benchmarks.
 """
 
+import glob
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -56,9 +57,25 @@ def default_dtype() -> "DType":
     return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float16"
 
 
-class Settings(BaseModel):
-    """Base of the settings of a command: strict types (an int passes for a float), no unknown keys."""
+def default_device() -> str:
+    """cuda; cpu on a machine without a GPU. Where there is one that PyTorch cannot use, the user is to hear of it: cuda."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return "cuda" if torch.cuda.is_available() or (gpu_files() and not hidden) else "cpu"
 
+
+def gpu_files() -> list[str]:
+    """The GPUs that NVIDIA's driver shows."""
+    return glob.glob("/dev/nvidia[0-9]*")
+
+
+class Settings(BaseModel):
+    """Base of the settings of a command: strict types (an int passes for a float), no unknown keys.
+
+    GROUPS: the titles under which --help lists them, each by the first setting that stands under it. EXAMPLES: command lines.
+    """
+
+    GROUPS: ClassVar[dict[str, str]] = {}
+    EXAMPLES: ClassVar[list[str]] = []
     model_config = ConfigDict(strict=True, extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
@@ -80,7 +97,22 @@ Preset = Literal["", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl
 
 # fmt: off
 class TrainConfig(Settings):
-    """Every flag of training. Names, defaults and meanings are nanoGPT's; the last group is fastgpt's own."""
+    """Train a model. Flags that nanoGPT has keep their names, defaults and meanings; the others are fastgpt's own."""
+
+    GROUPS = {
+        "out_dir": "output", "wandb_log": "logging", "dataset": "data", "n_layer": "model", "learning_rate": "optimizer",
+        "decay_lr": "schedule", "backend": "several GPUs", "device": "system", "kernels": "speed", "doc_mask": "model",
+        "residual": "speed", "overwrite": "reliability", "preset": "data", "seed": "system", "peak_flops": "logging",
+        "keep": "reliability", "sample_tokens": "output", "parallel": "several GPUs",
+    }
+    EXAMPLES = [
+        "fastgpt train                                        # a small model on text that is built in",
+        "fastgpt train config/train_shakespeare_char.py --max_iters=2000",
+        "fastgpt train --preset=gpt2 --dataset=openwebtext --compile=False",
+        "torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py",
+        "fastgpt train --init_from=auto --out_dir=out         # go on with a run, or begin it",
+        "fastgpt train config/train_gpt2.py --print_config    # what would be trained",
+    ]
 
     # output
     out_dir: PathText = Field("out", description="folder of checkpoint, metrics and plot")
@@ -91,7 +123,7 @@ class TrainConfig(Settings):
     always_save_checkpoint: bool = Field(True, description="save after every evaluation, not only after the best one so far")
     init_from: PathText = Field("scratch", description="scratch, resume (from out_dir), auto (resume if there is a checkpoint, else scratch), gpt2[-medium|-large|-xl] or a Hugging Face GPT-2 folder")
     # wandb
-    wandb_log: bool = Field(False, description="log evaluations to Weights & Biases (the extra `wandb`)")
+    wandb_log: bool = Field(False, description="log evaluations to Weights & Biases (pip install wandb)")
     wandb_project: str = Field("owt", description="its project")
     wandb_run_name: str = Field("gpt2", description="its run name")
     # data
@@ -120,7 +152,7 @@ class TrainConfig(Settings):
     # distributed
     backend: str = Field("nccl", description="torch.distributed's backend; gloo where the device is the CPU")
     # system
-    device: str = Field("cuda", description="cuda, cuda:1, cpu, mps; under torchrun each rank takes its own GPU")
+    device: str = Field("cuda", description="cuda, cuda:1, cpu, mps; cpu where none is given and there is no GPU; under torchrun each rank takes its own GPU")
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype on CUDA; float16 scales the loss")
     compile: bool = Field(True, description="torch.compile the model; on CUDA, where neither this nor --cuda_graphs is given, --runner decides")
     # fastgpt's own
@@ -134,7 +166,7 @@ class TrainConfig(Settings):
     overwrite: bool = Field(False, description="begin anew in an out_dir that holds a run: its first checkpoint replaces that run's")
     save_minutes: float | None = Field(None, gt=0, description="save a checkpoint also when this many minutes have passed since the last one")
     max_bad_steps: int = Field(8, gt=0, description="updates in a row whose loss or gradients are not finite, after which the run stops with exit status 3; each is left out")
-    preset: Preset = Field("", description="base that the other flags change: " + ", ".join(get_args(Preset)[1:]))
+    preset: Preset = Field("", description="base that the other flags change")
     train_data: PathText = Field("", description="token file or glob in place of the dataset's train.bin")
     val_data: PathText = Field("", description="token file or glob in place of the dataset's val.bin")
     seed: int = Field(1337, ge=0, lt=2**63, description="random seed; nanoGPT's is 1337")
@@ -155,7 +187,14 @@ class TrainConfig(Settings):
 
 
 class SampleConfig(Settings):
-    """Every flag of sampling. Names, defaults and meanings are nanoGPT's; the last group is fastgpt's own."""
+    """Continue a prompt with a trained model. Flags have nanoGPT's names, defaults and meanings."""
+
+    GROUPS = {"init_from": "model", "start": "text", "seed": "system"}
+    EXAMPLES = [
+        "fastgpt sample --out_dir=out-quickstart",
+        "fastgpt sample --out_dir=out --start='Once upon a time' --num_samples=3 --max_new_tokens=100",
+        "fastgpt sample --init_from=gpt2-xl --start=FILE:prompt.txt",
+    ]
 
     init_from: PathText = Field("resume", description="resume (the checkpoint in out_dir), gpt2[-medium|-large|-xl] or a Hugging Face GPT-2 folder")
     out_dir: PathText = Field("out", description="folder of the checkpoint")
@@ -165,20 +204,28 @@ class SampleConfig(Settings):
     temperature: float = Field(0.8, ge=0, description="below 1 less random, above 1 more; 0 takes the likeliest token")
     top_k: int = Field(200, ge=0, description="sample among the top_k likeliest tokens; 0: among all")
     seed: int = Field(1337, ge=0, lt=2**63, description="random seed")
-    device: str = Field("cuda", description="cuda, cuda:1, cpu, mps")
+    device: str = Field(default_factory=default_device, description="cuda, cuda:1, cpu, mps; nanoGPT's is cuda, and without a GPU it is cpu")
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype on CUDA")
     compile: bool = Field(False, description="torch.compile the full forward; steps on cached keys and values stay eager")
 
 
 class ExportConfig(Settings):
-    """Every flag of making one file of a sharded checkpoint."""
+    """Make one ckpt.pt, as nanoGPT reads it, of a sharded checkpoint."""
+
+    EXAMPLES = ["fastgpt export --out_dir=out", "fastgpt export --out_dir=out --to=model.pt"]
 
     out_dir: PathText = Field("out", description="folder of the run, or the checkpoint's own folder in it")
     to: PathText = Field("", description="file to write; empty: ckpt.pt in the folder of the run")
 
 
 class PrepareConfig(Settings):
-    """Every flag of preparing a text for training."""
+    """Turn a text into a dataset: train.bin, val.bin and meta.pkl."""
+
+    EXAMPLES = [
+        "fastgpt prepare --input=book.txt --out=data/book",
+        "fastgpt prepare --input=folder --tokenizer=gpt2 --out=data/folder",
+        "fastgpt train --dataset=book",
+    ]
 
     input: PathText = Field("", description="text file, or folder of text files")
     tokenizer: str = Field("bytes", description="bytes, chars, gpt2, or another tiktoken encoding by name")
@@ -204,14 +251,19 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # pydantic has a deprecated method `json`, which nobody calls here
 
     class VerifyConfig(Settings):
-        """Every flag of verifying the kernels."""
+        """Check every kernel against PyTorch on this machine. Exit status 1 if one fails."""
+
+        EXAMPLES = ["fastgpt verify", "fastgpt verify --dtype=bfloat16 --json=verify.json"]
 
         dtype: Literal["all", DType] = Field("all", description="the dtype to check in: float32, float16 or bfloat16; all: in each of them")
         json: PathText = Field("", description="file to write the report to, as JSON")
 
 
 class TuneConfig(StepShape):
-    """Every flag of tuning the kernels' launch configurations, at the shapes of a run."""
+    """Find the kernels' fastest launch configurations on this GPU, at the shapes of a run, for later runs."""
+
+    GROUPS = {"preset": "the run", "device": "tuning"}
+    EXAMPLES = ["fastgpt tune", "fastgpt tune --preset=gpt2-medium --batch_size=16 --only=attention --budget=120"]
 
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
     doc_mask: bool = Field(False, description="tune for runs with --doc_mask")

@@ -194,14 +194,15 @@ def check_device(device: str) -> None:
         raise UserError(f"--device={device}: there is no such device; write cuda, cuda:1, cpu or mps")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"--device={device}: PyTorch finds no CUDA GPU here; train with --device=cpu --compile=False, or repair the driver"
+            f"--device={device}: PyTorch finds no CUDA GPU here; give --device=cpu (in training --compile=False too, where there is "
+            "no C++ compiler), or repair the driver"
         )
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"--device={device}: this machine has {torch.cuda.device_count()} CUDA GPU(s), counted from cuda:0"
         )
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device={device}: PyTorch finds no MPS device here; train with --device=cpu")
+        raise UserError(f"--device={device}: PyTorch finds no MPS device here; give --device=cpu")
 
 
 def share(steps: int, world: World) -> int:

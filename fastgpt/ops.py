@@ -97,8 +97,9 @@ def parse(spec: str) -> dict[str, str]:
         words = ["auto", "triton", "torch"] if "=" not in spec else ["auto", *IMPLEMENTATIONS.get(op, [])]
         for name, known in ((op, list(OPS)), (implementation, words)):
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-                raise UserError(f"--kernels={spec}: {name!r} is none of {', '.join(known)}; the nearest is {near!r}")
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+                hint = f"; the nearest is {near[0]!r}" if near else ""
+                raise UserError(f"--kernels={spec}: {name!r} is none of {', '.join(known)}{hint}")
     return dict.fromkeys(OPS, "auto") | picks
 
 

@@ -1,58 +1,104 @@
 """How config files and flags become settings.
 
-Words of a command line apply from left to right. A config file is read and never executed. A wrong word is refused with a `UserError`
-before any work; its message names the nearest right one.
+Words of a command line apply from left to right. A wrong word is refused with a `UserError` before any work; its message names the right
+one, where there is one that is near.
 """
 
-import argparse
 import ast
 import difflib
 import math
-import operator
 import os
-import re
-import sys
-import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from fastgpt import files
-from fastgpt.config import QUICKSTART_OUT, Settings, TrainConfig, UserError, preset
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+from fastgpt import config_file, usage
+from fastgpt.config import QUICKSTART_OUT, Settings, TrainConfig, UserError, default_device, preset
 
 LONGEST = 100  # characters of a value or a name in a message
 
 
+# Names that other programs give to settings, the setting (of several, the first that a command has), and what else is to be said.
+INSTEAD = [
+    ("lr max_lr peak_lr base_lr", "learning_rate", ""),
+    ("lr_min final_lr end_lr", "min_lr", ""),
+    ("steps max_steps num_steps n_steps train_steps total_steps iters num_iters iterations num_iterations", "max_iters", ""),
+    ("epoch epochs num_epochs n_epochs max_epochs num_train_epochs", "max_iters", "there are no epochs: it counts updates"),
+    ("bs batch micro_batch_size device_batch_size train_batch_size per_device_train_batch_size", "batch_size", ""),
+    ("ctx ctx_len n_ctx context context_length context_size seqlen seq_len seq_length sequence_length max_seq_len n_positions",
+     "block_size", ""),
+    ("layers num_layers n_layers depth num_hidden_layers blocks", "n_layer", ""),
+    ("heads num_heads n_heads num_attention_heads", "n_head", ""),
+    ("dim d_model width hidden hidden_size hidden_dim emb_dim embed_dim embedding_dim n_embed model_dim", "n_embd", ""),
+    ("wd decay l2", "weight_decay", ""),
+    ("betas adam_beta1", "beta1", ""),
+    ("adam_beta2", "beta2", ""),
+    ("clip max_norm max_grad_norm gradient_clip gradient_clip_val clip_grad_norm", "grad_clip", ""),
+    ("accum grad_accum accumulation accumulation_steps grad_accum_steps", "gradient_accumulation_steps", ""),
+    ("warmup warmup_steps num_warmup_steps", "warmup_iters", ""),
+    ("decay_steps lr_decay_steps", "lr_decay_iters", ""),
+    ("eval_every eval_freq eval_steps val_every val_interval", "eval_interval", ""),
+    ("save_every save_interval save_steps checkpoint_interval", "eval_interval", "a checkpoint follows an evaluation"),
+    ("log_every log_freq log_steps logging_steps", "log_interval", ""),
+    ("resume resume_from load checkpoint ckpt ckpt_path model_path", "init_from out_dir", ""),
+    ("model model_type model_size size", "preset init_from", ""),
+    ("data data_dir data_path train_file corpus", "dataset input", "train_data and val_data take files of tokens"),
+    ("output output_dir save_dir save_path outdir outfile output_file", "out_dir out to json", ""),
+    ("file text text_file source", "input", ""),
+    ("encoding enc vocab", "tokenizer", ""),
+    ("precision amp bf16 fp16 mixed_precision half", "dtype", ""),
+    ("gpu cuda cpu use_cuda", "device", ""),
+    ("random_seed rng_seed", "seed", ""),
+    ("flash flash_attn flash_attention attention attn", "kernels", ""),
+    ("gradient_checkpointing activation_checkpointing", "recompute", ""),
+    ("strategy ddp fsdp", "parallel", ""),
+    ("wandb use_wandb", "wandb_log", ""),
+    ("project", "wandb_project", ""),
+    ("name run_name experiment exp_name", "wandb_run_name", ""),
+    ("force overwrite_output_dir", "overwrite", ""),
+    ("prompt", "start", ""),
+    ("n samples n_samples", "num_samples", ""),
+    ("max_tokens length num_tokens", "max_new_tokens", ""),
+    ("temp", "temperature", ""),
+    ("config config_file cfg", "", "give the file's name alone, as in `fastgpt train FILE.py`"),
+    ("gpus n_gpus num_gpus nproc nproc_per_node devices world_size", "", "torchrun says it: `torchrun --nproc_per_node=N train.py ...`"),
+]  # fmt: skip
+SAME_VALUES = [("bfloat16", "bf16"), ("float16", "fp16", "half"), ("float32", "fp32", "float")]
+
+
 def parse(
     schema: type[Settings], argv: list[str], prog: str, base: Callable[[dict[str, Any], bool], dict[str, Any]] | None = None,
+    check: Callable[[Any], None] = lambda cfg: None,
 ) -> tuple[Any, set[str]]:  # fmt: skip
     """(settings of a schema, names that the words and their files gave), of command-line words.
 
     A word is a config file (nanoGPT's .py, or .toml), `--key=value`, `--key value`, or for a switch `--key` alone; later ones win. What
-    nothing gives comes from `base(given values, whether a file was read)`, else from the schema's defaults. Prints the help and exits
-    on -h. Raises UserError.
+    nothing gives comes from `base(given values, whether a file was read)`, else from the schema's defaults. `check(settings)` may refuse
+    them. Prints and exits on -h and on --print_config. Raises UserError.
     """
     given, has_file = {}, False  # given: name -> (value, where it was said)
+    show = any(word.replace("-", "_") == "__print_config" for word in argv)
     words = enumerate(argv, 1)
     for i, word in words:
         if word in ("-h", "--help"):
-            print(help_text(schema, prog), end="")
+            print(usage.help_text(schema, prog), end="", flush=True)
             raise SystemExit(0)
         if not word.startswith("--"):
             # An expression in a file may name any setting: it has the value given before, else its default.
             known = {n: f.get_default(call_default_factory=True) for n, f in schema.model_fields.items()}
             known.update({name: value for name, (value, _) in given.items()})
-            given.update(read_config(os.path.expanduser(word), schema, known))
+            say = (lambda text: None) if show else print
+            found = config_file.read(os.path.expanduser(word), schema.model_fields, known, say)
+            for key, (_, where) in found.items():
+                check_key(schema, key, where)
+            given.update(found)
             has_file = True
             continue
         key, equals, text = word[2:].partition("=")
+        key = key if key in schema.model_fields else key.replace("-", "_")
+        if key == "print_config" and not equals:
+            continue
         check_key(schema, key, word)
         kind = schema.model_fields[key].annotation
         bare = i == len(argv) or argv[i].startswith("-") or argv[i].endswith((".py", ".toml"))
@@ -64,7 +110,12 @@ def parse(
                 raise UserError(f"--{key}: a value is missing; write --{key}=VALUE")
         given[key] = (text if kind is str else literal(text), f"--{key}")
     values = {name: check_value(schema, name, value, where) for name, (value, where) in given.items()}
-    return schema(**{**(base(values, has_file) if base else {}), **values}), set(values)
+    cfg = schema(**{**(base(values, has_file) if base else {}), **values})
+    check(cfg)
+    if show:
+        print(usage.config_text(cfg, values, prog), end="", flush=True)
+        raise SystemExit(0)
+    return cfg, set(values)
 
 
 def parse_train(argv: list[str], prog: str = "train.py") -> tuple[TrainConfig, set[str]]:
@@ -73,15 +124,14 @@ def parse_train(argv: list[str], prog: str = "train.py") -> tuple[TrainConfig, s
     The words change nanoGPT's defaults, or the preset that they name. Where nothing says what is to be trained they change the preset
     quickstart.
     """
-    cfg, given = parse(TrainConfig, argv, prog, train_base)
-    if cfg.n_embd % cfg.n_head:
-        near = min((h for h in range(1, cfg.n_embd + 1) if cfg.n_embd % h == 0), key=lambda h: abs(h - cfg.n_head))
-        raise UserError(f"--n_head={cfg.n_head} does not divide n_embd={cfg.n_embd}; the nearest that does is {near}")
+    cfg, given = parse(TrainConfig, argv, prog, train_base, check_heads)
+    if cfg.device == "cpu" and "device" not in given:
+        print(f"no CUDA GPU here: training on the CPU{', without torch.compile' * (not cfg.compile)}")
     return cfg, given
 
 
 def train_base(given: dict[str, Any], has_file: bool) -> dict[str, Any]:
-    """The values that a training run's files and flags change: a preset's.
+    """The values that a training run's files and flags change: a preset's; and without a GPU the CPU's.
 
     A config file, --preset, --dataset and --train_data say what is to be trained. So do weights to start from, another run's or GPT-2's:
     they must not go on with the quickstart's text and settings.
@@ -89,7 +139,16 @@ def train_base(given: dict[str, Any], has_file: bool) -> dict[str, Any]:
     named = has_file or given.keys() & {"preset", "dataset", "train_data"}
     start = given.get("init_from", "scratch")
     own = start == "scratch" or (start in ("resume", "auto") and given.get("out_dir", QUICKSTART_OUT) == QUICKSTART_OUT)
-    return preset("quickstart" if own and not named else given.get("preset", ""))
+    on_cpu = "device" not in given and default_device() == "cpu"
+    machine = dict(device="cpu", compile=False) if on_cpu else {}
+    return machine | preset("quickstart" if own and not named else given.get("preset", ""))
+
+
+def check_heads(cfg: TrainConfig) -> None:
+    """Raise UserError if the heads do not divide the width."""
+    if cfg.n_embd % cfg.n_head:
+        near = min((h for h in range(1, cfg.n_embd + 1) if cfg.n_embd % h == 0), key=lambda h: abs(h - cfg.n_head))
+        raise UserError(f"--n_head={cfg.n_head} does not divide n_embd={cfg.n_embd}; the nearest that does is {near}")
 
 
 def literal(text: str) -> Any:
@@ -103,8 +162,23 @@ def literal(text: str) -> Any:
 def check_key(schema: type[Settings], key: str, where: str) -> None:
     """Raise UserError for a name that is no setting."""
     if key not in schema.model_fields:
-        near = difflib.get_close_matches(key[:LONGEST], schema.model_fields, n=1, cutoff=0)
-        raise UserError(f"{where}: there is no setting {shown(key)}; the nearest is {near[0]!r}")
+        raise UserError(f"{where}: there is no setting {shown(key)}; {instead(schema, key)}")
+
+
+def instead(schema: type[Settings], key: str) -> str:
+    """What to write instead of a name that is no setting."""
+    for names, settings, note in INSTEAD:
+        if key.lower() in names.split():
+            right = next((name for name in settings.split() if name in schema.model_fields), None)
+            if right or not settings:
+                return "; ".join(filter(None, [right and f"it is {right!r} here", note]))
+    near = close(key, schema.model_fields)
+    return f"the nearest is {near!r}" if near else "--help lists them all"
+
+
+def close(word: str, words: Iterable[str]) -> str | None:
+    """The word most like another, or None where none is like it."""
+    return next(iter(difflib.get_close_matches(word[:LONGEST], list(words), n=1, cutoff=0.6)), None)
 
 
 def check_value(schema: type[Settings], name: str, value: Any, where: str) -> Any:
@@ -117,7 +191,10 @@ def check_value(schema: type[Settings], name: str, value: Any, where: str) -> An
         problem = e.errors()[0]["msg"].lower().removeprefix("input ").removeprefix("value error, ")
     except OverflowError:
         problem = "is not within 64 bits"
-    raise UserError(f"{where}: {shown(value)} {problem}; the nearest right value is {nearest(schema, name, value)!r}")
+    near = nearest(schema, name, value)
+    raise UserError(
+        f"{where}: {shown(value)} {problem}" + (near is not None) * f"; the nearest right value is {near!r}"
+    )
 
 
 def shown(value: Any) -> str:
@@ -130,19 +207,22 @@ def shown(value: Any) -> str:
 
 
 def nearest(schema: type[Settings], name: str, value: Any) -> Any:
-    """A right value close to a wrong one; the default where none is close."""
+    """A right value close to a wrong one; None where none is close."""
     field = schema.model_fields[name]
     kind = next(t for t in (get_args(field.annotation) or (field.annotation,)) if t is not type(None))
-    if not isinstance(kind, type):  # a Literal's choices
-        return difflib.get_close_matches(shown(value).strip("'"), get_args(field.annotation), n=1, cutoff=0)[0]
+    word = shown(value).strip("'").lower()
+    if choices := usage.choices(field):
+        same = next((c for words in SAME_VALUES if word in words for c in choices if c in words), None)
+        return same or close(word, choices)
     if kind is bool:
-        return shown(value).strip("'").lower() in ("1", "1.0", "yes", "y", "on", "true", "t")
+        yes, no = ("1", "1.0", "yes", "y", "on", "true", "t"), ("0", "0.0", "no", "n", "off", "false", "f", "none")
+        return True if word in yes else False if word in no else None
     try:
         number = round(float(value)) if kind is int else float(value)
     except (TypeError, ValueError, OverflowError):
-        number = math.nan
+        return None
     if not math.isfinite(number):
-        return field.get_default(call_default_factory=True)
+        return None
     step = 1 if kind is int else 1e-3
     for bound in field.metadata:
         if hasattr(bound, "gt"):
@@ -154,107 +234,3 @@ def nearest(schema: type[Settings], name: str, value: Any) -> Any:
         if hasattr(bound, "lt"):
             number = min(number, bound.lt - step)
     return kind(number)
-
-
-def help_text(schema: type[Settings], prog: str) -> str:
-    """What --help prints: every flag with its default and a line."""
-    usage = f"{prog} [FILE.py|FILE.toml ...] [--key=value ...]"
-    parser = argparse.ArgumentParser(prog, usage=usage, description=schema.__doc__, add_help=False)
-    for name, field in schema.model_fields.items():
-        kind = getattr(field.annotation, "__name__", "value").upper()
-        said = f"{field.description} (default: {field.get_default(call_default_factory=True)!r})"
-        parser.add_argument(f"--{name}", metavar=kind, help=said.replace("%", "%%"))
-    return parser.format_help()
-
-
-# ---- config files ----
-
-# A dotted key of TOML with more than a hundred parts. tomllib's time and memory grow with their square, and no setting has two.
-PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
-MANY_PARTS = re.compile(rf"(?<![\w-]){PART}(?:[ \t]*\.[ \t]*{PART}){{100}}")
-
-BINARY = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
-}  # fmt: skip
-
-
-def read_config(path: str, schema: type[Settings], known: dict[str, Any]) -> dict[str, tuple[Any, str]]:
-    """{name: (value, where)} of a config file: TOML by its ending, else nanoGPT's assignments. Raises UserError."""
-    try:
-        text = files.read_text(path, files.CONFIG)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file (flags are written --key=value)") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read as a config file: {e.strerror}") from None
-    print(f"Overriding config with {path}:\n{text}")
-    if path.endswith(".toml"):
-        try:
-            if MANY_PARTS.search(text):
-                raise ValueError("a key has more than 100 parts")
-            found = {key: (value, path) for key, value in tomllib.loads(text).items()}
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{path}: not TOML: {e}") from None
-    else:
-        found = read_assignments(path, text, known, schema.model_fields)
-    for key, (_, where) in found.items():
-        check_key(schema, key, where)
-    return found
-
-
-def read_assignments(
-    path: str, text: str, known: dict[str, Any], settings: Container[str]
-) -> dict[str, tuple[Any, str]]:
-    """{name: (value, where)} of Python text made of assignments; imports and docstrings are passed over.
-
-    As in nanoGPT, a name that is no setting may help in later lines: it is left out where one uses it.
-    """
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
-        raise UserError(f"{path}, line {getattr(e, 'lineno', None) or 1}: not Python: {getattr(e, 'msg', e)}") from None
-    known, found = dict(known), {}
-    for node in tree.body:
-        where = f"{path}, line {node.lineno}"
-        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if docstring or isinstance(node, (ast.Import, ast.ImportFrom)):
-            continue
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        assigns = isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None
-        if not assigns or not all(isinstance(t, ast.Name) for t in targets):
-            raise UserError(f"{where}: a config file is read, not run: only assignments `name = value` may stand in it")
-        try:
-            value = evaluate(node.value, known, where)  # type: ignore[attr-defined]
-        except (TypeError, ValueError, ArithmeticError, RecursionError) as e:
-            raise UserError(f"{where}: {e}") from None
-        for target in targets:
-            known[target.id] = value
-            found[target.id] = (value, where)
-    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    return {name: v for name, v in found.items() if name in settings or name not in used}
-
-
-def evaluate(node: ast.expr, known: dict[str, Any], where: str) -> Any:
-    """The value of an expression of literals, arithmetic, known names and str(time.time()). Raises UserError for any other."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, bool, str, type(None))):
-        return node.value
-    if isinstance(node, ast.Name) and node.id in known:
-        return known[node.id]
-    if isinstance(node, ast.Call) and ast.unparse(node) == "time.time()":
-        return time.time()
-    if isinstance(node, ast.Call) and ast.unparse(node.func) == "str" and len(node.args) == 1 and not node.keywords:
-        return str(evaluate(node.args[0], known, where))
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd, ast.Not)):
-        value = evaluate(node.operand, known, where)
-        return not value if isinstance(node.op, ast.Not) else -value if isinstance(node.op, ast.USub) else +value
-    if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
-        left, right = evaluate(node.left, known, where), evaluate(node.right, known, where)
-        # Text is only ever added to, and no value grows large: a file must not be able to fill the memory.
-        text = isinstance(left, str) or isinstance(right, str)
-        if (not text or isinstance(node.op, ast.Add)) and not (isinstance(node.op, ast.Pow) and abs(right) > 64):
-            value = BINARY[type(node.op)](left, right)
-            if (len(value) if isinstance(value, str) else abs(value) / 2**50) < 10_000:
-                return value
-    raise UserError(
-        f"{where}: {ast.unparse(node)!r} is not read: a value is made of literals, arithmetic, earlier names and str(time.time())"
-    )

@@ -372,7 +372,7 @@ class Run:
     def loop(self) -> None:
         """Train to max_iters. Evaluate and save every eval_interval iterations and at the end."""
         cfg, main = self.cfg, self.world.is_main
-        live = main and sys.stderr.isatty() and sys.stdout.isatty()  # not for `| tee log`, which needs lines
+        live = main and shows_bar()
         with (
             signals.deferred(),
             tqdm(total=cfg.max_iters, initial=self.iter_num, disable=not live, unit="it", dynamic_ncols=True) as bar,
@@ -613,6 +613,11 @@ class Run:
             raise UserError(self.writer.failed)
 
 
+def shows_bar() -> bool:
+    """Whether the outputs are a terminal with a width. Others need lines: `| tee log`, and terminals that say that they are 0 wide."""
+    return sys.stderr.isatty() and sys.stdout.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+
+
 def tell(line: str) -> None:
     """Print a line at once, above a progress bar if there is one."""
     try:
@@ -722,7 +727,7 @@ def import_wandb() -> Any:
         import wandb
     except ImportError:
         raise UserError(
-            "--wandb_log=True: wandb is not installed; pip install 'fastgpt[wandb]', or give --wandb_log=False"
+            "--wandb_log=True: wandb is not installed; pip install wandb, or give --wandb_log=False"
         ) from None
     if not hasattr(wandb, "init"):
         raise UserError(f"--wandb_log=True: {wandb.__path__} is a folder, not the package wandb; run elsewhere")

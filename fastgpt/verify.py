@@ -9,17 +9,19 @@ Repeated runs must give the same bits.
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastgpt import ops
+from fastgpt import files, ops
 from fastgpt.config import UserError
 from fastgpt.records import RECORDS, problem
 
@@ -126,10 +128,8 @@ def verify(json_file: str = "", only: str = "all") -> int:
     gpu = torch.cuda.is_available()
     dtypes, place = where(gpu, only)
     report: dict[str, Any] = {"where": place, "versions": versions(), "rows": []}
-    try:
-        file = open(json_file, "w") if json_file else None  # opened before the work, to fail early
-    except OSError as e:
-        raise UserError(f"--json={json_file}: {e.strerror}") from None
+    if json_file:
+        check_target(json_file)
     print(f"{report['where']}\n{', '.join(f'{k} {v}' for k, v in report['versions'].items())}\n")
     print(f"{'op':22}{'direction':11}{'dtype':10}{'kernel error':>13}{'PyTorch error':>15}{'ratio':>7}")
     device = "cuda" if gpu else "cpu"
@@ -176,10 +176,24 @@ def verify(json_file: str = "", only: str = "all") -> int:
         else f"all {len(report['rows'])} comparisons hold"
     )
     report["holds"] = not failed
-    if file:
-        with file:
-            file.write(json.dumps(report, indent=1) + "\n")
+    if json_file:
+        try:
+            with files.replacing(Path(json_file)) as file:
+                file.write(json.dumps(report, indent=1).encode() + b"\n")
+        except OSError as e:
+            raise UserError(f"--json={json_file}: {e.strerror}") from None
     return int(failed > 0)
+
+
+def check_target(path: str) -> None:
+    """Raise UserError, before the work, for a file that cannot be written after it."""
+    try:
+        if os.path.exists(path):
+            files.check_kind(os.stat(path))
+        with tempfile.TemporaryFile(dir=Path(path).parent):
+            pass
+    except OSError as e:
+        raise UserError(f"--json={path}: {e.strerror}") from None
 
 
 def where(gpu: bool, only: str = "all") -> tuple[list[torch.dtype], str]:

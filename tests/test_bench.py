@@ -417,7 +417,8 @@ def test_the_first_wave_has_the_peer_and_graphs():
 def command(tmp_path, *flags):
     """Run `python -m benchmarks --quick` to success: (its result, its output, the result's path)."""
     words = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path / "results"), *flags]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=FOLDER.parent, env=ENV)
+    env = {**ENV, "PYTHONPATH": os.pathsep.join(filter(None, [str(FOLDER.parent), ENV.get("PYTHONPATH")]))}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = (f for f in tmp_path.rglob("*.json"))
     assert file.parent.parent == tmp_path / "results"
@@ -434,6 +435,9 @@ def test_the_command_writes_a_result_and_says_it(tmp_path):
         assert f"{info['provider']:28}{seconds * 1e3:11.4f} ms{info['ratio'][0]:7.2f}x" in said
     assert torch.__version__.startswith(result["fastgpt"]["versions"]["torch"])  # some builds add +cu130
     assert result["commit_info"]["id"] == machine.commit()["id"]
+    assert said.startswith("No CUDA GPU here: toy sizes on a CPU.") != harness.CUDA
+    assert "how many times as fast as the first line of its group" in said
+    assert not (tmp_path / ".benchmarks").exists()
 
 
 @pytest.mark.slow
@@ -477,7 +481,7 @@ ops.embedding = embedding"""
     ("words", "says"),
     [
         (["--only=gelu"], "--only=gelu: it is one of headline, step, ops, layer_norm"),
-        (["fast"], "there is no command 'fast'; they are compare, report, count, roofline and scaling"),
+        (["fast"], "there is no command 'fast'; they are compare, report, count, roofline, scaling"),
         (["a.json"], "`fastgpt bench compare` and `fastgpt bench report` take files"),
         (["compare", "a.json"], "give two result files, or none"),
         (["compare", "--out=nowhere"], "there are no two results of one GPU"),

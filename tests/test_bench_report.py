@@ -43,7 +43,7 @@ def test_the_report_names_the_strongest_peer_of_its_gpu_case_by_case(tmp_path):
     alone = [op("embedding", "train", "fastgpt"), op("gelu_mlp", "train", "quack")]
     steps = [step(p) for p in ("compiled", "pytorch", "fastgpt")]
     text = report.write(write_result(tmp_path, [*ahead, *alone, *steps], gpu="NVIDIA H100")).read_text()
-    begin = text.index("## The strongest peer on NVIDIA H100")
+    begin = text.index("## The fastest others on NVIDIA H100")
     table = text[begin : text.index("## Steps")]
     assert begin < text.index("## Steps")
     for row in (

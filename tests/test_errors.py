@@ -195,19 +195,21 @@ def test_devices_that_cannot_be(refused):
 def test_a_hub_that_cannot_be_reached(refused, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     says(refused("--init_from=gpt2"), "--init_from=gpt2", "no GPT-2 weights could be loaded")
-    says(refused("--init_from=resme"), "--init_from=resme", "'resume'")
+    says(refused("--init_from=resme"), "--init_from=resme", "the nearest name is 'resume'")
+    says(refused("--init_from=llama"), "--init_from=llama: neither a folder nor one of scratch, resume, auto, gpt2,")
 
 
 def test_what_is_not_installed(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    says(refused("--init_from=gpt2"), "--init_from=gpt2", "pip install 'fastgpt[hf]'")
+    says(refused("--init_from=gpt2"), "--init_from=gpt2", "pip install transformers")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    says(refused("--wandb_log=True"), "--wandb_log=True", "pip install 'fastgpt[wandb]'", "--wandb_log=False")
+    says(refused("--wandb_log=True"), "--wandb_log=True", "pip install wandb", "--wandb_log=False")
 
 
 def test_wrong_flags_and_commands(refused):
     says(refused("--batch_sze=3"), "batch_sze", "'batch_size'")
-    says(refused(command="trian", base=()), "'trian'", "fastgpt --help")
+    says(refused(command="trian", base=()), "there is no command 'trian'; the nearest is 'train'")
+    says(refused(command="frob", base=()), "there is no command 'frob'; fastgpt --help lists them")
 
 
 @pytest.mark.parametrize(

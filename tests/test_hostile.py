@@ -181,9 +181,15 @@ wandb_run_name = 'run' + str(time.time())
 learning_rate: float = 1e-3 / 4
 dropout = -(-0.1)
 compile = not True
-dtype = 'float16'
+sizes = {'a': [4, (64, 2)]}
+if n == 2 and out_dir != 'x':
+    n_embd, n_head = sizes['a'][1]
+else:
+    n_embd *= 2
+wandb_project = f'{n_embd:>5}-{dropout:.2f}'
+dtype = 'float16' if 1 < n <= 3 else 'float32'
 """
-TOML = b'n_layer = 4\nout_dir = "out"\nlearning_rate = 2.5e-4\ncompile = false\ndtype = """float16"""\nwandb_project = \'x\'\n'
+TOML = b'n_layer = 4\nout_dir = "o"\nlearning_rate = 2.5e-4\ncompile = false\ndtype = """float16"""\nwandb_project = \'\'\n[a]\nseed = 6\n'
 META = {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}, "stoi": {"a": 0, "b": 1, "c": 2}}
 
 
@@ -461,6 +467,19 @@ cases = {
     "text that grows": lambda: config("a = 'x'\\n" + "a = a + a\\n" * 6_000, "a.py"),
     "brackets": lambda: config("n = " + "-" * 60_000 + "1", "a.py"),
     "a long sum": lambda: config("n = 1" + "+1" * 30_000, "a.py"),
+    "a wide format": lambda: config("n = f'{1:>999999999}'", "a.py"),
+    "many wide formats": lambda: config("a = [" + "f'{1:>999}'," * 4_000 + "]", "a.py"),
+    "a format of a large number": lambda: config("a = 0x" + "f" * 50_000 + "\\nn = f'{a:b}'", "a.py"),
+    "a long list": lambda: config("n = [0] * 10**9", "a.py"),
+    "lists of lists": lambda: config("n = " + "[" * 30 + "0" + "] * 99" * 30, "a.py"),
+    "2^60 lists in lists, read": lambda: config("a = [0]\\n" + "a = [a, a]\\n" * 60, "a.py"),
+    "comparisons of lists": lambda: config("a = [0] * 9000\\n" + "b = a == a\\n" * 5_000, "a.py"),
+    "text of lists": lambda: config("a = ['x' * 900] * 9\\n" + "b = f'{a}'\\n" * 5_000, "a.py"),
+    "branches within branches": lambda: config("if 0: n = 1\\n" + "elif 0: n = 1\\n" * 4_000, "a.py"),
+    "calls within calls": lambda: config("n = " + "str(" * 9_000 + "1" + ")" * 9_000, "a.py"),
+    "a shift": lambda: config("n = 1 << 10**12", "a.py"),
+    "a rounding": lambda: config("n = round(1, -10**12)", "a.py"),
+    "tables of settings": lambda: config("".join(f"[t{i}]\\nseed = 1\\n" for i in range(3_000))),
     "a shard that promises 4 GB": tokens,
     "lists in a result": lambda: result("[" * 10**6),
     "a result of lists": lambda: result("[" + "[]," * 300_000 + "[]]"),
@@ -487,7 +506,7 @@ def test_no_file_takes_long_or_fills_the_memory(workdir):
     done = subprocess.run([sys.executable, "-c", PLANTED], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 24
+    assert len(lines) == 37
     for name, outcome, seconds, grown, size in lines:
         assert outcome == "refused", name
         assert seconds < 10, name

@@ -154,7 +154,8 @@ def test_auto_measures_on_the_problem_that_the_model_is(tiny, monkeypatch):
 WRONG = {
     "tritn": "'triton'",
     "layernorm=triton": "'layer_norm'",
-    "layer_norm=cuda": "the nearest is 'auto'",
+    "layer_norm=trition": "the nearest is 'triton'",
+    "layer_norm=cuda": "'cuda' is none of auto, torch, triton\n",
     "layer_norm=triton,x=torch": "'x'",
     "gelu_mlp=cudnn": "auto, torch, triton",
     "layer_norm=": "''",

@@ -183,3 +183,38 @@ def test_the_wheel_of_the_sdist_is_that_of_the_checkout_and_works_elsewhere(tmp_
         capture_output=True, text=True,
     )  # fmt: skip
     assert str(tmp_path / "venv") in where.stdout
+
+
+@pytest.mark.slow
+def test_beside_the_clone_an_editable_install_is_found(tmp_path):
+    """The clone's folder, of the same name, is no package; another clone's package on the path still comes first."""
+    pytest.importorskip("setuptools")
+    clone, wheels, site = tmp_path / "fastgpt", tmp_path / "wheels", tmp_path / "site"
+    for name in ("fastgpt", "kernels", "benchmarks"):
+        (clone / name).mkdir(parents=True)
+        (clone / name / "__init__.py").write_text(f"which = {name!r}")
+    (clone / "fastgpt/__init__.py").write_text('__version__ = "1"')
+    (clone / "benchmarks/peers").mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    build = f"from setuptools.build_meta import build_editable as build; build({str(wheels)!r})"
+    wheels.mkdir()
+    done = subprocess.run([sys.executable, "-c", build], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = wheels.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+    code = f"import site; site.addsitedir({str(site)!r}); import fastgpt, fastgpt.kernels as k; print(fastgpt.__file__, k.which)"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    (tmp_path / "other/fastgpt/kernels").mkdir(parents=True)
+    (tmp_path / "other/fastgpt/__init__.py").write_text("")
+    (tmp_path / "other/fastgpt/kernels/__init__.py").write_text("which = 'another'")
+    for folder, found, kernels in ((tmp_path, clone, "kernels"), (tmp_path / "other", tmp_path / "other", "another")):
+        run = [sys.executable, "-S", "-c", code]  # without what else is installed here
+        done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == [str(found / "fastgpt/__init__.py"), kernels], done.stderr
+    metadata = zipfile.ZipFile(wheel).read(
+        next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("/METADATA"))
+    )
+    assert b"Classifier: Environment :: GPU :: NVIDIA CUDA" in metadata
+    assert b"# fastgpt" in metadata
+    assert b"](docs/quickstart.png)" not in metadata

@@ -120,8 +120,22 @@ def test_nan_and_another_dtype_never_hold():
 
 def test_a_file_that_cannot_be_written_is_one_line(workdir, fastgpt, monkeypatch):
     monkeypatch.setattr(verify, "RECORDS", {})
+    Path("folder").mkdir()
+    status, _, err = fastgpt("verify", "--json=folder")
+    assert (status, err) == (2, "fastgpt: error: --json=folder: it is a folder, and no file\n")
     status, _, err = fastgpt("verify", "--json=missing/report.json")
     assert (status, err) == (2, "fastgpt: error: --json=missing/report.json: No such file or directory\n")
+
+
+def test_a_verify_that_is_stopped_leaves_the_last_report_as_it_was(fastgpt, workdir, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    Path("report.json").write_text("the last one")
+    monkeypatch.setattr("fastgpt.verify.problem", stopped)
+    assert fastgpt("verify", "--json=report.json")[0] == 130
+    assert Path("report.json").read_text() == "the last one"
+    assert [p.name for p in Path().glob("*report*")] == ["report.json"]
 
 
 def decide(op, times, shape=SMALL):
