@@ -18,6 +18,7 @@ test = [
     "transformers",
     "peft",
     "numpy>=2",
+    "pyarrow",
 ]
 bench = [
     "pytest",
@@ -55,6 +56,7 @@ setup(
         "dev": [*test, "pre-commit>=4"],
         "bench": bench,
         "hf": ["transformers"],
+        "parquet": ["pyarrow"],  # `prepare` of .parquet
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["fastgpt = fastgpt.cli:entry"]},
