@@ -196,14 +196,17 @@ def cut(document: TextIO, most: int, size: int, anywhere: bool) -> Iterator[tupl
     """Yield the next `most` characters of a document as (text, whether it ends here), of about `size` characters each, cut at SAFE_CUT."""
     text = ""
     while True:
-        new = document.read(min(size, most))
+        asked = min(size, most)
+        new = document.read(asked)
         text += new
         most -= len(new)
-        if not most or not new:
+        if not most or len(new) < asked:  # only at a document's end is less read than asked for
             yield text, bool(most)
             return
-        end = max((m.start() for m in SAFE_CUT.finditer(text, max(0, len(text) - 2**12))), default=0)
-        if anywhere or (not end and len(text) > 32 * size):  # no word ends within 16 million characters: cut anyway
+        end = len(text)
+        if not anywhere:
+            end = max((m.start() for m in SAFE_CUT.finditer(text, max(0, end - 2**12))), default=0)
+        if not end and len(text) > 32 * size:  # no word ends within 16 million characters: cut anyway
             end = len(text)
         if end:
             yield text[:end], False

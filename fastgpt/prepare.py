@@ -145,9 +145,9 @@ def suffixes(inputs: Iterable[Input]) -> Counter:
 def say_taken(text: Survey) -> None:
     """Print what of a folder was taken, and what was not."""
     if len(text.inputs) + text.passed.total() > 1:
-        print(f"taken: {len(text.inputs):,} files ({said(suffixes(text.inputs))}), {text.documents:,} documents")
+        print(f"taken: {said(suffixes(text.inputs))}; {text.documents:,} documents")
     if text.passed:
-        print(f"passed over: {text.passed.total():,} files ({said(text.passed)})")
+        print(f"passed over: {said(text.passed)}")
 
 
 def dataset_name(out: Path) -> str:
@@ -165,9 +165,11 @@ def write(text: Survey, recipe: dict[str, Any], tokenizer: Tokenizer | None, par
     separator = recipe["separator"]
     if tokenizer is None:
         tokenizer = tokenizers.Chars.of(text.alphabet | set(separator))
-    mark = tokenizer.encode_array(separator) if separator else np.array([], np.uint32)
-    if tokenizer.end_of_text is not None and text.documents > 1:
+    mark = np.array([], np.uint32)  # what stands behind each document
+    if text.documents > 1 and tokenizer.end_of_text is not None:
         mark = np.array([tokenizer.end_of_text])
+    elif text.documents > 1 and separator:
+        mark = tokenizer.encode_array(separator)
     n_train = min(max(int(text.characters * (1 - recipe["val_fraction"])), 1), text.characters - 1)
     state = write_tokens(text, n_train, tokenizer, mark, part)
     if not all(state["tokens"].values()):

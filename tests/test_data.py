@@ -446,8 +446,8 @@ def test_a_folder_is_its_files_in_order_and_documents_end_in_the_mark(workdir, g
         == "one two |three|" + "four" * 5 + "|"
     )
     out = capsys.readouterr().out
-    assert "taken: 3 files (3 .txt), 3 documents\n" in out
-    assert "passed over: 3 files (1 hidden, 1 not UTF-8, 1 binary)\n" in out
+    assert "taken: 3 .txt; 3 documents\n" in out
+    assert "passed over: 1 hidden, 1 not UTF-8, 1 binary\n" in out
 
 
 def test_another_tokenizers_meta_does_not_stay(workdir, gpt2):
@@ -560,7 +560,7 @@ def test_text_is_the_field_if_none_is_named(workdir, capsys):
     (workdir / "in/c.md").write_text("four")
     preparing.prepare("in", "bytes", "data/x", separator="\\n|")
     assert bytes(np.concatenate(read("data/x")).astype("u1")) == b"one\n|two\n|three\n|four\n|"
-    assert "taken: 3 files (1 .jsonl, 1 .parquet, 1 .md), 4 documents" in capsys.readouterr().out
+    assert "taken: 1 .jsonl, 1 .parquet, 1 .md; 4 documents" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
