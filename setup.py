@@ -49,6 +49,7 @@ test = [
     "transformers",
     "peft",
     "numpy>=2",
+    "pyarrow",
 ]
 bench = [
     "pytest",
@@ -100,6 +101,7 @@ setup(
         "dev": [*test, "pre-commit>=4"],
         "bench": bench,
         "hf": ["transformers"],
+        "parquet": ["pyarrow"],  # `prepare` of .parquet
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["fastgpt = fastgpt.cli:entry"]},

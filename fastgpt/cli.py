@@ -125,7 +125,7 @@ def run(command: str, argv: list[str]) -> int | None:
         for name in ("input", "out"):
             if not getattr(cfg, name):
                 raise UserError(f"--{name} is missing; write --{name}=PATH")
-        prepare(cfg.input, cfg.tokenizer, cfg.out)
+        prepare(cfg.input, cfg.tokenizer, cfg.out, cfg.field, cfg.separator, cfg.val_fraction, cfg.overwrite)
     elif command == "verify":
         cfg, _ = parse(VerifyConfig, argv, "fastgpt verify")
         import torch

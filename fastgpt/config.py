@@ -227,9 +227,13 @@ class PrepareConfig(Settings):
         "fastgpt train --dataset=book",
     ]
 
-    input: PathText = Field("", description="text file, or folder of text files")
+    input: PathText = Field("", description="file or folder: text, .jsonl, .jsonl.gz or .parquet")
     tokenizer: str = Field("bytes", description="bytes, chars, gpt2, or another tiktoken encoding by name")
     out: PathText = Field("", description="folder to write, such as data/NAME")
+    field: str = Field("", description="the JSON object's field, or the Parquet table's column, that has the text; empty: text")
+    separator: str = Field("", description="text between documents, where \\n, \\t and \\0 may stand in it; empty: the tokenizer's end-of-text token, and nothing for bytes and chars, which have none")
+    val_fraction: float = Field(0.1, gt=0, lt=1, description="part of the characters that goes to val: the last ones")
+    overwrite: bool = Field(False, description="replace a dataset of another text, or made in another way, in out")
 
 
 class StepShape(Settings):

@@ -1,208 +1,21 @@
-"""Token streams on disk, and the batches drawn from them.
+"""A dataset's token streams, and the batches drawn from them.
 
-A dataset is a folder with an optional meta.pkl and token files in one of two formats. nanoGPT's: train.bin and val.bin,
-little-endian uint16 without a header (uint32 if the vocabulary is above 65,536). llm.c's: shards *train*.bin and *val*.bin,
-each with a header of 1,024 bytes.
+A dataset is a folder with an optional meta.pkl and token files: train.bin and val.bin, or shards *train*.bin and *val*.bin, or *train*.npy
+and *val*.npy. fastgpt/token_files.py reads them.
 """
 
-import bisect
 import glob
-import os
-import pickle
-import pickletools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from fastgpt import files
 from fastgpt.config import TrainConfig, UserError
-from fastgpt.parse import shown
+from fastgpt.meta import load_meta
 from fastgpt.prepare import EMBEDDED, embedded_folder, prepare_embedded
-
-# llm.c's shards: {(magic, version), the header's first two int32s: dtype of the tokens}; see its dev/data/data_common.py.
-SHARD_KINDS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
-MAGICS = {magic for magic, _ in SHARD_KINDS}
-HEADER_BYTES = 1024
-MOST_OPEN = 64  # shards at a time: a process may have about a thousand files
-
-
-class Tokens:
-    """One stream of tokens over one or more files: `len(tokens)`, `tokens.read(starts, length)`.
-
-    Raises UserError with the file's name if a file is missing, empty, truncated, or not a whole number of tokens. Files are read, not
-    mapped: where one becomes shorter during a run, a map would end the process by a signal, and a read says so.
-    """
-
-    def __init__(self, paths: Iterable[str | Path], vocab_size: int):
-        self.paths = [str(p) for p in paths]
-        self.vocab_size = vocab_size
-        self.layout = [self._inspect(path) for path in self.paths]  # (dtype, header bytes, tokens)
-        self.ends = np.cumsum([count for *_, count in self.layout]).tolist()
-
-    def __len__(self):
-        return self.ends[-1]
-
-    def _inspect(self, path):
-        try:
-            with files.opened(path) as f:
-                size = os.fstat(f.fileno()).st_size
-                head = np.frombuffer(f.read(12), dtype="<i4")
-        except OSError as e:
-            raise UserError(
-                f"{path}: cannot be read ({e.strerror}); prepare the data, or give another --dataset"
-            ) from None
-        except ValueError:  # shorter than 12 bytes and not a multiple of 4: no header
-            head = ()
-        # A headerless file could begin with the same bytes: tokens 55432 and 308. But 55432 is not a GPT-2 token.
-        if len(head) and head[0] in MAGICS:
-            dtype = SHARD_KINDS.get(tuple(head[:2]))
-            count = int(head[2]) if len(head) > 2 else 0
-            if dtype is None or count <= 0:
-                raise UserError(f"{path}: the shard is truncated, or its version is unknown; fetch it again")
-            expected = HEADER_BYTES + count * dtype.itemsize
-            if size != expected:
-                raise UserError(
-                    f"{path}: the shard's header promises {count:,} tokens, {expected:,} bytes in all, "
-                    f"but the file has {size:,}; fetch it again"
-                )
-            return dtype, HEADER_BYTES, count
-        dtype = np.dtype("<u4" if self.vocab_size > 65536 else "<u2")
-        if size == 0:
-            raise UserError(f"{path}: the file is empty; prepare the data again")
-        if size % dtype.itemsize:
-            raise UserError(
-                f"{path}: {size:,} bytes are not a whole number of {dtype.name} tokens; the file is truncated, or not a token file"
-            )
-        return dtype, 0, size // dtype.itemsize
-
-    def _part(self, shard, start, length, opened, stack):
-        """At most `length` tokens of a shard from one on. `opened` {shard: file} has those that are open, which the stack closes."""
-        dtype, offset, count = self.layout[shard]
-        part = np.empty(min(length, count - start), dtype)
-        try:
-            if shard not in opened:
-                if len(opened) == MOST_OPEN:
-                    stack.close()
-                    opened.clear()
-                opened[shard] = stack.enter_context(files.opened(self.paths[shard]))
-            opened[shard].seek(offset + start * dtype.itemsize)
-            read = opened[shard].readinto(part.view(np.uint8))
-        except OSError as e:
-            raise UserError(f"{self.paths[shard]}: cannot be read any more ({e.strerror})") from None
-        if read < part.nbytes:
-            raise UserError(
-                f"{self.paths[shard]}: the file has become shorter since the run began; prepare the data again"
-            )
-        return part
-
-    def _parts(self, shard, most):
-        """Yield the first `most` tokens of a shard, part by part."""
-        size, count, opened = 2**22, min(most, self.layout[shard][2]), {}
-        with ExitStack() as stack:
-            for start in range(0, count, size):
-                yield self._part(shard, start, min(size, count - start), opened, stack)
-
-    def read(self, starts: list[int], length: int) -> np.ndarray:
-        """`length` tokens from each start on, int64 [len(starts), length]. Raises UserError for an id at or above vocab_size."""
-        out = np.empty((len(starts), length), dtype=np.int64)
-        opened = {}
-        with ExitStack() as stack:
-            for row, start in zip(out, starts, strict=True):
-                done = 0
-                while done < length:
-                    shard = bisect.bisect_right(self.ends, start + done)
-                    offset = start + done - (self.ends[shard - 1] if shard else 0)
-                    part = self._part(shard, offset, length - done, opened, stack)
-                    row[done : done + len(part)] = part
-                    done += len(part)
-        if out.max() >= self.vocab_size:
-            self._refuse_ids(
-                self.paths[bisect.bisect_right(self.ends, starts[int(out.max(1).argmax())])], int(out.max())
-            )
-        return out
-
-    def holds(self, token: int) -> bool:
-        """Whether the stream contains a token. Reads from the beginning until it finds one."""
-        return any(
-            bool((part == token).any())
-            for shard, (*_, count) in enumerate(self.layout)
-            for part in self._parts(shard, count)
-        )
-
-    def check_ids(self, most: int = 2**29) -> None:
-        """Raise UserError for an id at or above vocab_size among the first `most` tokens. `read` also checks each batch."""
-        for shard, (dtype, _, count) in enumerate(self.layout):
-            if self.vocab_size > np.iinfo(dtype).max or most <= 0:
-                continue
-            for part in self._parts(shard, most):
-                if (top := int(part.max())) >= self.vocab_size:
-                    self._refuse_ids(self.paths[shard], top)
-            most -= count
-
-    def _refuse_ids(self, path, top):
-        raise UserError(
-            f"{path}: token id {top} is not below vocab_size={self.vocab_size}; "
-            "the file was made with another tokenizer, or its meta.pkl is missing"
-        )
-
-
-# What pickle writes for dicts and lists of str, numbers, bool and None, in all of its protocols. Without tuples, classes and copies of what
-# is on the stack no key needs more than one look, and nothing can be made to hold itself many times over.
-PLAIN = {
-    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET",
-    "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "NONE", "NEWTRUE", "NEWFALSE",
-    "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4",
-    "FLOAT", "BINFLOAT",
-}  # fmt: skip
-
-
-def plain_pickle(data: bytes) -> Any:
-    """What a pickle holds. No code of it runs. Raises an exception of any kind for what is not made of PLAIN alone."""
-    memo = collections = 0
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name not in PLAIN:
-            raise pickle.UnpicklingError(f"it has {opcode.name}{f' {shown(argument)}' if argument else ''}")
-        if opcode.name.endswith("PUT"):
-            if argument is not None and argument > memo:  # pickle would make room for all the places before it
-                raise pickle.UnpicklingError("its memo has gaps")
-            memo += 1
-        collections += opcode.name in ("MARK", "EMPTY_DICT", "EMPTY_LIST")
-        if collections > 10_000:  # each is one byte, and takes 64 of memory
-            raise pickle.UnpicklingError("it has more than 10,000 lists and dicts")
-    return pickle.loads(data)
-
-
-def check_meta(meta: Any) -> dict[str, Any]:
-    """The dict of a meta.pkl, if it is one. Raises ValueError that says why not."""
-    if type(meta) is not dict or type(meta.get("vocab_size")) is not int or not 0 < meta["vocab_size"] < 2**31:
-        raise ValueError("it has no vocab_size, a number of tokens")
-    if type(meta.get("tokenizer", "")) is not str:
-        raise ValueError(f"its tokenizer is {shown(meta['tokenizer'])}")
-    for name, value in meta.items():
-        inside = value.values() if type(value) is dict else value if type(value) is list else ()
-        if any(type(x) in (dict, list) for x in inside):
-            raise ValueError(f"its {shown(name)} holds more than text and numbers")
-    return meta
-
-
-def load_meta(folder: str | Path) -> dict[str, Any] | None:
-    """The dict in a folder's meta.pkl, or None without one. Raises UserError for anything but plain data."""
-    path = Path(folder) / "meta.pkl"
-    try:
-        return check_meta(plain_pickle(files.read(path, files.DATA)))
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    except Exception as e:  # a pickle can fail in any way
-        raise UserError(
-            f"{path}: not the meta.pkl of a dataset ({type(e).__name__}: {e}); prepare the data again"
-        ) from None
+from fastgpt.token_files import Tokens, find_files
 
 
 def dataset_folder(name: str) -> Path:
@@ -213,10 +26,25 @@ def dataset_folder(name: str) -> Path:
     return embedded_folder() if name == EMBEDDED and not folder.is_dir() else folder
 
 
-def find_files(folder: Path, split: str) -> list[Path]:
-    """The token files of a split, "train" or "val": nanoGPT's single file, else the shards."""
-    one = folder / f"{split}.bin"
-    return [one] if one.exists() else sorted(folder.glob(f"*{split}*.bin")) or [one]
+def meta_of(cfg: TrainConfig, paths: list[str]) -> tuple[dict[str, Any] | None, Path]:
+    """(the meta of these token files, its folder): of the dataset that the user named, if it has one, else the one beside the files.
+
+    Raises UserError if files of one run lie beside different ones.
+    """
+    folder = dataset_folder(cfg.dataset)
+    if "dataset" in cfg.model_fields_set and (meta := load_meta(folder)) is not None:
+        return meta, folder
+    found = {f: meta for f in sorted({Path(p).parent for p in paths}) if (meta := load_meta(f)) is not None}
+    if not found:
+        return None, folder
+    folder, *others = found
+    for other in others:
+        if found[other] != found[folder]:
+            raise UserError(
+                f"--train_data, --val_data: {folder / 'meta.pkl'} and {other / 'meta.pkl'} are of different tokenizers; "
+                "give files of one dataset, or say by --dataset=NAME whose meta.pkl holds for both"
+            )
+    return found[folder], folder
 
 
 def load_dataset(cfg: TrainConfig) -> tuple[Tokens, Tokens, dict[str, Any] | None, int]:
@@ -224,13 +52,6 @@ def load_dataset(cfg: TrainConfig) -> tuple[Tokens, Tokens, dict[str, Any] | Non
     folder = dataset_folder(cfg.dataset)
     if cfg.dataset == EMBEDDED and folder == embedded_folder():
         prepare_embedded(folder)
-    meta = load_meta(folder)
-    if meta is not None:
-        vocab_size = meta["vocab_size"]
-        print(f"found vocab_size = {vocab_size} (inside {folder / 'meta.pkl'})")
-    else:
-        vocab_size = 50304
-        print("defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)")
     if not (cfg.train_data and cfg.val_data) and not folder.is_dir():
         if cfg.train_data or cfg.val_data:
             missing = "val_data" if cfg.train_data else "train_data"
@@ -239,11 +60,18 @@ def load_dataset(cfg: TrainConfig) -> tuple[Tokens, Tokens, dict[str, Any] | Non
             f"--dataset={cfg.dataset}: there is no folder {folder}; make it with `fastgpt prepare --input PATH --out {folder}`, "
             f"or train on the embedded text with --dataset={EMBEDDED}"
         )
-    streams = []
-    for split, pattern in (("train", cfg.train_data), ("val", cfg.val_data)):
-        paths = sorted(glob.glob(pattern)) or [pattern] if pattern else find_files(folder, split)
-        streams.append(Tokens(paths, vocab_size))
-    return *streams, meta, vocab_size
+    train, val = (
+        [str(p) for p in (sorted(glob.glob(pattern)) or [pattern] if pattern else find_files(folder, split))]
+        for split, pattern in (("train", cfg.train_data), ("val", cfg.val_data))
+    )
+    meta, where = meta_of(cfg, train + val)
+    if meta is not None:
+        vocab_size = meta["vocab_size"]
+        print(f"found vocab_size = {vocab_size} (inside {where / 'meta.pkl'})")
+    else:
+        vocab_size = 50304
+        print("defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)")
+    return Tokens(train, vocab_size), Tokens(val, vocab_size), meta, vocab_size
 
 
 class Draws:

@@ -17,8 +17,8 @@ except ImportError:  # Windows
 
 
 @contextlib.contextmanager
-def lock(out_dir: str | Path) -> Iterator[None]:
-    """Hold a folder, so that no second run writes there. Raises UserError, which names the process that holds it.
+def lock(out_dir: str | Path, flag: str = "--out_dir") -> Iterator[None]:
+    """Hold a folder, which `flag` has named, so that no second run writes there. Raises UserError, which names the process that holds it.
 
     The system releases the lock when the process ends, however it ends. The file .lock may then stay; it locks nothing.
     """
@@ -27,9 +27,9 @@ def lock(out_dir: str | Path) -> Iterator[None]:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as e:
-            raise UserError(f"{path}: cannot be opened ({e.strerror}); remove it, or give another --out_dir") from None
+            raise UserError(f"{path}: cannot be opened ({e.strerror}); remove it, or give another {flag}") from None
         with os.fdopen(fd, "r+b", buffering=0) as f:
-            locked = try_lock(f, path)
+            locked = try_lock(f, path, flag)
             if locked and not same_file(f, path):  # its holder removed it between the two calls
                 continue
             if locked:
@@ -45,7 +45,7 @@ def lock(out_dir: str | Path) -> Iterator[None]:
             return
 
 
-def try_lock(f: BinaryIO, path: Path) -> bool:
+def try_lock(f: BinaryIO, path: Path, flag: str) -> bool:
     """Lock a file, and return whether its file system has locks. Raises UserError if another process holds it."""
     if fcntl is None:
         return False
@@ -54,7 +54,7 @@ def try_lock(f: BinaryIO, path: Path) -> bool:
     except BlockingIOError:
         holder = f.read(200).decode(errors="replace") or "another process"
         raise UserError(
-            f"--out_dir={path.parent}: another run writes there ({holder}); wait for its end, or give another --out_dir"
+            f"{flag}={path.parent}: another run writes there ({holder}); wait for its end, or give another {flag}"
         ) from None
     except OSError as e:
         print(f"{path.parent}: not locked ({e.strerror}); two runs in this folder would overwrite each other's files")

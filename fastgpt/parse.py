@@ -134,14 +134,16 @@ def train_base(given: dict[str, Any], has_file: bool) -> dict[str, Any]:
     """The values that a training run's files and flags change: a preset's; and without a GPU the CPU's.
 
     A config file, --preset, --dataset and --train_data say what is to be trained. So do weights to start from, another run's or GPT-2's:
-    they must not go on with the quickstart's text and settings.
+    they must not go on with the quickstart's text and settings. Data of the user's own are not a preset's dataset.
     """
     named = has_file or given.keys() & {"preset", "dataset", "train_data"}
     start = given.get("init_from", "scratch")
     own = start == "scratch" or (start in ("resume", "auto") and given.get("out_dir", QUICKSTART_OUT) == QUICKSTART_OUT)
-    on_cpu = "device" not in given and default_device() == "cpu"
-    machine = dict(device="cpu", compile=False) if on_cpu else {}
-    return machine | preset("quickstart" if own and not named else given.get("preset", ""))
+    base = dict(device="cpu", compile=False) if "device" not in given and default_device() == "cpu" else {}
+    base |= preset("quickstart" if own and not named else given.get("preset", ""))
+    if given.get("train_data") and given.get("val_data"):
+        base.pop("dataset", None)
+    return base
 
 
 def check_heads(cfg: TrainConfig) -> None:

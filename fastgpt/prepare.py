@@ -1,158 +1,310 @@
 """`fastgpt prepare`: turn a text into a dataset. Also the embedded corpus, which every machine has."""
 
+import hashlib
+import json
 import os
 import pickle
-import re
+import shlex
+import shutil
 import sysconfig
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+import time
+from collections import Counter, deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import dropwhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from fastgpt import __version__, documents, files
 from fastgpt import tokenizer as tokenizers
 from fastgpt.config import UserError, cache_folder
-from fastgpt.files import guard
+from fastgpt.documents import Input, Piece, Survey
+from fastgpt.lock import lock
 
 EMBEDDED = "python-stdlib"
+SPLITS = ("train", "val")
+SAVE_SECONDS = 5.0  # from one record of what is done to the next
+Tokenizer = tokenizers.Tiktoken | tokenizers.Chars
 
 
-def prepare(source: str | Path, tokenizer_name: str, out: str | Path, files: list[Path] | None = None) -> None:
-    """Write out/train.bin and out/val.bin (the last 10% of the characters), and meta.pkl, unless the tokenizer is GPT-2's.
+def prepare(
+    source: str | Path, tokenizer_name: str, out: str | Path, field: str = "", separator: str = "",
+    val_fraction: float = 0.1, overwrite: bool = False,
+) -> None:  # fmt: skip
+    """Write out/train.bin, out/val.bin, out/manifest.json, and meta.pkl unless the tokenizer is GPT-2's. docs/data.md describes them.
 
-    source is a UTF-8 text file or a folder of them; hidden files and `out` itself do not count. `files` overrides this choice.
-    Reads the text in blocks and tokenizes them in parallel: memory stays constant. With a tiktoken encoding every file of a folder
-    ends in the end-of-text token. A failure leaves no partial file. Raises UserError.
+    source is a file or a folder. Reads it in parts and tokenizes them in parallel: memory stays constant. What is done lies in out/.part:
+    after a kill the same call goes on from there. Raises UserError; then the dataset that `out` held is as it was.
     """
     source, out = Path(source), Path(out)
-    if source.is_file():
-        files = [source]
-    elif files is None:
-        real = Path(os.path.realpath(out))  # unlike resolve, it does not fail where links form a circle
-        files = sorted(p for p in source.rglob("*") if p.is_file() and real not in Path(os.path.realpath(p)).parents)
-        files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(source).parts)]
-    if not files:
+    found, passed = documents.find(source, out)
+    if not found:
         raise UserError(f"--input={source}: no such file, or a folder without files (pipes and devices are none)")
-    tokenizer: tokenizers.Tiktoken | tokenizers.Chars
-    if tokenizer_name != "chars":
-        tokenizer = tokenizers.get_tokenizer(tokenizer_name)  # raises before any work
-    files, n_chars, alphabet = survey(files, strict=source.is_file(), alphabet=tokenizer_name == "chars")
-    if n_chars < 2:  # one character each for train and val
-        raise UserError(f"--input={source}: there is no text in it (files that are not UTF-8 are skipped)")
-    if tokenizer_name == "chars":
-        tokenizer = tokenizers.Chars.of(alphabet)
-
+    named = source.is_file()
+    if named and source.name.endswith(".jsonl.zst"):
+        raise UserError(f"--input={source}: zstd is not read; unpack it first: zstd -d {source}")
+    errors = "surrogateescape" if named and tokenizer_name == "bytes" else "strict"
+    inputs = [Input(path, field or "text", errors) for path in found]
+    if field and not any(i.rows for i in inputs):
+        raise UserError(f"--field={field}: there is no .jsonl and no .parquet in {source}; leave the flag out")
+    tokenizer = (
+        None if tokenizer_name == "chars" else tokenizers.get_tokenizer(tokenizer_name)
+    )  # raises before any work
+    if separator and tokenizer and tokenizer.end_of_text is not None:
+        raise UserError(f"--separator: {tokenizer_name} has a token of its own between documents; leave the flag out")
+    for written, meant in (("\\n", "\n"), ("\\t", "\t"), ("\\0", "\0")):
+        separator = separator.replace(written, meant)
+    recipe = {
+        "input": os.path.abspath(source), "tokenizer": tokenizer_name, "field": field, "separator": separator,
+        "val_fraction": val_fraction,
+    }  # fmt: skip
+    if not overwrite:
+        check_free(out, recipe)
+    part = out / ".part"
+    key = identity(recipe, found)
+    found_before = read_survey(part, key, inputs)
+    text = found_before or documents.survey(inputs, passed, tokenizer is None, named)
+    check_enough(text, source)
+    say_taken(text)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=out) as part:
-            counts = write_tokens(files, n_chars, tokenizer, Path(part))
-            meta = tokenizer.meta()
-            if meta is None:
-                (out / "meta.pkl").unlink(missing_ok=True)  # left by an earlier tokenizer
-            else:
-                (Path(part) / "meta.pkl").write_bytes(pickle.dumps(meta))
-            for name in ["meta.pkl"] * (meta is not None) + ["train.bin", "val.bin"]:
-                os.replace(Path(part) / name, out / name)
-    except (UnicodeDecodeError, IndexError):
-        raise UserError(f"--input={source}: its text changed while it was read; begin again") from None
+        with lock(out, "--out"):
+            if not found_before:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                write_survey(part, key, text, inputs)
+            try:
+                counts = write(text, recipe, tokenizer, part, out)
+            except KeyboardInterrupt:
+                print(f"{part} holds what is done; the same command goes on from there")
+                raise
+            except Exception as e:
+                if not isinstance(e, OSError):  # after a full disk, too, the same command goes on
+                    shutil.rmtree(part)
+                raise
+            shutil.rmtree(part)
     except OSError as e:
-        hint = " in the environment variable FASTGPT_CACHE" if out == embedded_folder() else ""
-        raise UserError(f"{out}: cannot be written ({e.strerror}); give another folder{hint}") from None
-    for split, count in counts.items():
-        print(f"{out / split}.bin: {count:,} tokens")
+        raise UserError(
+            f"{out}: cannot be written ({e.strerror}); the same command goes on from what is done, or give another --out"
+        ) from None
+    for split in SPLITS:
+        print(f"{out / split}.bin: {counts[split]:,} tokens")
+    name = dataset_name(out)
+    print(
+        f"next: fastgpt train --preset=quickstart --dataset={shlex.quote(name)} --out_dir={shlex.quote(f'out-{out.name}')}"
+    )
 
 
-def write_tokens(
-    files: list[Path], n_chars: int, tokenizer: tokenizers.Tiktoken | tokenizers.Chars, out: Path
-) -> dict[str, int]:
-    """Tokenize files, n_chars characters in all, into out/train.bin and out/val.bin. Returns {split: number of tokens}."""
-    end_mark = tokenizer.end_of_text if len(files) > 1 else None
+def check_free(out: Path, recipe: dict[str, Any]) -> None:
+    """Raise UserError if `out` holds a dataset that was not made by this recipe."""
+    try:
+        made = files.read_json(out / "manifest.json")
+    except (FileNotFoundError, NotADirectoryError):
+        if not any((out / name).exists() for name in ("train.bin", "val.bin", "meta.pkl")):
+            return
+        made = None
+    except (OSError, ValueError):
+        made = None
+    if not isinstance(made, dict):
+        raise UserError(
+            f"--out={out}: it holds a dataset, and no manifest.json says of which text; --overwrite replaces it"
+        )
+    for name, value in recipe.items():
+        if made.get(name) != value:
+            raise UserError(
+                f"--out={out}: it holds a dataset with another --{name} ({made.get(name)}, not {value}); --overwrite replaces it"
+            )
+
+
+def check_enough(text: Survey, source: Path) -> None:
+    """Raise UserError if a text cannot be divided: train and val need a character each, and a row is not divided."""
+    if text.characters < 2:
+        reasons = f" ({said(text.passed)} passed over)" if text.passed else ""
+        raise UserError(f"--input={source}: there is no text in it{reasons}")
+    if text.documents == 1 and text.inputs[0].rows:
+        raise UserError(f"--input={source}: it has one row; train and val need one each")
+
+
+def said(counts: Counter) -> str:
+    """Counts as words: `3 .py, 1 .txt`."""
+    return ", ".join(f"{n:,} {name}" for name, n in counts.most_common())
+
+
+def suffixes(inputs: Iterable[Input]) -> Counter:
+    """The numbers of files by their suffix."""
+    return Counter(
+        "".join(i.path.suffixes[-2:]) if i.path.suffix == ".gz" else i.path.suffix or "no suffix" for i in inputs
+    )
+
+
+def say_taken(text: Survey) -> None:
+    """Print what of a folder was taken, and what was not."""
+    if len(text.inputs) + text.passed.total() > 1:
+        print(f"taken: {said(suffixes(text.inputs))}; {text.documents:,} documents")
+    if text.passed:
+        print(f"passed over: {said(text.passed)}")
+
+
+def dataset_name(out: Path) -> str:
+    """What --dataset is to be for a folder; see data.dataset_folder."""
+    if out.parent == Path("data"):
+        return out.name
+    return str(out.resolve() if (Path("data") / out).is_dir() else out)
+
+
+# ---- the token files ----
+
+
+def write(text: Survey, recipe: dict[str, Any], tokenizer: Tokenizer | None, part: Path, out: Path) -> dict[str, int]:
+    """Tokenize all of a survey's text into `part`, then move the dataset to `out`. Returns {split: number of tokens}."""
+    separator = recipe["separator"]
+    if tokenizer is None:
+        tokenizer = tokenizers.Chars.of(text.alphabet | set(separator))
+    mark = np.array([], np.uint32)  # what stands behind each document
+    if text.documents > 1 and tokenizer.end_of_text is not None:
+        mark = np.array([tokenizer.end_of_text])
+    elif text.documents > 1 and separator:
+        mark = tokenizer.encode_array(separator)
+    n_train = min(max(int(text.characters * (1 - recipe["val_fraction"])), 1), text.characters - 1)
+    state = write_tokens(text, n_train, tokenizer, mark, part)
+    if not all(state["tokens"].values()):
+        raise UserError(f"--input={recipe['input']}: too little text for --val_fraction={recipe['val_fraction']}")
+    meta = tokenizer.meta()
+    if meta is not None:
+        if len(mark) == 1:
+            meta["separator"] = int(mark[0])
+        (part / "meta.pkl").write_bytes(pickle.dumps(meta))
+    names = ["meta.pkl"] * (meta is not None) + ["train.bin", "val.bin"]
+    manifest = {
+        **recipe, "fastgpt": __version__, "files": len(text.inputs), "by_suffix": suffixes(text.inputs),
+        "passed_over": text.passed, "bytes": sum(i.path.stat().st_size for i in text.inputs),
+        "characters": text.characters, "documents": state["documents"], "tokens": state["tokens"],
+        "sha256": {name: file_digest(part / name) for name in names},
+    }  # fmt: skip
+    (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    if meta is None:
+        (out / "meta.pkl").unlink(missing_ok=True)  # left by an earlier tokenizer
+    for name in [
+        "manifest.json",
+        *names,
+    ]:  # it first: if this is cut short, it says that the same command may write here
+        os.replace(part / name, out / name)
+    return state["tokens"]
+
+
+def write_tokens(text: Survey, n_train: int, tokenizer: Tokenizer, mark: np.ndarray, part: Path) -> dict[str, Any]:
+    """Tokenize a text into part/train.bin and part/val.bin, from where an earlier call was stopped.
+
+    Returns {"tokens": {split: number}, "documents": {split: number}}; a document counts where it ends. `mark` has the ids behind each.
+    """
     dtype = np.dtype("<u4" if tokenizer.n_vocab > 65536 else "<u2")
-    counts = {"train": 0, "val": 0}
+
+    def encode(block: list[Piece]) -> np.ndarray:
+        parts = []
+        for piece in block:
+            parts += [tokenizer.encode_array(piece.text), mark] if piece.ends else [tokenizer.encode_array(piece.text)]
+        return np.concatenate(parts).astype(dtype)
+
+    state = read_state(part, dtype.itemsize)
+    done, first = state["characters"], state["input"]
+    if done:
+        print(f"going on from {done / text.characters:.0%}, which {part} holds")
+    anywhere = getattr(tokenizer, "cut_anywhere", False)
+    stream = documents.pieces(text.inputs, n_train, anywhere=anywhere, first=first)
+    stream = dropwhile(lambda p: p.input == first and p.done <= state["pieces"], stream)
+    blocks = documents.blocks(stream)
     workers = os.cpu_count() or 1
     with (
-        open(out / "train.bin", "wb") as train,
-        open(out / "val.bin", "wb") as val,
+        ExitStack() as stack,
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=n_chars, unit="char", unit_scale=True, desc="tokenizing", disable=None) as bar,
+        tqdm(total=text.characters, initial=done, unit="char", unit_scale=True, desc="tokenizing", disable=None) as bar,
     ):
-        file = {"train": train, "val": val}
-        stream = blocks(files, int(n_chars * 0.9))
-        while batch := list(islice(stream, 2 * workers)):  # a bounded number of blocks: constant memory
-            encoded = pool.map(tokenizer.encode_array, [text for _, text, _ in batch])
-            for (split, text, ends), ids in zip(batch, encoded, strict=True):
-                ids = np.append(ids, end_mark) if ends and end_mark is not None else ids
-                file[split].write(ids.astype(dtype).tobytes())
-                counts[split] += len(ids)
-                bar.update(len(text))
-                n_chars -= len(text)
-    if n_chars:
-        raise UserError(f"{files[0].parent}: the text changed while it was read; begin again")
-    return counts
+        out = {split: stack.enter_context(open(part / f"{split}.bin", "ab")) for split in SPLITS}
+        for split in SPLITS:
+            out[split].truncate(state["tokens"][split] * dtype.itemsize)
+        waiting: deque[tuple[list[Piece], Future]] = deque()
+        saved = time.monotonic()
+        while True:
+            while len(waiting) < 2 * workers and (block := next(blocks, None)):  # a bounded number: constant memory
+                waiting.append((block, pool.submit(encode, block)))
+            if not waiting:
+                return state
+            block, encoded = waiting.popleft()
+            ids, split, last = encoded.result(), block[0].split, block[-1]
+            out[split].write(ids.data)
+            state["tokens"][split] += len(ids)
+            state["documents"][split] += sum(piece.ends for piece in block)
+            state["characters"] += (characters := sum(len(piece.text) for piece in block))
+            state["input"], state["pieces"] = last.input, last.done
+            bar.update(characters)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                for f in out.values():
+                    f.flush()
+                    os.fsync(f.fileno())  # the record must not be on the disk before what it counts
+                files.write_json(part / "state.json", state)
+                saved = time.monotonic()
 
 
-def survey(files: list[Path], strict: bool, alphabet: bool) -> tuple[list[Path], int, set[str]]:
-    """(files that are UTF-8 text, number of characters in them, set of the characters if `alphabet`), in one pass.
-
-    Another file raises UserError if `strict`; else it is skipped, and the number of skipped files is printed.
-    """
-    good, n_chars, seen = [], 0, set()
-    for path in tqdm(files, desc="reading", disable=None if len(files) > 1 else True):
-        try:
-            with open(path, encoding="utf-8") as f:
-                n, chars = 0, set()
-                while text := f.read(2**20):
-                    n += len(text)
-                    if alphabet:
-                        chars.update(text)
-        except UnicodeDecodeError as e:
-            if strict:
-                raise UserError(f"{path}: not UTF-8 text ({e.reason}); convert it first") from None
-            continue
-        except OSError as e:
-            raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-        good.append(path)
-        n_chars += n
-        seen |= chars
-    if len(good) < len(files):
-        print(f"passed over {len(files) - len(good)} of {len(files)} files: not UTF-8 text")
-    return good, n_chars, seen
+# ---- what a stopped call leaves ----
 
 
-# A text can be cut here without changing its GPT-2 style tokens: before a single space or after a single newline, between
-# words. Runs of white space are not cut: their tokens depend on what follows.
-SAFE_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
+def read_state(part: Path, itemsize: int) -> dict[str, Any]:
+    """How far the files in `part` are."""
+    new = {"characters": 0, "input": 0, "pieces": 0, **{of: dict.fromkeys(SPLITS, 0) for of in ("tokens", "documents")}}
+    try:
+        state = files.read_json(part / "state.json")
+        for split in SPLITS:
+            if (part / f"{split}.bin").stat().st_size < state["tokens"][split] * itemsize:
+                return new
+    except (OSError, ValueError, TypeError, KeyError):
+        return new
+    return state
 
 
-def blocks(files: list[Path], n_train: int, size: int = 2**19) -> Iterator[tuple[str, str, bool]]:
-    """Yield the files' text as (split, text, whether a file ends here), cut at SAFE_CUT, and after n_train characters."""
-    left = n_train  # characters still missing in train; -1 once val has begun
-    for path in files:
-        with open(path, encoding="utf-8") as f:
-            text = ""
-            while True:
-                if left == 0:  # nanoGPT splits at this character; the rest of the file goes to val
-                    yield "train", text, False
-                    text, left = "", -1
-                new = f.read(size if left < 0 else min(size, left))
-                text += new
-                if left > 0:
-                    left -= len(new)
-                    if left == 0:
-                        continue
-                split = "train" if left > 0 else "val"
-                if not new:
-                    yield split, text, True
-                    break
-                cut = max((m.start() for m in SAFE_CUT.finditer(text, max(0, len(text) - 2**12))), default=0)
-                if not cut and len(text) > 32 * size:  # no word ends within 16 million characters: cut anyway
-                    cut = len(text)
-                if cut:
-                    yield split, text[:cut], False
-                    text = text[cut:]
+def write_survey(part: Path, key: str, text: Survey, inputs: list[Input]) -> None:
+    """Keep a survey, and the key of what was surveyed."""
+    taken = {id(i) for i in text.inputs}
+    counts = [[i.characters, i.documents] if id(i) in taken else None for i in inputs]
+    files.write_json(part / "survey.json", [key, counts, text.passed, "".join(sorted(text.alphabet))])
+
+
+def read_survey(part: Path, key: str, inputs: list[Input]) -> Survey | None:
+    """The survey in `part`, if it is of these inputs."""
+    try:
+        was, counts, passed, alphabet = files.read_json(part / "survey.json", 2**30)
+    except (OSError, ValueError, TypeError):
+        return None
+    if was != key:
+        return None
+    for one, count in zip(inputs, counts, strict=True):
+        one.characters, one.documents = count or (0, 0)
+    return Survey([i for i, c in zip(inputs, counts, strict=True) if c], Counter(passed), set(alphabet))
+
+
+def identity(recipe: dict[str, Any], found: list[Path]) -> str:
+    """A text that differs where the recipe, this version, or the names, sizes or times of the files do."""
+    try:
+        stats = [(str(path), (s := path.stat()).st_size, s.st_mtime_ns) for path in found]
+    except OSError as e:
+        raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from None
+    return hashlib.sha256(json.dumps([recipe, __version__, stats]).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file."""
+    found = hashlib.sha256()
+    with open(path, "rb") as f:
+        while part := f.read(2**20):
+            found.update(part)
+    return found.hexdigest()
+
+
+# ---- the embedded corpus ----
 
 
 def embedded_folder() -> Path:
@@ -163,7 +315,7 @@ def embedded_folder() -> Path:
 def prepare_embedded(folder: Path) -> None:
     """Tokenize the Python standard library's source, without tests and installed packages, into `folder`, once."""
     try:
-        guard(folder / "val.bin", make=True)
+        files.guard(folder / "val.bin", make=True)
     except OSError as e:
         raise UserError(
             f"{folder}: no place for the embedded text ({e.strerror}); set FASTGPT_CACHE to a folder of your own"
@@ -176,4 +328,14 @@ def prepare_embedded(folder: Path) -> None:
     if not sources:
         raise UserError(f"{stdlib}: this Python has no source of its standard library; give --dataset")
     print(f"preparing the embedded corpus, once: the source of Python's standard library ({stdlib}), as bytes")
-    prepare(stdlib, "bytes", folder, sources)
+    text = documents.survey([Input(p) for p in sources], Counter(), alphabet=False, named=False)
+    recipe = {"input": str(stdlib), "tokenizer": "bytes", "field": "", "separator": "", "val_fraction": 0.1}
+    try:
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:  # its own: two runs may begin at once
+            counts = write(text, recipe, tokenizers.get_tokenizer("bytes"), Path(part), folder)
+    except OSError as e:
+        raise UserError(
+            f"{folder}: cannot be written ({e.strerror}); give another folder in the environment variable FASTGPT_CACHE"
+        ) from None
+    for split in SPLITS:
+        print(f"{folder / split}.bin: {counts[split]:,} tokens")

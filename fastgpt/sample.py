@@ -30,7 +30,7 @@ def sample(cfg: SampleConfig) -> None:
         saved, model, meta = {}, checkpoints.pretrained(cfg.init_from, 0.0), None
     tok = tokenizer.from_meta(meta)
     if saved.get("config", {}).get("doc_mask"):  # mask the documents of a prompt as training did
-        model.set_doc_mask(tok.end_of_text)
+        model.set_doc_mask(tokenizer.separator(meta))
     if tok.n_vocab > model.config.vocab_size:
         raise UserError(
             f"{cfg.out_dir}: the model has {model.config.vocab_size} tokens, but the tokenizer {tok.n_vocab}: "

@@ -53,13 +53,24 @@ class Tiktoken:
 
 
 class Bytes(Tiktoken):
-    """One token for each byte of UTF-8: 256 ranks, no merges. Bytes that are not UTF-8 decode to U+FFFD."""
+    """One token for each byte of UTF-8: 256 ranks, no merges. Bytes that are not UTF-8 decode to U+FFFD.
+
+    In a text to encode they stand as Python's surrogateescape reads them: so any file has a text.
+    """
+
+    cut_anywhere = True  # the tokens of a text are those of its parts
 
     def __init__(self):
         ranks = {bytes([i]): i for i in range(256)}
         super().__init__(
             tiktoken.Encoding("bytes", pat_str=r"[^\n]*\n|[^\n]+", mergeable_ranks=ranks, special_tokens={})
         )
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
 
     def meta(self) -> dict[str, Any]:
         # One character for each byte (correct below 128), so that nanoGPT's sample.py can print these tokens too.
@@ -71,6 +82,7 @@ class Chars:
     """One token for each character of a corpus. `itos` maps ids, from 0, to characters, as in nanoGPT."""
 
     end_of_text = None
+    cut_anywhere = True
 
     def __init__(self, itos: dict[int, str]):
         self.itos = itos
@@ -128,12 +140,14 @@ def separator(meta: dict[str, Any] | None) -> int:
     """The token id between the documents of a dataset with this meta. Raises UserError if its tokenizer has none."""
     if meta is None:
         return GPT2_END_OF_TEXT  # needs no download of GPT-2's table
+    if type(meta.get("separator")) is int:  # that of `prepare --separator`, if it is one token
+        return meta["separator"]
     name = meta.get("tokenizer", "chars")
     end_of_text = None if name == "chars" else get_tokenizer(name).end_of_text
     if end_of_text is None:
         raise UserError(
             f"--doc_mask=True: the dataset's tokenizer, {name}, has no token between documents; "
-            "prepare the data with --tokenizer=gpt2, or leave the flag out"
+            "prepare the data with --tokenizer=gpt2, or with a --separator of one token, or leave the flag out"
         )
     return end_of_text
 
@@ -145,6 +159,8 @@ def from_meta(meta: dict[str, Any] | None) -> Tiktoken | Chars:
     name, itos = meta.get("tokenizer", "chars"), meta.get("itos")
     if name != "chars":
         return get_tokenizer(name)
+    if isinstance(itos, (list, tuple)):
+        itos = dict(enumerate(itos))
     if not isinstance(itos, dict) or not all(type(i) is int and type(c) is str for i, c in itos.items()):
         raise UserError(
             "the dataset's meta.pkl has no `itos` from ids to characters: its tokens cannot be shown as text"

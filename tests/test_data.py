@@ -1,21 +1,37 @@
 """Token files, batches in nanoGPT's order, and preparing a text."""
 
+import contextlib
+import gzip
+import hashlib
+import itertools
+import json
 import os
 import pickle
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
 import pytest
 import tiktoken
 import torch
 from helpers import write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from fastgpt import data, tokenizer
+from fastgpt import __version__, data, documents, files, tokenizer
 from fastgpt import prepare as preparing
 from fastgpt.config import TrainConfig, UserError
+from fastgpt.lock import lock
+from fastgpt.parse import parse_train
 
 # ---- reading ----
 
@@ -41,6 +57,73 @@ def test_llama_shards_and_large_vocabularies_are_uint32(workdir):
     assert data.Tokens([workdir / "a.bin"], 128_256).read([0], 3)[0].tolist() == [1, 100_000, 3]
     np.array([1, 70_000], "<u4").tofile(workdir / "b.bin")
     assert data.Tokens([workdir / "b.bin"], 100_277).read([0], 2)[0].tolist() == [1, 70_000]
+
+
+def save(path, tokens, dtype):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.asarray(tokens, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "u1", "i1", "<i2", ">i4", "<u4", "<i8", ">u8"])
+def test_npy_files_of_any_integers_are_token_files(workdir, dtype):
+    tokens = np.random.default_rng(0).integers(0, 127, 300)
+    save(workdir / "data/n/edu_train_000000.npy", tokens[:100], dtype)
+    save(workdir / "data/n/edu_train_000001.npy", tokens[100:200], dtype)
+    save(workdir / "data/n/edu_val_000000.npy", tokens[200:], dtype)
+    for flags in ({"dataset": "n"}, {"train_data": "data/n/*train*.npy", "val_data": "data/n/edu_val_000000.npy"}):
+        train, val, meta, _ = data.load_dataset(TrainConfig(**flags))
+        assert train.read([0, 95], 105).tolist() == [tokens[:105].tolist(), tokens[95:200].tolist()]
+        assert val.read([0], 100)[0].tolist() == tokens[200:].tolist()
+        assert meta is None
+        train.check_ids()
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros(9), "float64"),
+        (np.zeros((3, 3), "u2"), r"\(3, 3\)"),
+        (np.zeros((), "u2"), r"\(\)"),
+        (np.zeros(0, "u2"), r"\(0,\)"),
+        (np.array([Path()]), "object"),
+        (np.zeros(9, "i2,i2"), "i2"),
+        (np.zeros(9, bool), "bool"),
+        (np.array(["a"]), "<U1"),
+    ],
+)
+def test_an_npy_file_of_anything_else_is_refused(workdir, array, said):
+    np.save("a.npy", array)
+    with pytest.raises(UserError, match=rf"a\.npy: it is an array of .*{said}.*integers in one dimension"):
+        data.Tokens(["a.npy"], 50304)
+
+
+def test_an_npy_file_must_be_whole_and_has_no_negative_ids(workdir):
+    save(workdir / "a.npy", range(100), "u2")
+    good = Path("a.npy").read_bytes()
+    for content in (good[:-1], good + b"\0", good + good):
+        Path("a.npy").write_bytes(content)
+        with pytest.raises(
+            UserError, match=rf"a\.npy: its header promises 100 tokens, 328 bytes in all.*has {len(content)}"
+        ):
+            data.Tokens(["a.npy"], 50304)
+    for content in (
+        b"",
+        good[:64],
+        b"\0" * 200,
+        good.replace(b"'shape'", b"'shapf'"),
+        good.replace(b"\x93NUMPY\1", b"\x93NUMPY\7"),
+    ):
+        Path("a.npy").write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.npy: its \.npy header is damaged"):
+            data.Tokens(["a.npy"], 50304)
+    Path("a.bin").write_bytes(good)  # by another name it is no less a .npy file
+    assert data.Tokens(["a.bin"], 50304).read([0], 100)[0].tolist() == list(range(100))
+    for dtype in ("i2", "i8"):
+        save(workdir / "b.npy", [5] * 50 + [-1] * 50, dtype)
+        stream = data.Tokens(["a.bin", "b.npy"], 50304)
+        for check in (stream.check_ids, lambda s=stream: s.read([0, 120], 60)):
+            with pytest.raises(UserError, match=r"b\.npy: token id -1 is negative"):
+                check()
 
 
 def test_a_folder_of_shards_is_a_dataset(workdir):
@@ -112,9 +195,13 @@ class Evil:
     [
         pickle.dumps(Evil()),
         pickle.dumps({"vocab_size": Evil()}),
-        pickle.dumps({"vocab_size": np.int64(3)}),
         pickle.dumps({"vocab_size": "3"}),
+        pickle.dumps({"vocab_size": np.float64(3)}),
         pickle.dumps({"vocab_size": -1}),
+        pickle.dumps({"vocab_size": 3, "itos": np.array(["a", "b", "c"])}),
+        pickle.dumps({"vocab_size": 3, "stoi": {("a", "b"): 0}}),
+        pickle.dumps({"vocab_size": 3, "itos": {"a", "b"}}),
+        pickle.dumps({"vocab_size": 3, "itos": [["a"]]}),
         pickle.dumps([1, 2]),
         pickle.dumps({"itos": {0: "a"}}),
         b"",
@@ -128,10 +215,68 @@ def test_a_meta_that_is_not_plain_data_is_refused_and_not_run(workdir, content):
     assert not (workdir / "pwned").exists()
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_meta_of_any_plain_form_is_read(workdir, protocol):
+    """As the scripts of others write them: an OrderedDict, tuples, NumPy's numbers and texts."""
+    chars = "aé☃"
+    forms = {
+        "itos": [dict(enumerate(chars)), list(chars), tuple(chars), OrderedDict(enumerate(chars)), list(np.array(list(chars)))],
+        "vocab_size": [3, np.int64(3), np.uint16(3), np.int32(3), np.dtype(">i4").type(3), np.array([3], ">i8")[0]],
+        "stoi": [{c: np.int64(i) for i, c in enumerate(chars)}, OrderedDict((np.str_(c), i) for i, c in enumerate(chars))],
+        "other": [None, True, np.bool_(True), 1.5, np.float32(1.5), b"x", ("a", np.float64(2.5)), np.int8(-3), ()],
+    }  # fmt: skip
+    for name, values in forms.items():
+        for value in values:
+            meta = {"vocab_size": 3, "itos": dict(enumerate(chars)), name: value}
+            for whole in (meta, OrderedDict(meta)):
+                (workdir / "meta.pkl").write_bytes(pickle.dumps(whole, protocol))
+                found = data.load_meta(workdir)
+                assert found == meta
+                assert {type(x) for v in found.values() for x in (v if type(v) in (dict, list, tuple) else [v])} <= {
+                    int, float, bool, str, bytes, type(None)
+                }  # fmt: skip
+                assert tokenizer.from_meta(found).decode([2, 0, 1]) == "☃aé"
+
+
+def two_datasets(workdir):
+    """data/char and data/other: the same files, with metas of different characters."""
+    for name, chars in {"char": "ab", "other": "xy"}.items():
+        (workdir / "data" / name).mkdir(parents=True)
+        meta = {"vocab_size": 2, "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+        (workdir / f"data/{name}/meta.pkl").write_bytes(pickle.dumps(meta))
+        for split in ("train", "val"):
+            np.array([0, 1] * 500, "<u2").tofile(workdir / f"data/{name}/{split}.bin")
+
+
+def test_the_meta_beside_the_files_is_theirs(workdir, capsys):
+    two_datasets(workdir)
+    files = lambda a, b: [f"--train_data=data/{a}/train.bin", f"--val_data=data/{b}/va*.bin"]  # noqa: E731
+    for flags, chars in {
+        (*files("char", "char"),): "ab",
+        ("--preset=tiny", *files("other", "other")): "xy",  # not the meta of tiny's own dataset
+        ("--dataset=char", *files("other", "other")): "ab",  # the user's word
+        ("--dataset=none", *files("other", "other")): "xy",  # it has no meta
+        ("--dataset=char", "--preset=tiny", *files("char", "other")): "ab",
+        ("--dataset=other", "--train_data=data/char/train.bin"): "xy",
+    }.items():
+        *_, meta, vocab_size = data.load_dataset(parse_train([*flags])[0])
+        assert "".join(meta["itos"].values()) == chars
+        assert vocab_size == 2
+        assert f"data/{'char' if chars == 'ab' else 'other'}/meta.pkl" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"data/char/meta\.pkl and data/other/meta\.pkl are of different.*--dataset=NAME"
+    ):
+        data.load_dataset(parse_train(files("char", "other"))[0])
+    (workdir / "data/other/meta.pkl").unlink()
+    assert data.load_dataset(parse_train(files("char", "other"))[0])[3] == 2
+    (workdir / "data/char/meta.pkl").unlink()
+    assert data.load_dataset(parse_train(files("char", "other"))[0])[2:] == (None, 50304)
+
+
 # ---- tokenizers ----
 
 
-@pytest.mark.parametrize("extra", [{}, {"itos": ["a", "b"]}, {"itos": {"a": 0}}, {"itos": {0: 1}}])
+@pytest.mark.parametrize("extra", [{}, {"itos": [0, 1]}, {"itos": {"a": 0}}, {"itos": {0: 1}}])
 def test_a_meta_without_characters_trains_but_is_no_tokenizer(workdir, extra):
     """nanoGPT reads vocab_size alone to train."""
     (workdir / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, **extra}))
@@ -219,12 +364,12 @@ def test_prepare_is_nanogpts_prepare(workdir, gpt2, name, capsys):
     if name != "gpt2":  # nanoGPT's sample.py reads these two
         assert all(meta["stoi"][c] == i for i, c in meta["itos"].items())
         assert tokenizer.from_meta(meta).decode(read("data/x")[1].tolist()) == TEXT[n:]
-    assert sorted(os.listdir("data/x")) == (["meta.pkl"] if meta else []) + ["train.bin", "val.bin"]
+    assert sorted(os.listdir("data/x")) == sorted([*["meta.pkl"] * bool(meta), "manifest.json", "train.bin", "val.bin"])
     assert "train.bin: " in capsys.readouterr().out
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.text(alphabet="ab1 \n\t.é☃'", max_size=60), min_size=1, max_size=4), st.integers(1, 40), st.data())
+@given(st.lists(st.text(alphabet="ab1 \n\r\t.é☃'", max_size=60), min_size=1, max_size=4), st.integers(1, 40), st.data())
 def test_blocks_change_no_token_and_lose_no_text(tmp_path_factory, texts, size, draw):
     """The cuts for streaming are where GPT-2's pattern cuts too, on text full of odd white space."""
     folder = tmp_path_factory.mktemp("blocks")
@@ -232,14 +377,14 @@ def test_blocks_change_no_token_and_lose_no_text(tmp_path_factory, texts, size, 
     for i, text in enumerate(texts):
         files.append(folder / str(i))
         files[-1].write_text(text, encoding="utf-8", newline="")
-    texts = [f.read_text(encoding="utf-8") for f in files]  # universal newlines
     n_train = draw.draw(st.integers(0, sum(map(len, texts))))
+    inputs = [documents.Input(f, characters=len(t), documents=1) for f, t in zip(files, texts, strict=True)]
     encode = merging().encode_ordinary
     got = {"train": [], "val": []}
     ends = 0
-    for split, text, end in preparing.blocks(files, n_train, size):
-        got[split] += [*encode(text), "END"] if end else encode(text)
-        ends += end
+    for piece in documents.pieces(inputs, n_train, size):
+        got[piece.split] += [*encode(piece.text), "END"] if piece.ends else encode(piece.text)
+        ends += piece.ends
     expected = {"train": [], "val": []}
     left = n_train
     for text in texts:
@@ -252,30 +397,37 @@ def test_blocks_change_no_token_and_lose_no_text(tmp_path_factory, texts, size, 
     assert got == expected
 
 
-def test_memory_stays_constant(workdir, monkeypatch):
+@pytest.mark.parametrize("name", ["big.txt", "big.jsonl", "one line.jsonl"])
+def test_memory_stays_constant(workdir, monkeypatch, name):
     """However large the file, only a bounded number of bounded blocks is in flight."""
-    with open("big.txt", "w") as f:
-        for _ in range(40):
-            f.write(TEXT)
+    with open(name, "w") as f:
+        if name == "big.txt":
+            f.write(TEXT * 40)
+        else:
+            f.writelines(
+                json.dumps({"text": text}) + "\n"
+                for text in ([TEXT * 40, "end"] if "one" in name else [TEXT[:999]] * 9999)
+            )
     live, most = 0, 0
-    original = preparing.blocks
+    original = documents.blocks
 
-    def counted(files, n_train):
+    def counted(stream):
         nonlocal live, most
-        for block in original(files, n_train, size=2**15):
+        for block in original(stream, size=2**15):
             live += 1
             most = max(most, live)
+            assert sum(len(piece.text) for piece in block) < 2**15 + 2**12
             yield block
 
-    def encoded(text):
+    def written(ids, write=np.concatenate):
         nonlocal live
         live -= 1
-        assert len(text) < 2**15 + 2**12
-        return np.zeros(len(text))
+        return write(ids)
 
-    monkeypatch.setattr(preparing, "blocks", counted)
-    monkeypatch.setattr(tokenizer.Bytes, "encode_array", lambda self, text: encoded(text))
-    preparing.prepare("big.txt", "bytes", "data/big")
+    monkeypatch.setattr(documents, "blocks", counted)
+    monkeypatch.setattr(documents.pieces, "__defaults__", (2**15, False, 0))
+    monkeypatch.setattr(preparing, "np", SimpleNamespace(**vars(np) | {"concatenate": written}))
+    preparing.prepare(name, "bytes", "data/big")
     assert 1 < most <= 2 * os.cpu_count()
 
 
@@ -283,7 +435,9 @@ def test_a_folder_is_its_files_in_order_and_documents_end_in_the_mark(workdir, g
     (workdir / "in/sub").mkdir(parents=True)
     for name, text in {"a.txt": "one two ", "sub/b.txt": "three", "z.txt": "four" * 5}.items():
         (workdir / "in" / name).write_text(text)
-    (workdir / "in/image.bin").write_bytes(b"\xff\xfe\x00")
+    (workdir / "in/image.png").write_bytes(b"\xff\xfe\x00")
+    (workdir / "in/zeros").write_bytes(b"\0" * 10_000)
+    (workdir / "in/.hidden").write_text("hidden")
     preparing.prepare("in", "gpt2", "data/g")
     mark = gpt2.eot_token
     assert np.concatenate(read("data/g")).tolist().count(mark) == 3
@@ -291,13 +445,15 @@ def test_a_folder_is_its_files_in_order_and_documents_end_in_the_mark(workdir, g
         gpt2.decode(np.concatenate(read("data/g")).tolist()).replace(tokenizer.END_OF_TEXT, "|")
         == "one two |three|" + "four" * 5 + "|"
     )
-    assert "passed over 1 of 4 files: not UTF-8 text" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "taken: 3 .txt; 3 documents\n" in out
+    assert "passed over: 1 hidden, 1 not UTF-8, 1 binary\n" in out
 
 
 def test_another_tokenizers_meta_does_not_stay(workdir, gpt2):
     (workdir / "in.txt").write_text("some text")
     for name in ("bytes", "gpt2"):
-        preparing.prepare("in.txt", name, "data/x")
+        preparing.prepare("in.txt", name, "data/x", overwrite=True)
     assert data.load_meta("data/x") is None
 
 
@@ -353,7 +509,7 @@ def test_a_failure_leaves_nothing_and_overwrites_nothing(workdir, monkeypatch):
     monkeypatch.setattr(tokenizer.Bytes, "encode_array", lambda self, text: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         preparing.prepare("in.txt", "bytes", "data/x")
-    assert sorted(os.listdir("data/x")) == ["meta.pkl", "train.bin", "val.bin"]
+    assert sorted(os.listdir("data/x")) == ["manifest.json", "meta.pkl", "train.bin", "val.bin"]
     assert all((a == b).all() for a, b in zip(before, read("data/x"), strict=True))
 
 
@@ -365,5 +521,281 @@ def test_the_embedded_corpus_is_real_text_prepared_once(workdir, capsys, monkeyp
     text = tokenizer.from_meta(meta).decode(val.read([0], 20_000)[0].tolist())
     assert text.count("def ") > 20
     assert "preparing the embedded corpus, once" in capsys.readouterr().out
-    monkeypatch.setattr(preparing, "prepare", None)
+    monkeypatch.setattr(preparing, "write", None)
     data.load_dataset(TrainConfig(dataset="python-stdlib"))
+
+
+# ---- forms of input ----
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=3)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("name", ["bytes", "chars", "gpt2"])
+def test_a_row_is_a_document(workdir, gpt2, name, suffix):
+    """Rows are not cut between the splits, and gpt2's end-of-text is behind each: the tokens that nanoGPT's openwebtext has."""
+    texts = [f"Row {i}: dög\r\n☃ the" * (i % 4) for i in range(100)]
+    write_rows(workdir / f"in{suffix}", [{"body": t, "text": "no", "n": i} for i, t in enumerate(texts)])
+    preparing.prepare(f"in{suffix}", name, "data/x", field="body")
+    total = sum(map(len, texts))
+    n_train = next(i for i in range(100) if sum(map(len, texts[: i + 1])) > int(total * 0.9))
+    tok = tokenizer.from_meta(data.load_meta("data/x")) if name != "gpt2" else tokenizer.Tiktoken(gpt2)
+    mark = [gpt2.eot_token] if name == "gpt2" else []
+    for got, of in zip(read("data/x"), (texts[:n_train], texts[n_train:]), strict=True):
+        assert got.tolist() == [i for t in of for i in [*tok.encode_array(t).tolist(), *mark]]
+    manifest = json.loads(Path("data/x/manifest.json").read_text())
+    assert manifest["documents"] == {"train": n_train, "val": 100 - n_train}
+
+
+def test_text_is_the_field_if_none_is_named(workdir, capsys):
+    write_rows(workdir / "in/a.jsonl", [{"text": "one"}, {"text": "two"}])
+    write_rows(workdir / "in/b.parquet", [{"text": "three"}])
+    (workdir / "in/c.md").write_text("four")
+    preparing.prepare("in", "bytes", "data/x", separator="\\n|")
+    assert bytes(np.concatenate(read("data/x")).astype("u1")) == b"one\n|two\n|three\n|four\n|"
+    assert "taken: 1 .jsonl, 1 .parquet, 1 .md; 4 documents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"text": "a"}\n\n{"body": "b", "n": 1}\n', r"line 3: it has no field 'text', but \['body', 'n'\].*--field"),
+        (b'{"text": "a"}\n{"text": null}', "line 2: its 'text' is None, and no text"),
+        (b'{"text": "a"}\n{"text": ["b"]}', r"line 2: its 'text' is \['b'\], and no text"),
+        (b'{"text": "a"}\n"b"\n', "line 2: it is no JSON object, but 'b'"),
+        (b'{"text": "a"}\n{"text": "b"\n', "line 2: it is no JSON .*delimiter"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: it is no JSON .*utf-8"),
+        (b'{"text": "a"}\n' + b"[" * 100_000, "line 2: it is no JSON"),
+        (b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: .*surrogate"),
+        (b'{"text": "a"}\n' + b" " * 2**26 + b" \n", "line 2: it has more than 67,108,864 bytes"),
+    ],
+)
+def test_a_broken_line_is_named_before_any_work(workdir, content, said):
+    Path("a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^a\.jsonl, {said}"):
+        preparing.prepare("a.jsonl", "bytes", "data/x")
+    assert not Path("data").exists()
+
+
+def test_broken_tables_are_named(workdir, monkeypatch):
+    write_rows(workdir / "a.jsonl.gz", [{"text": f"{i * 7919 % 1000}"} for i in range(999)])
+    Path("a.jsonl.gz").write_bytes(Path("a.jsonl.gz").read_bytes()[:-50])
+    for name, rows, said in (
+        ("a.jsonl.gz", None, r"a\.jsonl\.gz, line \d+: the gzip stream is broken"),
+        ("b.parquet", [{"body": "x", "n": 1}], r"b\.parquet: it has no column 'text', but \['body', 'n'\].*--field"),
+        ("c.parquet", [{"text": "x"}] * 5 + [{"text": None}], r"c\.parquet, row 6: its 'text' is None, and no text"),
+        ("d.parquet", [{"text": 3}], r"d\.parquet, row 1: its 'text' is 3, and no text"),
+    ):
+        if rows:
+            write_rows(workdir / name, rows)
+        with pytest.raises(UserError, match=said):
+            preparing.prepare(name, "bytes", "data/x")
+    Path("e.parquet").write_bytes(b"no table")
+    with pytest.raises(UserError, match=r"e\.parquet, after row 0: it is no Parquet file"):
+        preparing.prepare("e.parquet", "bytes", "data/x")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"c\.parquet: pyarrow is not installed.*pip install pyarrow"):
+        preparing.prepare("c.parquet", "bytes", "data/x")
+
+
+@pytest.mark.parametrize(
+    "content", ["dög\r\nCR\rend\n".encode(), "né".encode("latin-1"), bytes(range(256)) * 99, b"\xed\xa0\x80\xf0\x9f"]
+)
+def test_with_bytes_a_files_bytes_are_the_tokens(workdir, content):
+    Path("a").write_bytes(content)
+    preparing.prepare("a", "bytes", "data/x")
+    assert bytes(np.concatenate(read("data/x")).astype("u1")) == content
+
+
+def test_newlines_are_the_files_own(workdir):
+    Path("a.txt").write_bytes(b"a\r\nb\rc\n" * 9)
+    preparing.prepare("a.txt", "chars", "data/x")
+    meta = data.load_meta("data/x")
+    assert tokenizer.from_meta(meta).decode(np.concatenate(read("data/x")).tolist()) == "a\r\nb\rc\n" * 9
+
+
+# ---- separators ----
+
+
+def test_a_separator_of_one_token_is_the_one_that_doc_mask_takes(workdir):
+    for i in range(9):
+        (workdir / "in").mkdir(exist_ok=True)
+        (workdir / f"in/{i}.txt").write_text(f"text {i}")
+    for name, written, there, token in (
+        ("bytes", "\\0", "\0", 0),
+        ("chars", "\0", "\0", 0),
+        ("chars", "\\n\\n", "\n\n", None),
+    ):
+        preparing.prepare("in", name, "data/x", separator=written, overwrite=True)
+        meta = data.load_meta("data/x")
+        whole = tokenizer.from_meta(meta).decode(np.concatenate(read("data/x")).tolist())
+        assert whole == "".join(f"text {i}{there}" for i in range(9))
+        if token is None:
+            with pytest.raises(UserError, match="chars, has no token between documents"):
+                tokenizer.separator(meta)
+        else:
+            assert tokenizer.separator(meta) == token
+
+
+def test_a_tokenizer_with_a_separator_of_its_own_takes_no_other(workdir, gpt2):
+    (workdir / "a.txt").write_text("some text")
+    with pytest.raises(UserError, match="--separator: gpt2 has a token of its own"):
+        preparing.prepare("a.txt", "gpt2", "data/x", separator="|")
+
+
+# ---- what prepare leaves ----
+
+
+def test_the_manifest_says_what_was_made(workdir, capsys):
+    (workdir / "in/sub").mkdir(parents=True)
+    (workdir / "in/a.txt").write_text("a" * 80)
+    (workdir / "in/sub/b.py").write_text("b" * 20)
+    (workdir / "in/c.png").write_bytes(b"\0")
+    preparing.prepare("in", "bytes", "data/x", val_fraction=0.25)
+    assert "next: fastgpt train --preset=quickstart --dataset=x --out_dir=out-x\n" in capsys.readouterr().out
+    manifest = json.loads(Path("data/x/manifest.json").read_text())
+    assert manifest.pop("sha256") == {
+        name: hashlib.sha256(Path("data/x", name).read_bytes()).hexdigest()
+        for name in ("meta.pkl", "train.bin", "val.bin")
+    }
+    assert manifest == {
+        "input": str(workdir / "in"), "tokenizer": "bytes", "field": "", "separator": "", "val_fraction": 0.25,
+        "fastgpt": __version__, "files": 2, "by_suffix": {".txt": 1, ".py": 1}, "passed_over": {"binary": 1}, "bytes": 100,
+        "characters": 100, "documents": {"train": 0, "val": 2}, "tokens": {"train": 75, "val": 25},
+    }  # fmt: skip
+
+
+def test_the_next_command_finds_the_dataset(workdir, capsys):
+    (workdir / "a.txt").write_text("text " * 99)
+    for out in ("data/x", "y", "data/x y", "data/s/t", "x", workdir / "z"):  # data/x hides x
+        preparing.prepare("a.txt", "bytes", out)
+        words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: fastgpt train "))
+        cfg, _ = parse_train(words)
+        assert data.dataset_folder(cfg.dataset).samefile(out)
+        assert cfg.out_dir == f"out-{Path(out).name}"
+
+
+@pytest.mark.parametrize("change", ["input", "tokenizer", "field", "separator", "val_fraction"])
+def test_another_dataset_is_not_overwritten(workdir, change):
+    write_rows(workdir / "a.jsonl", [{"text": f"text {i}", "body": f"body {i}"} for i in range(20)])
+    write_rows(workdir / "b.jsonl", [{"text": f"other {i}", "body": f"body {i}"} for i in range(20)])
+    first = dict(input="a.jsonl", tokenizer="bytes", field="", separator="", val_fraction=0.1)
+    other = first | {
+        change: dict(input="b.jsonl", tokenizer="chars", field="body", separator="|", val_fraction=0.5)[change]
+    }
+
+    def run(input, tokenizer, **named):
+        preparing.prepare(input, tokenizer, "data/x", **named)
+        return [np.concatenate(read("data/x")).tolist(), os.stat("data/x/train.bin").st_size]
+
+    before = run(**first)
+    assert run(**first) == before  # the same again
+    with pytest.raises(UserError, match=rf"--out=data/x: it holds a dataset with another --{change} .*--overwrite"):
+        run(**other)
+    assert [np.concatenate(read("data/x")).tolist(), os.stat("data/x/train.bin").st_size] == before
+    assert run(**other, overwrite=True) != before
+    Path("data/x/manifest.json").unlink()
+    with pytest.raises(UserError, match=r"no manifest\.json says of which text; --overwrite"):
+        run(**other)
+
+
+def test_two_cannot_prepare_one_folder(workdir):
+    (workdir / "a.txt").write_text("some text")
+    (workdir / "data/x").mkdir(parents=True)
+    with lock("data/x"), pytest.raises(UserError, match="--out=data/x: another run writes there"):
+        preparing.prepare("a.txt", "bytes", "data/x")
+
+
+# ---- stopped, and run again ----
+
+
+class Killed(BaseException):
+    """A kill, as far as a process can do it to itself: nothing catches it, and nothing is tidied up."""
+
+
+@pytest.mark.parametrize("name", ["bytes", "chars", "gpt2"])
+def test_a_stopped_preparation_goes_on_where_it_was(workdir, gpt2, name, monkeypatch, capsys):
+    """Killed after any of its blocks it ends with the bits of one that was not; it reads the text once, and tokenizes no block twice."""
+    (workdir / "in").mkdir()
+    for i in range(3):
+        (workdir / f"in/{i}.txt").write_text(TEXT[: 30_000 * (i + 1)])
+    write_rows(workdir / "in/rows.jsonl", [{"text": TEXT[i * 500 : i * 500 + 400]} for i in range(300)])
+    (workdir / "in/noise.png").write_bytes(b"\0")
+    monkeypatch.setattr(documents.pieces, "__defaults__", (2**12, False, 0))
+    monkeypatch.setattr(documents.blocks, "__defaults__", (2**13,))
+    preparing.prepare("in", name, "data/whole")
+    ticks = itertools.count(0, preparing.SAVE_SECONDS)
+    monkeypatch.setattr(
+        preparing, "time", SimpleNamespace(monotonic=lambda: next(ticks))
+    )  # each second block is recorded
+    for kill in (0, 1, 3, 0, 7, None):
+        written = 0
+
+        def write_json(path, contents, kill=kill, write=files.write_json):
+            nonlocal written
+            write(path, contents)
+            if path.name == "state.json":
+                written += 1
+                if kill is not None and written > kill:
+                    raise Killed
+
+        monkeypatch.setattr(preparing, "files", SimpleNamespace(**vars(files) | {"write_json": write_json}))
+        with contextlib.suppress(Killed):
+            preparing.prepare("in", name, "data/x")
+        monkeypatch.setattr(documents, "survey", None)  # the first one's is kept
+    assert "going on from" in capsys.readouterr().out
+    assert all((a == b).all() for a, b in zip(read("data/whole"), read("data/x"), strict=True))
+    manifests = [json.loads(Path(f"data/{of}/manifest.json").read_text()) for of in ("whole", "x")]
+    assert manifests[0] == manifests[1]
+    assert sorted(os.listdir("data/x")) == sorted(os.listdir("data/whole"))
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_nothing(workdir):
+    """Real kills, at any moment: SIGKILL, and SIGTERM, which says how to go on."""
+    with open("in.jsonl", "w") as f:
+        for i in range(30_000):
+            f.write(json.dumps({"text": TEXT[i % 2000 : i % 2000 + i % 3000]}) + "\n")
+    script = (
+        "import sys; from fastgpt import cli, documents, prepare, signals\n"
+        "prepare.SAVE_SECONDS = 0.02; documents.pieces.__defaults__ = (2**12, False, 0)\n"
+        "documents.blocks.__defaults__ = (2**14,); signals.listen(); sys.exit(cli.main())"
+    )
+
+    def start(out):
+        words = ["prepare", "--input=in.jsonl", "--tokenizer=chars", f"--out={out}"]
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    assert start("data/whole").wait() == 0
+    rng = np.random.default_rng(0)
+    last, kills = 0, 0
+    while (running := start("data/x")).poll() is None:
+        state = Path("data/x/.part/state.json")
+        while running.poll() is None and (not state.exists() or json.loads(state.read_text())["characters"] <= last):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        if running.poll() is None and kills < 4:
+            last = json.loads(state.read_text())["characters"] if state.exists() else last
+            running.send_signal(sig := (signal.SIGTERM if kills == 2 else signal.SIGKILL))
+            out = running.communicate()[0]
+            kills += 1
+            if sig == signal.SIGTERM:
+                assert running.returncode == 128 + sig
+                assert "data/x/.part holds what is done; the same command goes on from there" in out
+        else:
+            assert running.wait() == 0
+            break
+    assert kills == 4
+    assert all((a == b).all() for a, b in zip(read("data/whole"), read("data/x"), strict=True))
+    manifests = [json.loads(Path(f"data/{of}/manifest.json").read_text()) for of in ("whole", "x")]
+    assert manifests[0] == manifests[1]
+    assert sorted(os.listdir("data/x")) == sorted(os.listdir("data/whole"))

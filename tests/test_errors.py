@@ -220,7 +220,12 @@ def test_wrong_flags_and_commands(refused):
         (["--input=in.txt"], ["--out", "missing"]),
         (["--input=in.txt", "--out=data/x", "--tokenizer=gtp2"], ["tokenizer gtp2", "gpt2"]),
         (["--input=empty.txt", "--out=data/x"], ["--input=empty.txt", "no text"]),
-        (["--input=latin.txt", "--out=data/x"], ["latin.txt", "not UTF-8"]),
+        (["--input=latin.txt", "--out=data/x", "--tokenizer=chars"], ["latin.txt", "not UTF-8", "--tokenizer=bytes"]),
+        (["--input=binary", "--out=data/x"], ["--input=binary", "no text", "1 binary, 1 not UTF-8"]),
+        (["--input=in.txt", "--out=data/x", "--field=a"], ["--field=a", "no .jsonl", "leave the flag out"]),
+        (["--input=in.txt", "--out=data/x", "--val_fraction=1"], ["--val_fraction", "less than 1"]),
+        (["--input=one.jsonl", "--out=data/x"], ["--input=one.jsonl", "one row"]),
+        (["--input=a.jsonl.zst", "--out=data/x"], ["--input=a.jsonl.zst", "zstd -d"]),
         (["--input=in.txt", "--out=in.txt"], ["in.txt: cannot be written"]),
     ],
 )
@@ -228,6 +233,11 @@ def test_preparing_what_cannot_be(refused, workdir, flags, said):
     (workdir / "in.txt").write_text("some text")
     (workdir / "empty.txt").write_text("")
     (workdir / "latin.txt").write_bytes("né".encode("latin-1"))
+    (workdir / "binary").mkdir()
+    (workdir / "binary/a").write_bytes(b"text\0" * 9)
+    (workdir / "binary/b.txt").write_bytes("né".encode("latin-1"))
+    (workdir / "one.jsonl").write_text('{"text": "some text"}\n')
+    (workdir / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     says(refused(*flags, command="prepare", base=()), *said)
     assert not (workdir / "data/x").exists()
 

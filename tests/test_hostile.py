@@ -6,6 +6,7 @@ To add a loader, write a case in LOADERS: the file's name, its valid content, an
 """
 
 import contextlib
+import gzip
 import io
 import json
 import math
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
 import pytest
 import results
 import torch
@@ -29,8 +31,9 @@ from conftest import TINY
 from helpers import write_shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from fastgpt import choose, cli, data, files, prepare, runner, tuned
+from fastgpt import choose, cli, data, documents, files, prepare, runner, token_files, tuned
 from fastgpt.benchmarks import compare, report
 from fastgpt.config import GPTConfig, TrainConfig, UserError
 from fastgpt.parse import parse_train
@@ -232,7 +235,32 @@ def text(path):
         with contextlib.redirect_stderr(io.StringIO()):
             prepare.prepare(path, "bytes", out)
         made = b"".join((out / f"{split}.bin").read_bytes()[::2] for split in ("train", "val"))
-        assert made == files.read_text(path, files.DATA).encode()
+        assert made == path.read_bytes()
+
+    return load
+
+
+def npy(path):
+    def load():
+        stream = data.Tokens([path], 50304)
+        stream.check_ids()
+        array = np.load(path)
+        assert stream.read([0], len(stream))[0].tolist() == array.tolist()
+
+    return load
+
+
+def rows(path):
+    """A table of documents: each whole, in its order, between the two splits."""
+
+    def load():
+        out = path.parent / "out"
+        with contextlib.redirect_stderr(io.StringIO()):
+            prepare.prepare(path, "bytes", out)
+        made = b"".join((out / f"{split}.bin").read_bytes()[::2] for split in ("train", "val")).decode()
+        if path.suffix == ".jsonl":
+            lines = path.read_bytes().decode("utf-8-sig").split("\n")
+            assert made == "".join(json.loads(line)["text"] for line in lines if line.strip())
 
     return load
 
@@ -334,12 +362,34 @@ def of_shard(workdir, monkeypatch):
     return path, path.read_bytes(), tokens
 
 
+def of_npy(workdir, monkeypatch):
+    np.save(path := workdir / "a.npy", np.arange(20, dtype=">i4"))
+    return path, path.read_bytes(), npy
+
+
+ROWS = "".join(
+    json.dumps({"text": text, "n": 1}) + "\n" for text in ("Der Fluss fließt.", "", "☃", "Er ist lang.\n")
+).encode()
+
+
+def of_parquet(workdir, monkeypatch):
+    path = workdir / "a.parquet"
+    parquet.write_table(
+        pyarrow.table({"text": ["Der Fluss fließt.", "", "☃", "Er ist lang.\n"], "n": [1, 2, 3, 4]}), path
+    )
+    return path, path.read_bytes(), rows
+
+
 LOADERS = {
     "config": lambda workdir, _: (workdir / "a.py", CONFIG, config),
     "toml": lambda workdir, _: (workdir / "a.toml", TOML, config),
     "meta": lambda workdir, _: (workdir / "meta.pkl", pickle.dumps(META), meta, META),
     "tokens": lambda workdir, _: (workdir / "train.bin", np.arange(20, dtype="<u2").tobytes(), tokens),
     "shard": of_shard,
+    "npy": of_npy,
+    "jsonl": lambda workdir, _: (workdir / "a.jsonl", ROWS, rows),
+    "gzip": lambda workdir, _: (workdir / "a.jsonl.gz", gzip.compress(ROWS), rows),
+    "parquet": of_parquet,
     "text": lambda workdir, _: (workdir / "a.txt", "Der Fluss fließt.\n\nEr ist lang.".encode(), text),
     "tuned": of_tuned,
     "choice": of_choice,
@@ -359,7 +409,7 @@ def test_a_mutated_file_is_a_line_or_right(loader):
     mutated(loader, 25)
 
 
-SLOWER = ("text", "choice", "runner")
+SLOWER = ("text", "jsonl", "gzip", "parquet", "choice", "runner")
 
 
 @pytest.mark.slow
@@ -415,8 +465,10 @@ def test_a_nul_in_a_name_is_a_line(workdir):
 
 
 PLANTED = """
-import json, os, pickle, resource, sys, time
+import codecs, json, os, pickle, resource, sys, time
+from collections import OrderedDict
 from pathlib import Path
+import numpy as np
 from fastgpt import choose, data, files, prepare
 from fastgpt.benchmarks import report
 from fastgpt.config import UserError
@@ -445,10 +497,46 @@ def result(text):
     return "a.json", lambda: report.load("a.json")
 
 copied = b")" + b"2\\x86" * 60  # () and then sixty times the pair of what is there
+def doubled(kind):  # each holds the one before it twice: written in a few hundred bytes, looked at in 2^60 steps
+    x = kind()
+    for _ in range(60):
+        x = kind((x, x))
+    return x
+
+class Calls:  # f(*arguments), and with a state a __setstate__ of that
+    def __init__(self, f, *arguments, state=None):
+        self.what = f, arguments, state
+
+    def __reduce__(self):
+        return self.what
+
+def plain(value, name="n"):
+    return meta(pickle.dumps({"vocab_size": 3, name: value}))
+
+scalar = np.int64(1).__reduce__()[0]
+encode, big = codecs.encode, "a" * 2**20
 cases = {
     "a memo of 2^31 places": lambda: meta(b"\\x80\\x04}r\\xff\\xff\\xff\\x7f."),
     "a key of 2^60 tuples": lambda: meta(b"\\x80\\x04}" + copied + b"K\\x01s."),
     "2^60 lists in lists": lambda: meta(b"\\x80\\x04]" + b"2l" * 9 + b"."),
+    "a tokenizer of 2^60 lists": lambda: plain(doubled(list), "tokenizer"),
+    "a tokenizer of 2^60 tuples": lambda: plain(doubled(tuple), "tokenizer"),
+    "a key of 2^60 shared tuples": lambda: meta(b"\\x80\\2}" + pickle.dumps(doubled(tuple), 2)[2:-1] + b"K\\1s."),
+    "an OrderedDict of 2^60 pairs": lambda: plain(Calls(OrderedDict, doubled(tuple))),
+    "200,000 OrderedDicts": lambda: plain([OrderedDict() for _ in range(200_000)]),
+    "OrderedDicts within each other": lambda: plain(doubled(lambda inner=(): OrderedDict(enumerate(inner)))),
+    "an OrderedDict with a state": lambda: plain(Calls(OrderedDict, state=doubled(tuple))),
+    "a dtype": lambda: plain(np.dtype("i8")),
+    "a dtype of objects": lambda: plain(Calls(scalar, np.dtype("O"), b"12345678")),
+    "a dtype of a gigabyte": lambda: plain(Calls(scalar, np.dtype("U268435456"), b"1234")),
+    "a dtype that is a record": lambda: plain(Calls(scalar, np.dtype("i4,i4"), b"12345678")),
+    "a dtype in an order of 2^60 tuples": lambda: plain(Calls(scalar, Calls(np.dtype, "i8", state=(3, doubled(tuple))), b"12345678")),
+    "a scalar of other bytes": lambda: plain(Calls(scalar, np.dtype("i8"), b"1234")),
+    "a scalar of 2^60 tuples": lambda: plain(Calls(scalar, np.dtype("i8"), doubled(tuple))),
+    "a megabyte in a thousand copies": lambda: plain([Calls(encode, big, "latin1") for _ in range(1000)]),
+    "an array": lambda: plain(np.zeros(2)),
+    "a function of NumPy's": lambda: plain(np.frombuffer),
+    "four million values": lambda: plain([None] * 4_000_000),
     "a million lists": lambda: meta(b"\\x80\\x04" + b"]" * 10**6 + b"."),
     "text of 2^60 bytes": lambda: meta(b"\\x80\\x04\\x8d" + (2**60).to_bytes(8, "little") + b"a."),
     "a meta.pkl of a terabyte": lambda: sparse(lambda: data.load_meta("."), "meta.pkl"),
@@ -506,7 +594,7 @@ def test_no_file_takes_long_or_fills_the_memory(workdir):
     done = subprocess.run([sys.executable, "-c", PLANTED], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 37
+    assert len(lines) == 55
     for name, outcome, seconds, grown, size in lines:
         assert outcome == "refused", name
         assert seconds < 10, name
@@ -538,7 +626,7 @@ def test_a_batch_of_many_shards_opens_few_files(workdir):
         write_shard(workdir / f"{i:03}.bin", [i] * 3)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     stream = data.Tokens(sorted(workdir.glob("*.bin")), 100)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + data.MOST_OPEN + 8, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + token_files.MOST_OPEN + 8, hard))
     try:
         assert stream.read([0], 300)[0].tolist() == [i // 3 for i in range(300)]
     finally:
@@ -548,13 +636,13 @@ def test_a_batch_of_many_shards_opens_few_files(workdir):
 def test_a_text_that_changes_while_it_is_prepared(workdir, monkeypatch):
     (workdir / "a.txt").write_text("some text " * 20)
 
-    def survey(*args, survey=prepare.survey, **named):
+    def survey(*args, survey=documents.survey, **named):
         found = survey(*args, **named)
         (workdir / "a.txt").write_text("less")
         return found
 
-    monkeypatch.setattr(prepare, "survey", survey)
-    with pytest.raises(UserError, match="the text changed while it was read"):
+    monkeypatch.setattr(documents, "survey", survey)
+    with pytest.raises(UserError, match=r"a\.txt: its text changed while it was read"):
         prepare.prepare("a.txt", "bytes", "out")
     assert os.listdir("out") == []
 
