@@ -459,17 +459,17 @@ def linear_cross_entropy_parts(s: Shape, itemsize: int) -> list[Part]:
 def linear_cross_entropy(draw: Draw) -> Problem:
     s, C = draw.shape, draw.shape.n_embd
     targets = draw.randint(s.vocab_size, s.B, s.T)
-    targets[:, ::7] = -1
+    targets[:, ::7] = ignored = -1  # as in a GPT
 
     def by_reference(h, weight):
-        return (reference.cross_entropy(widened(F.linear(h, weight), torch.float32), targets),)
+        return (reference.cross_entropy(widened(F.linear(h, weight), torch.float32), targets, ignored),)
 
     return draw.problem(
         dict(h=draw.randn(s.B, s.T, C, dtype=draw.dtype), weight=draw.randn(s.vocab_size, C, scale=2 * C**-0.5)),
         ("loss",), (torch.tensor(3.0, device=draw.device),),
         by_reference,
-        lambda h, weight, row="": (ops.triton.linear_cross_entropy.linear_cross_entropy(h, weight, targets, row=row),),
-        lambda h, weight, kernels: (ops.linear_cross_entropy(h, weight, targets, kernels=kernels),),
+        lambda h, weight, row="": (ops.triton.linear_cross_entropy.linear_cross_entropy(h, weight, targets, ignored, row=row),),
+        lambda h, weight, kernels: (ops.linear_cross_entropy(h, weight, targets, ignored, kernels=kernels),),
         flowing=("h", "weight"), targets=targets,  # the tied head's gradient goes to the embedding
     )  # fmt: skip
 
