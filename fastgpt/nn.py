@@ -50,13 +50,6 @@ def defer_dropout(module: nn.Module, x: Tensor) -> tuple[Tensor, float]:
     return module(x), 0.0
 
 
-def attention_qkv(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, kernels: ops.Kernels) -> Tensor:
-    """Causal attention of q [B,T,H,D] over k and v [B,T,Hk,D], whose Hk divides H: [B,T,H,D]."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, enable_gqa=True)
-    return y.transpose(1, 2)
-
-
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension, with an optional bias. [...,n_embd] in and out.
 
@@ -138,7 +131,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: Any = None, doc_ids: Tensor | None = None) -> Tensor:
         """Attend within x [B,T,n_embd]; within documents if doc_ids [B,T], integers, are given: tokens of a document have one id.
 
-        cache: of keys and values, in generation (model.KVCache). Raises ValueError for documents or a cache with n_kv_head.
+        cache: of keys and values, in generation (model.KVCache). Raises ValueError for a cache with n_kv_head.
         """
         y, p = self.branch(x, cache, doc_ids)
         return F.dropout(y, p, training=p > 0)
@@ -149,13 +142,13 @@ class CausalSelfAttention(nn.Module):
         p = self.dropout if self.training else 0.0
         if self.n_kv_head is None:
             y = ops.attention(qkv, self.n_head, p, cache, doc_ids, kernels=self.kernels)
-        elif cache is None and doc_ids is None:
+        elif cache is None:
             D = self.n_embd // self.n_head
             kv = self.n_kv_head
             q, k, v = qkv.unflatten(-1, (-1, D)).split((self.n_head, kv, kv), dim=-2)
-            y = attention_qkv(q, k, v, p, kernels=self.kernels).flatten(-2)
+            y = ops.attention_qkv(q, k, v, p, doc_ids, kernels=self.kernels).flatten(-2)
         else:
-            raise ValueError("attention with n_kv_head takes neither a cache nor documents: leave n_kv_head out")
+            raise ValueError("attention with n_kv_head has no cache")
         return defer_dropout(self.resid_dropout, apply_linear(self.c_proj, y, self.kernels))
 
 

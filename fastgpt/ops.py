@@ -38,6 +38,7 @@ __all__ = [
     "adamw",
     "add_layer_norm",
     "attention",
+    "attention_qkv",
     "cross_entropy",
     "embedding",
     "gelu_mlp",
@@ -167,7 +168,7 @@ def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
 def embedding(
     idx: Tensor, wte: Tensor, wpe: Tensor, dropout_p: float = 0.0, dtype: torch.dtype | None = None, kernels: Kernels | str = AUTO,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `reference.embedding`."""
+    """(token plus position embeddings [B,T,C], wte) of idx [B,T] int64, wte [V,C] and wpe [>=T,C]; see `reference.embedding`."""
     kernels = named(kernels)
     if by_triton("embedding", kernels, wte) and fits("embedding", kernels, triton.embedding.takes(wte, wpe), wte):
         seed = draw_seed(wte, dropout_p)
@@ -178,7 +179,7 @@ def embedding(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = EPS, kernels: Kernels | str = AUTO
 ) -> Tensor:
-    """See `reference.layer_norm`."""
+    """The LayerNorm of x [...,C] over its last dimension; weight and bias [C]. See `reference.layer_norm`."""
     kernels = named(kernels)
     if by_triton("layer_norm", kernels, x) and fits("layer_norm", kernels, triton.layer_norm.takes(x), x):
         return triton.layer_norm.layer_norm(x, weight, bias, eps, kernels.row("layer_norm"))
@@ -189,7 +190,8 @@ def add_layer_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None = None, eps: float = EPS, dropout_p: float = 0.0,
     last: bool = False, kernels: Kernels | str = AUTO,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-    """See `reference.add_layer_norm`. With `last` nobody reads the sum, and it may be None."""
+    """(x plus dropout(branch), its LayerNorm), each [...,C]; see `reference.add_layer_norm`. With `last` nobody reads the sum, and it may
+    be None."""
     kernels = named(kernels)
     if by_triton("layer_norm", kernels, x) and fits("layer_norm", kernels, triton.layer_norm.takes(x, branch), x):
         seed, row = None if branch is None else draw_seed(x, dropout_p), kernels.row("layer_norm")
@@ -200,7 +202,8 @@ def add_layer_norm(
 def attention(
     qkv: Tensor, n_head: int, dropout_p: float = 0.0, cache: Any = None, doc_ids: Tensor | None = None, kernels: Kernels | str = AUTO,
 ) -> Tensor:  # fmt: skip
-    """See `reference.attention`. With a cache, in generation, PyTorch's implementation runs."""
+    """Causal self-attention, [B,T,C], of qkv [B,T,3C]: q, then k, then v. See `reference.attention`. With a cache, in generation,
+    PyTorch's implementation runs."""
     kernels = TORCH if cache is not None else named(kernels)
     if by_triton("attention", kernels, qkv) and fits(
         "attention", kernels, triton.attention.takes(qkv, n_head), qkv, f" for {n_head} heads"
@@ -215,8 +218,17 @@ def attention(
     return reference.attention(qkv, n_head, dropout_p, cache, doc_ids)
 
 
+def attention_qkv(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, doc_ids: Tensor | None = None, kernels: Kernels | str = AUTO,
+) -> Tensor:  # fmt: skip
+    """Causal self-attention, [B,T,H,D], of q [B,T,H,D] and k and v [B,T,Hk,D]; see `reference.attention_qkv`.
+
+    `kernels.attention` decides."""
+    return reference.attention_qkv(q, k, v, dropout_p, doc_ids)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kernels: Kernels | str = AUTO) -> Tensor:
-    """See `reference.linear`."""
+    """x weight^T + bias, [...,N], of x [...,K], weight [N,K] and bias [N] or None; see `reference.linear`."""
     kernels = named(kernels)
     if by_triton("linear", kernels, x) and fits("linear", kernels, triton.linear.takes(x), x):
         return triton.linear.linear(x, weight, bias)
@@ -227,8 +239,8 @@ def gelu_mlp(
     h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, recompute: bool = False,
     kernels: Kernels | str = AUTO,
 ) -> Tensor:  # fmt: skip
-    """See `reference.gelu_mlp`. recompute: the backward computes the activation again; PyTorch's implementation also the
-    pre-activation."""
+    """GELU(h w_fc^T + b_fc) w_proj^T + b_proj, [...,C], of h [...,C]; see `reference.gelu_mlp`. recompute: the backward computes the
+    activation again; PyTorch's implementation also the pre-activation."""
     kernels = named(kernels)
     if by_triton("gelu_mlp", kernels, h) and fits("gelu_mlp", kernels, triton.gelu_mlp.takes(h), h):
         return triton.gelu_mlp.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute, kernels.row("gelu_mlp"))
@@ -242,7 +254,8 @@ def gelu_mlp(
 def linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORED, shadow: Tensor | None = None, kernels: Kernels | str = AUTO,
 ) -> Tensor:  # fmt: skip
-    """See `reference.linear_cross_entropy`. shadow: the shadow of the parameter, if weight is only an alias of it; else None."""
+    """The mean cross entropy of the logits h weight^T, a scalar, of h [...,C], weight [V,C] and targets [...] int64; see
+    `reference.linear_cross_entropy`. shadow: the shadow of the parameter, if weight is only an alias of it; else None."""
     kernels = named(kernels)
     if by_triton("linear_cross_entropy", kernels, h) and fits(
         "linear_cross_entropy", kernels, triton.linear_cross_entropy.takes(h), h
@@ -256,7 +269,7 @@ def adamw(
     groups: list[dict[str, Any]], grads: list[Tensor], max_norm: float | None = None, loss: Tensor | None = None,
     found_inf: Tensor | None = None, kernels: Kernels | str = AUTO, squares: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """See `reference.adamw`."""
+    """Clip and update lists of tensors in place, and return the norm; see `reference.adamw`, and `optim.AdamW`, which calls it."""
     kernels = named(kernels)
     p = next(p for group in groups for p in group["params"])
     if by_triton("adamw", kernels, p) and fits("adamw", kernels, triton.adamw.takes(p, groups), p):

@@ -179,6 +179,16 @@ def test_dropout_is_drawn_in_training_alone(kernels):
     assert torch.equal(add.eval()(given, branch)[0], given + branch)
 
 
+def test_shared_heads_attend_within_documents():
+    """As they attend to each document alone; and GPT's cache is not theirs."""
+    torch.manual_seed(0)
+    attn, given = CausalSelfAttention(C, H, n_kv_head=2).to(DEVICE), x()
+    whole = attn(given, doc_ids=torch.tensor([[0, 0, 1, 1, 1]] * 2, device=DEVICE))
+    torch.testing.assert_close(whole, torch.cat((attn(given[:, :2]), attn(given[:, 2:])), 1))
+    with pytest.raises(ValueError, match="no cache"):
+        attn(given, cache=object())
+
+
 # ---- weights move freely ----
 
 
