@@ -35,6 +35,7 @@ __all__ = [
     "adamw",
     "add_layer_norm",
     "attention",
+    "attention_qkv",
     "cross_entropy",
     "embedding",
     "gelu_mlp",
@@ -164,15 +165,35 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """See `reference.attention`. With a cache, in generation, PyTorch's implementation runs."""
     chosen = "torch" if cache is not None else kernels.attention
-    if chosen == "triton" and fits("attention", "triton", triton.attention.takes(qkv, n_head), qkv):
+    if chosen == "triton" and fits(
+        "attention", "triton", triton.attention.takes(qkv, qkv.size(-1) // 3 // n_head), qkv
+    ):
         seed = draw_seed(qkv, dropout_p)
         return triton.attention.attention(qkv, n_head, dropout_p, seed, doc_ids, kernels.row("attention"))
-    note = " within documents" * (doc_ids is not None)
-    takes = qkv.is_cuda and qkv.dtype != torch.float32 and doc_ids is None
-    if chosen == "cudnn" and fits("attention", "cudnn", takes, qkv, note):
+    if chosen == "cudnn" and fits_cudnn(qkv, doc_ids):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return reference.attention(qkv, n_head, dropout_p)
     return reference.attention(qkv, n_head, dropout_p, cache, doc_ids)
+
+
+def attention_qkv(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, doc_ids: Tensor | None = None, kernels: Kernels = TORCH,
+) -> Tensor:  # fmt: skip
+    """See `reference.attention_qkv`. `kernels.attention` decides."""
+    if kernels.attention == "triton" and fits("attention_qkv", "triton", triton.attention.takes(q, q.size(-1)), q):
+        seed = draw_seed(q, dropout_p)
+        return triton.attention.attention_qkv(q, k, v, dropout_p, seed, doc_ids, kernels.row("attention"))
+    if kernels.attention == "cudnn" and fits_cudnn(q, doc_ids, k):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return reference.attention_qkv(q, k, v, dropout_p)
+    return reference.attention_qkv(q, k, v, dropout_p, doc_ids)
+
+
+def fits_cudnn(q: Tensor, doc_ids: Tensor | None, k: Tensor | None = None) -> bool:
+    """Whether cuDNN's attention takes q; if not, warn once. k: the keys, if they come apart."""
+    fewer = k is not None and k.size(2) != q.size(2)
+    note = " within documents" * (doc_ids is not None) + " with fewer heads of keys" * fewer
+    return fits("attention", "cudnn", q.is_cuda and q.dtype != torch.float32 and doc_ids is None and not fewer, q, note)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kernels: Kernels = TORCH) -> Tensor:

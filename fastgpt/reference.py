@@ -75,6 +75,19 @@ def attention(
     return y.transpose(1, 2).contiguous().view(B, T, C3 // 3)
 
 
+def attention_qkv(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, doc_ids: Tensor | None = None) -> Tensor:
+    """Causal self-attention of queries [B,T,H,D] and of keys and values [B,T,Hk,D], Hk of which divide H: [B,T,H,D] out.
+
+    Head h of the queries meets head h // (H/Hk) of the keys. All else is as in `attention`.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B,H,T,D]
+    mask = None if doc_ids is None else (doc_ids[:, None, :, None] == doc_ids[:, None, None, :]).tril()
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None, enable_gqa=k.size(1) != q.size(1)
+    )
+    return y.transpose(1, 2).contiguous()
+
+
 def gelu_mlp(h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None) -> Tensor:
     """The MLP: up-projection [4C,C], exact-erf GELU, down-projection [C,4C]; biases may be None. [B,T,C] in and out."""
     return F.linear(F.gelu(F.linear(h, w_fc, b_fc)), w_proj, b_proj)
