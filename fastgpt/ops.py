@@ -205,14 +205,13 @@ def attention(
     """Causal self-attention, [B,T,C], of qkv [B,T,3C]: q, then k, then v. See `reference.attention`. With a cache, in generation,
     PyTorch's implementation runs."""
     kernels = TORCH if cache is not None else named(kernels)
+    head_size = qkv.size(-1) // 3 // n_head
     if by_triton("attention", kernels, qkv) and fits(
-        "attention", kernels, triton.attention.takes(qkv, n_head), qkv, f" for {n_head} heads"
+        "attention", kernels, triton.attention.takes(qkv, head_size), qkv, f" for {n_head} heads"
     ):
         seed = draw_seed(qkv, dropout_p)
         return triton.attention.attention(qkv, n_head, dropout_p, seed, doc_ids, kernels.row("attention"))
-    note = " within documents" * (doc_ids is not None)
-    takes = qkv.is_cuda and qkv.dtype != torch.float32 and doc_ids is None
-    if kernels.attention == "cudnn" and fits("attention", kernels, takes, qkv, note):
+    if kernels.attention == "cudnn" and fits_cudnn(kernels, qkv, doc_ids):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return reference.attention(qkv, n_head, dropout_p)
     return reference.attention(qkv, n_head, dropout_p, cache, doc_ids)
@@ -224,7 +223,22 @@ def attention_qkv(
     """Causal self-attention, [B,T,H,D], of q [B,T,H,D] and k and v [B,T,Hk,D]; see `reference.attention_qkv`.
 
     `kernels.attention` decides."""
+    kernels = named(kernels)
+    if by_triton("attention", kernels, q) and fits("attention", kernels, triton.attention.takes(q, q.size(-1)), q):
+        seed = draw_seed(q, dropout_p)
+        return triton.attention.attention_qkv(q, k, v, dropout_p, seed, doc_ids, kernels.row("attention"))
+    if kernels.attention == "cudnn" and fits_cudnn(kernels, q, doc_ids, k):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return reference.attention_qkv(q, k, v, dropout_p)
     return reference.attention_qkv(q, k, v, dropout_p, doc_ids)
+
+
+def fits_cudnn(kernels: Kernels, q: Tensor, doc_ids: Tensor | None, k: Tensor | None = None) -> bool:
+    """Whether cuDNN's attention takes q; if not, as `fits`. k: the keys, if they come apart."""
+    fewer = k is not None and k.size(2) != q.size(2)
+    note = " within documents" * (doc_ids is not None) + " with fewer heads of keys" * fewer
+    takes = q.is_cuda and q.dtype != torch.float32 and doc_ids is None and not fewer
+    return fits("attention", kernels, takes, q, note)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kernels: Kernels | str = AUTO) -> Tensor:

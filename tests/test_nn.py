@@ -250,6 +250,25 @@ def test_a_name_pins_the_kernels_and_a_value_falls_back():
             LayerNorm(C, kernels="triton").double().to(DEVICE)(x().double())
 
 
+@pytest.mark.skipif(ops.triton is None, reason="Triton is not installed")
+def test_by_name_every_module_runs_its_kernel(monkeypatch):
+    ran = []
+    for op in ("layer_norm", "attention", "gelu_mlp", "linear", "linear_cross_entropy"):
+        module = getattr(ops.triton, op)
+        for name in {op, f"add_{op}", f"{op}_qkv"} & vars(module).keys():
+            f = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, n=name, f=f, **k: ran.append(n) or f(*a, **k))
+    model = Model("triton").to(DEVICE).eval()
+    model(x(), targets())
+    assert set(ran) == {"layer_norm", "add_layer_norm", "attention_qkv", "gelu_mlp", "linear", "linear_cross_entropy"}
+    ran.clear()
+    CausalSelfAttention(C, H, kernels="triton").to(DEVICE)(x())
+    assert ran == ["linear", "attention", "linear"]
+    ran.clear()
+    model.head(x())  # logits
+    assert ran == ["linear"]
+
+
 def test_heads_that_do_not_divide_are_refused():
     for how in (dict(n_head=5), dict(n_head=4, n_kv_head=3), dict(n_head=4, n_kv_head=0)):
         with pytest.raises(ValueError, match="must divide"):
