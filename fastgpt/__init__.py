@@ -7,7 +7,7 @@
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastgpt import nn, ops, optim
@@ -19,14 +19,16 @@ __all__ = ["GPT", "GPTConfig", "UserError", "nn", "ops", "optim"]
 HOMES = {"GPT": "fastgpt.model", "GPTConfig": "fastgpt.config", "UserError": "fastgpt.config"}
 
 
-def __getattr__(name: str) -> Any:
-    # Imported on first use: PyTorch takes seconds, and the command line must handle signals before; and the model imports the kernels,
-    # which read TRITON_INTERPRET: `fastgpt verify` sets that first.
-    if name in HOMES:
-        return getattr(importlib.import_module(HOMES[name]), name)
-    if name in (*__all__, "kernels"):
-        return importlib.import_module(f"fastgpt.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker would take any name then
+
+    def __getattr__(name):
+        # Imported on first use: PyTorch takes seconds, and the command line must handle signals before; and the model imports the kernels,
+        # which read TRITON_INTERPRET: `fastgpt verify` sets that first.
+        if name in HOMES:
+            return getattr(importlib.import_module(HOMES[name]), name)
+        if name in (*__all__, "kernels"):
+            return importlib.import_module(f"fastgpt.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

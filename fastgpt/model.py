@@ -222,8 +222,8 @@ class GPT(nn.Module):
                 module.kernels = kernels
         return kernels
 
-    @classmethod
-    def from_checkpoint(cls, path: str | PathLike[str]) -> "GPT":
+    @staticmethod
+    def from_checkpoint(path: str | PathLike[str]) -> "GPT":
         """The GPT of a checkpoint, on the CPU and in eval mode. path: an out_dir, of which it takes the newest whole checkpoint; a
         ckpt.pt; or a sharded folder.
 
@@ -240,9 +240,7 @@ class GPT(nn.Module):
                 raise UserError(f"{path}: {' '.join(str(e).split())[:300]}") from None
         else:
             saved = sharded.load(path)
-        model = cls(GPTConfig(**saved["model_args"]))
-        model.load_state_dict(saved["model"])
-        return model.eval()
+        return checkpoint.build_model(saved).eval()
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, by default without the position embeddings. The token embeddings count: they are the head."""

@@ -166,7 +166,7 @@ class MLP(nn.Module):
         super().__init__()
         n_hidden = 4 * n_embd if n_hidden is None else n_hidden
         self.c_fc = nn.Linear(n_embd, n_hidden, bias=bias)
-        self.gelu = nn.GELU()
+        self.gelu: nn.Module = nn.GELU()
         self.c_proj = nn.Linear(n_hidden, n_embd, bias=bias)
         self.dropout = nn.Dropout(dropout)
         self.recompute = recompute

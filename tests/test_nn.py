@@ -397,11 +397,9 @@ def test_adamw_refuses_what_it_lacks_when_it_is_made():
 def test_a_model_of_a_checkpoint(train, fastgpt):
     from fastgpt import GPT, UserError
 
-    train("--dropout=0.2", "--max_iters=4", "--keep=3")
+    train("--dropout=0.2", "--max_iters=4")
     saved = torch.load("out/ckpt.pt", weights_only=True)["model"]
-    for path in ("out", Path("out"), "out/ckpt.pt", "out/ckpt-0000004.pt"):
-        if not Path(path).exists():
-            continue
+    for path in ("out", Path("out"), "out/ckpt.pt"):
         model = GPT.from_checkpoint(path)
         assert not model.training
         assert model.config.dropout == 0.2
