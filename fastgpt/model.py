@@ -6,11 +6,13 @@ Two things differ from nanoGPT's file; neither changes what is computed:
   and p, the probability of the dropout that is not applied to that branch yet.
 - `model(idx, targets, return_logits=False)` returns the loss alone, so training never keeps the logits.
 
-A fused path replaces the calls of several modules. It runs only if all of them are `plain`. A module that a user has replaced, hooked
-or parametrised is called as nanoGPT calls it.
+The modules are those of nn.py. A fused path replaces the calls of several of them. It runs only if all of them are `plain`. A module that
+a user has replaced, hooked or parametrised is called as nanoGPT calls it.
 """
 
 import math
+from os import PathLike
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
@@ -18,21 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastgpt import nn as modules
 from fastgpt import ops, optim
 from fastgpt.choose import choose
-from fastgpt.config import GPTConfig
+from fastgpt.config import GPTConfig, UserError
+from fastgpt.nn import LayerNorm, plain
 from fastgpt.records import Shape
 
-
-def plain(module: nn.Module, kind: type) -> TypeGuard[Any]:
-    """Whether a module is what nanoGPT has: exactly of this class, without hooks or a forward of its own."""
-    return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+IGNORED = -1  # the target that does not count, in nanoGPT
 
 
 def plain_embedding(module: nn.Module) -> TypeGuard[Any]:
@@ -40,20 +35,6 @@ def plain_embedding(module: nn.Module) -> TypeGuard[Any]:
     return plain(module, nn.Embedding) and not (
         module.max_norm or module.padding_idx is not None or module.scale_grad_by_freq or module.sparse
     )
-
-
-def apply_linear(linear: nn.Module, x: Tensor, kernels: ops.Kernels) -> Tensor:
-    """A Linear's output for x [...,K]."""
-    if plain(linear, nn.Linear):
-        return ops.linear(x, linear.weight, linear.bias, kernels=kernels)
-    return linear(x)
-
-
-def defer_dropout(module: nn.Module, x: Tensor) -> tuple[Tensor, float]:
-    """(x, p of the dropout still to be applied) of an nn.Dropout. A plain one is left to the code that adds x to the stream."""
-    if plain(module, nn.Dropout):
-        return x, module.p if module.training else 0.0
-    return module(x), 0.0
 
 
 def add_branch(x: Tensor, branch: Tensor | None, p: float) -> Tensor:
@@ -64,80 +45,23 @@ def add_branch(x: Tensor, branch: Tensor | None, p: float) -> Tensor:
 def add_norm(norm: nn.Module, x: Tensor, branch: Tensor | None, p: float, last: bool = False) -> tuple[Any, Tensor]:
     """(the stream x plus dropout(branch), its norm), each [B,T,C]. With `last` nobody reads the stream, and it may be None."""
     if plain(norm, LayerNorm):
-        return ops.add_layer_norm(x, branch, norm.weight, norm.bias, dropout_p=p, last=last, kernels=norm.kernels)
+        return ops.add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, p, last, norm.kernels)
     x = add_branch(x, branch, p)
     return x, norm(x)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias, over the last dimension; eps 1e-5."""
-
-    kernels = ops.TORCH
-
-    def __init__(self, ndim: int, bias: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
-        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [...,C]."""
-        return ops.layer_norm(x, self.weight, self.bias, kernels=self.kernels)
-
-
-class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention with its projections. [B,T,C] in and out."""
-
-    kernels = ops.TORCH
+class CausalSelfAttention(modules.CausalSelfAttention):
+    """Multi-head causal self-attention with its projections, of a GPTConfig. [B,T,C] in and out."""
 
     def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # rows: q, then k, then v
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.attn_dropout = nn.Dropout(config.dropout)
-        self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head = config.n_head
-        self.n_embd = config.n_embd
-        self.dropout = config.dropout
-
-    def forward(self, x: Tensor, cache: "KVCache | None" = None, doc_ids: Tensor | None = None) -> Tensor:
-        """Attend within x [B,T,C]; within documents if doc_ids [B,T] are given."""
-        y, p = self.branch(x, cache, doc_ids)
-        return F.dropout(y, p, training=p > 0)
-
-    def branch(self, x: Tensor, cache: "KVCache | None" = None, doc_ids: Tensor | None = None) -> tuple[Tensor, float]:
-        """(the output before the last dropout, p of that dropout)."""
-        qkv = apply_linear(self.c_attn, x, self.kernels)
-        p = self.dropout if self.training else 0.0
-        y = ops.attention(qkv, self.n_head, p, cache, doc_ids, kernels=self.kernels)
-        return defer_dropout(self.resid_dropout, apply_linear(self.c_proj, y, self.kernels))
+        super().__init__(config.n_embd, config.n_head, config.bias, config.dropout)
 
 
-class MLP(nn.Module):
-    """Up-projection to 4C, exact-erf GELU, down-projection. [B,T,C] in and out."""
-
-    kernels = ops.TORCH
+class MLP(modules.MLP):
+    """Up-projection to 4C, exact-erf GELU, down-projection, of a GPTConfig. [B,T,C] in and out."""
 
     def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU()
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
-        self.recompute = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The MLP of x [B,T,C]."""
-        y, p = self.branch(x)
-        return F.dropout(y, p, training=p > 0)
-
-    def branch(self, x: Tensor) -> tuple[Tensor, float]:
-        """(the output before the last dropout, p of that dropout)."""
-        fc, gelu, proj = self.c_fc, self.gelu, self.c_proj
-        if plain(fc, nn.Linear) and plain(proj, nn.Linear) and plain(gelu, nn.GELU) and gelu.approximate == "none":
-            y = ops.gelu_mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.recompute, kernels=self.kernels)
-        else:
-            y = apply_linear(proj, gelu(apply_linear(fc, x, self.kernels)), self.kernels)
-        return defer_dropout(self.dropout, y)
+        super().__init__(config.n_embd, config.bias, config.dropout)
 
 
 def call_module(module: nn.Module, kind: type, x: Tensor, **context: Any) -> Tensor:
@@ -204,11 +128,13 @@ class GPT(nn.Module):
     """nanoGPT's `GPT`: names, shapes, tie, initial weights and methods.
 
     The constructor prints one line with the number of parameters. It draws from torch's CPU generator exactly what nanoGPT draws:
-    the data loader uses the same generator, so a missing draw would change every batch. The model runs on PyTorch's operators until
-    `set_kernels` is called.
+    the data loader uses the same generator, so a missing draw would change every batch.
+
+    `kernels`, an `ops.Kernels`, says what runs each hot path. At first it is `ops.AUTO`: Triton's kernels on a CUDA GPU, for all input that
+    they take, and PyTorch's operators elsewhere. `set_kernels` pins them, or chooses by measuring.
     """
 
-    kernels = ops.TORCH
+    kernels = ops.AUTO
 
     transformer: Any  # nn.ModuleDict, whose modules no checker knows
     separator: int | None
@@ -278,7 +204,7 @@ class GPT(nn.Module):
     ) -> ops.Kernels:  # fmt: skip
         """Decide which kernels run from now on, and return the `ops.Kernels`.
 
-        kernels: an `ops.Kernels`; or, as for the flag --kernels, "triton", "torch", "auto", or a list such as
+        kernels: an `ops.Kernels`, which is taken as it is; or, as for the flag --kernels, "triton", "torch", "auto", or a list such as
         "attention=torch,gelu_mlp=triton". "auto" checks and times every implementation on the device of the weights, and chooses the
         fastest; without a CUDA GPU it means "torch". It measures batch_size sequences of block_size tokens in `dtype` (None:
         autocast's if that is on, else the weights'). compiled: whether the model will run under torch.compile. Call it before
@@ -292,9 +218,29 @@ class GPT(nn.Module):
             shape = Shape.of(batch_size, self.config, doc_mask=self.separator is not None, narrow_residual=narrow)
             kernels = choose(kernels, shape, dtype or auto, weight.device, compiled)
         for module in self.modules():
-            if isinstance(module, (GPT, LayerNorm, CausalSelfAttention, MLP)):
+            if isinstance(module, (GPT, LayerNorm, modules.CausalSelfAttention, modules.MLP)):
                 module.kernels = kernels
         return kernels
+
+    @staticmethod
+    def from_checkpoint(path: str | PathLike[str]) -> "GPT":
+        """The GPT of a checkpoint, on the CPU and in eval mode. path: an out_dir, of which it takes the newest whole checkpoint; a
+        ckpt.pt; or a sharded folder.
+
+        nanoGPT's checkpoints are read too. No code in a file runs. Call `train()` to go on training; `to("cuda")` moves the model. A run
+        with --doc_mask needs `set_doc_mask` again. Raises UserError if there is no checkpoint, or it is damaged.
+        """
+        from fastgpt import checkpoint, sharded
+
+        path = Path(path)
+        if path.is_file():
+            try:
+                saved = checkpoint.read(path, resume=False)
+            except checkpoint.Fault as e:
+                raise UserError(f"{path}: {' '.join(str(e).split())[:300]}") from None
+        else:
+            saved = sharded.load(path)
+        return checkpoint.build_model(saved).eval()
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, by default without the position embeddings. The token embeddings count: they are the head."""
@@ -320,9 +266,9 @@ class GPT(nn.Module):
             weight = self.lm_head.weight
             shadow = getattr(weight, "shadow", None)  # `head`, an alias of the tied parameter, has no shadow
             weight = head if weight is self.transformer.wte.weight else weight
-            return None, ops.linear_cross_entropy(h, weight, targets, shadow=shadow, kernels=self.kernels)
+            return None, ops.linear_cross_entropy(h, weight, targets, IGNORED, shadow, self.kernels)
         logits = self.lm_head(h)
-        return logits if return_logits else None, ops.cross_entropy(logits, targets)
+        return logits if return_logits else None, ops.cross_entropy(logits, targets, IGNORED)
 
     def _hidden(self, idx, caches=None):
         """(the final LayerNorm's output [B,T,C], the tied head's weight) of idx [B,T].

@@ -1,7 +1,7 @@
-"""nanoGPT's parameter groups, AdamW with clipping, and learning rate schedule."""
+"""AdamW with clipping, for any model; nanoGPT's parameter groups and learning rate schedule."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,23 +13,43 @@ from fastgpt.config import TrainConfig
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW whose step also clips the gradients and writes the weights' shadows, by `ops.adamw`. Its state is torch's.
+    """torch.optim.AdamW, for any model, whose step also clips the gradients and writes the weights' shadows, by `ops.adamw`.
+
+    params, lr, betas, eps, weight_decay and `options` are torch's; so are `state_dict`, schedulers and GradScaler. On a CUDA GPU the update
+    is fused: of dense fp32 parameters by Triton's kernel, of others by PyTorch's (`kernels`, an `ops.Kernels` or a name, as for `ops`).
 
     `max_norm` is the global norm to clip to. None: `step` does not touch the gradients, like torch's. Infinity: it only measures.
     `grad_norm`, [] fp32, is the norm before clipping; a step with a max_norm sets it. Such a step changes nothing if the norm is not
     finite, or if `loss`, [] fp32 or None, is not. The device decides that: the host does not wait.
 
-    `in_order` is the order of the parameters in which their norms are added up; other parameters come last. `kernels` is the ops.Kernels.
-    `sharded`: some parameters are DTensors, as FSDP makes them; then each process updates its own rows, and the norm is that of all
-    processes' rows together. Raises ValueError for amsgrad, maximize, capturable and differentiable, which nanoGPT does not use.
+    `in_order` is the order of the parameters in which their norms are added up; other parameters come last. `sharded`: some parameters are
+    DTensors, as FSDP makes them; then each process updates its own rows, and the norm is that of all processes' rows together.
+    Raises ValueError for amsgrad, maximize, capturable and differentiable, which nanoGPT does not use, and for complex parameters.
+    Source: Loshchilov and Hutter, arXiv 1711.05101.
     """
 
-    max_norm: float | None = None
     grad_norm: Any = None
     loss: Tensor | None = None
     in_order: Sequence[Tensor] = ()
-    kernels = ops.TORCH
-    sharded = False
+
+    def __init__(
+        self, params: Iterable[Any], lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, *, max_norm: float | None = None, kernels: ops.Kernels | str = ops.AUTO, **options: Any,
+    ):  # fmt: skip
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
+        self.max_norm = max_norm
+        self.kernels = ops.named(kernels)
+        self.sharded = any(hasattr(p, "to_local") for group in self.param_groups for p in group["params"])
+        if all(group["fused"] for group in self.param_groups):
+            self._step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to `step`
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch's. It is fused if it does not say otherwise and all its parameters are on a CUDA GPU."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        check(group)
+        if group["fused"] is None and not group["foreach"]:
+            group["fused"] = all(p.is_cuda and p.is_floating_point() for p in group["params"]) or None
 
     def __getstate__(self):
         """torch's, and what a copy needs to update as this one does."""
@@ -51,8 +71,7 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         groups = []
         for group in self.param_groups:
-            if unknown := [k for k in ("amsgrad", "maximize", "capturable", "differentiable") if group[k]]:
-                raise ValueError(f"this AdamW has no {unknown[0]}: take torch.optim.AdamW")
+            check(group)  # once more: load_state_dict replaces groups
             params, grads, exp_avgs, exp_avg_sqs, steps = tensors = [[] for _ in range(5)]
             # Fills these lists, and makes the moments that do not exist yet.
             self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps)
@@ -78,6 +97,14 @@ class AdamW(torch.optim.AdamW):
         return loss
 
 
+def check(group: dict[str, Any]) -> None:
+    """Raise ValueError if a parameter group asks for what this AdamW does not have."""
+    if unknown := [k for k in ("amsgrad", "maximize", "capturable", "differentiable") if group[k]]:
+        raise ValueError(f"this AdamW has no {unknown[0]}: take torch.optim.AdamW")
+    if any(p.is_complex() for p in group["params"]):
+        raise ValueError("this AdamW has no complex parameters: take torch.optim.AdamW")
+
+
 def local(tensors: list[Tensor]) -> list[Tensor]:
     """This process's rows of sharded tensors; the other tensors as they are."""
     return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
@@ -97,7 +124,7 @@ def sum_of_squares(grads: list[Tensor]) -> Tensor:
 
 def adamw(
     model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str,
-    kernels: ops.Kernels = ops.TORCH,
+    kernels: ops.Kernels = ops.AUTO,
 ) -> AdamW:  # fmt: skip
     """AdamW (eps 1e-8) over nanoGPT's two groups; fused on CUDA. Prints the three lines that nanoGPT prints.
 
@@ -110,9 +137,8 @@ def adamw(
     for kind, group in (("decayed", decay), ("non-decayed", no_decay)):
         print(f"num {kind} parameter tensors: {len(group)}, with {sum(p.numel() for p in group):,} parameters")
     fused = device_type == "cuda"
-    optimizer = AdamW(groups, lr=learning_rate, betas=betas, **({"fused": True} if fused else {}))
-    optimizer.in_order, optimizer.kernels = params, kernels
-    optimizer.sharded = any(hasattr(p, "to_local") for p in params)
+    optimizer = AdamW(groups, learning_rate, betas, kernels=kernels, **({"fused": True} if fused else {}))
+    optimizer.in_order = params
     print(f"using fused AdamW: {fused}")
     return optimizer
 

@@ -32,6 +32,7 @@ class Shape:
     dropout: float = 0.0
     doc_mask: bool = False
     narrow_residual: bool = False  # the residual stream is in the compute dtype, not in fp32
+    n_head_kv: int = 0  # heads of keys and values, if these come apart from the queries
 
     @classmethod
     def of(cls, B: int, config: GPTConfig, **others: Any) -> "Shape":
@@ -118,6 +119,7 @@ class Record:
             yield replace(shapes[0], doc_mask=True)
             yield replace(shapes[-1], doc_mask=True)
             yield from GPU_HEADS if gpu else ()
+            yield from GPU_GROUPS if gpu else INTERPRETER_GROUPS
         if self.narrow_residual and half:
             yield replace(shapes[0], narrow_residual=True)
             yield replace(shapes[-1], narrow_residual=True)
@@ -136,11 +138,13 @@ GPU_SHAPES = [
     Shape(2, 256, 384, 6, 65, dropout=0.2),
 ]
 GPU_HEADS = [Shape(1, 300, 512, 4, 1000), Shape(1, 300, 480, 10, 1000)]  # heads of 128, and of 48, which are padded
+GPU_GROUPS = [Shape(2, 1024, 768, 12, 1000, n_head_kv=4), Shape(1, 300, 512, 4, 1000, dropout=0.2, n_head_kv=1)]
 INTERPRETER_SHAPES = [
     Shape(2, 67, 48, 3, 101),
     Shape(1, 33, 130, 2, 517, bias=False),
     Shape(1, 40, 32, 2, 65, dropout=0.2),
 ]
+INTERPRETER_GROUPS = [Shape(1, 67, 64, 4, 101, n_head_kv=2), Shape(1, 40, 48, 3, 65, dropout=0.2, n_head_kv=1)]
 RECORDS: dict[str, Record] = {}  # by op, in the order of ops.OPS
 
 
@@ -361,9 +365,9 @@ def attention_parts(s: Shape, itemsize: int) -> list[Part]:
 
 @record(
     kernels={
-        "attention_forward": "qkv doc_ids seed -> out lse",
+        "attention_forward": "q k v doc_ids seed -> out lse",
         "attention_delta": "out dout -> delta",
-        "attention_backward": "qkv dout doc_ids seed lse delta -> dqkv",
+        "attention_backward": "q k v dout doc_ids seed lse delta -> dq dk dv",
     },
     row=lambda s, dtype, device: ops.triton.configs.attention(torch.device(device), dtype, s.n_embd // s.n_head),
     parts=attention_parts,
@@ -379,24 +383,30 @@ def attention(draw: Draw) -> Problem:
         starts = 11 * torch.arange(B, device=draw.device, dtype=torch.int32)[:, None]  # sequences differ
         doc_ids = ((torch.arange(T, device=draw.device, dtype=torch.int32) + starts) // 37).clamp(max=4)
     mask = ops.triton.attention.dropout_mask(B, H, T, p, seed) if p else None
+    name, size, options = "attention", [B, T, C], [H]
+    inputs = dict(qkv=draw.randn(B, T, 3 * C, dtype=draw.dtype))
+    if s.n_head_kv:
+        name, size, options = "attention_qkv", [B, T, H, C // H], []
+        heads = dict(q=H, k=s.n_head_kv, v=s.n_head_kv)
+        inputs = {n: draw.randn(B, T, of, C // H, dtype=draw.dtype) for n, of in heads.items()}
 
-    def by_reference(qkv):
+    def by_reference(*inputs):
         if mask is None:
-            return (reference.attention(qkv, H, doc_ids=doc_ids),)
-        q, k, v = (t.view(B, T, H, -1).transpose(1, 2) for t in qkv.split(C, dim=2))
+            return (getattr(reference, name)(*inputs, *options, doc_ids=doc_ids),)
+        q, k, v = inputs if s.n_head_kv else (t.view(B, T, H, -1) for t in inputs[0].split(C, dim=2))
+        q, k, v = (t.repeat_interleave(H // t.size(2), 2).transpose(1, 2) for t in (q, k, v))
         scores = q @ k.transpose(-1, -2) / (C // H) ** 0.5
         allowed = torch.ones(T, T, dtype=torch.bool, device=draw.device).tril()
         if doc_ids is not None:
             allowed = allowed & (doc_ids[:, None, :, None] == doc_ids[:, None, None, :])
         probabilities = widened(scores, torch.float32).masked_fill(~allowed, -float("inf")).softmax(-1)
         y = draw.dropped(probabilities, mask).to(v.dtype) @ v
-        return (y.transpose(1, 2).reshape(B, T, C),)
+        return (y.transpose(1, 2).reshape(size),)
 
     return draw.problem(
-        dict(qkv=draw.randn(B, T, 3 * C, dtype=draw.dtype)), ("out",), (draw.randn(B, T, C, dtype=draw.dtype),),
-        by_reference,
-        lambda qkv, row="": (ops.triton.attention.attention(qkv, H, p, seed, doc_ids, row),),
-        lambda qkv, kernels: (ops.attention(qkv, H, p, doc_ids=doc_ids, kernels=kernels),), flowing=("qkv",),
+        inputs, ("out",), (draw.randn(*size, dtype=draw.dtype),), by_reference,
+        lambda *inputs, row="": (getattr(ops.triton.attention, name)(*inputs, *options, p, seed, doc_ids, row),),
+        lambda *inputs, kernels: (getattr(ops, name)(*inputs, *options, p, doc_ids=doc_ids, kernels=kernels),), flowing=tuple(inputs),
     )  # fmt: skip
 
 
@@ -459,17 +469,17 @@ def linear_cross_entropy_parts(s: Shape, itemsize: int) -> list[Part]:
 def linear_cross_entropy(draw: Draw) -> Problem:
     s, C = draw.shape, draw.shape.n_embd
     targets = draw.randint(s.vocab_size, s.B, s.T)
-    targets[:, ::7] = -1
+    targets[:, ::7] = ignored = -1  # as in a GPT
 
     def by_reference(h, weight):
-        return (reference.cross_entropy(widened(F.linear(h, weight), torch.float32), targets),)
+        return (reference.cross_entropy(widened(F.linear(h, weight), torch.float32), targets, ignored),)
 
     return draw.problem(
         dict(h=draw.randn(s.B, s.T, C, dtype=draw.dtype), weight=draw.randn(s.vocab_size, C, scale=2 * C**-0.5)),
         ("loss",), (torch.tensor(3.0, device=draw.device),),
         by_reference,
-        lambda h, weight, row="": (ops.triton.linear_cross_entropy.linear_cross_entropy(h, weight, targets, row=row),),
-        lambda h, weight, kernels: (ops.linear_cross_entropy(h, weight, targets, kernels=kernels),),
+        lambda h, weight, row="": (ops.triton.linear_cross_entropy.linear_cross_entropy(h, weight, targets, ignored, row=row),),
+        lambda h, weight, kernels: (ops.linear_cross_entropy(h, weight, targets, ignored, kernels=kernels),),
         flowing=("h", "weight"), targets=targets,  # the tied head's gradient goes to the embedding
     )  # fmt: skip
 

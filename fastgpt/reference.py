@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.optim.adamw import adamw as functional_adamw
 
 EPS = 1e-5  # nanoGPT's and GPT-2's LayerNorm epsilon
+IGNORED = -100  # the target that does not count, as in PyTorch; GPT passes nanoGPT's, -1
 
 
 def embedding(
@@ -75,22 +76,39 @@ def attention(
     return y.transpose(1, 2).contiguous().view(B, T, C3 // 3)
 
 
+def attention_qkv(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, doc_ids: Tensor | None = None) -> Tensor:
+    """Causal self-attention of queries [B,T,H,D] and of keys and values [B,T,Hk,D], Hk of which divide H: [B,T,H,D] out.
+
+    Head h of the queries meets head h // (H/Hk) of the keys. All else is as in `attention`.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B,H,T,D]
+    mask = None if doc_ids is None else (doc_ids[:, None, :, None] == doc_ids[:, None, None, :]).tril()
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None, enable_gqa=k.size(1) != q.size(1)
+    )
+    return y.transpose(1, 2).contiguous()
+
+
 def gelu_mlp(h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None) -> Tensor:
     """The MLP: up-projection [4C,C], exact-erf GELU, down-projection [C,4C]; biases may be None. [B,T,C] in and out."""
     return F.linear(F.gelu(F.linear(h, w_fc, b_fc)), w_proj, b_proj)
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORED) -> Tensor:
     """Mean cross entropy of the logits h weight^T against targets: a scalar, fp32 under autocast. The logits are not returned.
 
     h [B,T,C]; weight [V,C]; targets [B,T] int64; targets equal to ignore_index do not count. If none counts, the loss is nan.
+    A target outside the vocabulary raises IndexError on the CPU, and stops a GPU by an assertion; Triton's loss is nan then.
     """
     return cross_entropy(F.linear(h, weight), targets, ignore_index)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
-    """Mean cross entropy of logits [B,T,V] against targets [B,T]: a scalar."""
-    return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=ignore_index)
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = IGNORED) -> Tensor:
+    """Mean cross entropy of logits [B,T,V] against targets [B,T] int64: a scalar in the logits' dtype, fp32 under autocast.
+
+    Targets equal to ignore_index do not count; what holds for other targets is said at `linear_cross_entropy`.
+    """
+    return F.cross_entropy(logits.reshape(-1, logits.size(-1)), targets.reshape(-1), ignore_index=ignore_index)
 
 
 @torch.no_grad()

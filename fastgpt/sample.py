@@ -42,6 +42,7 @@ def sample(cfg: SampleConfig) -> None:
     if broken := health.first_not_finite(model):
         raise UserError(f"{cfg.out_dir}: {broken} is not finite: its training diverged")
     model.eval().to(cfg.device)
+    model.set_kernels("torch")  # the kernels are measured for training, not for a token at a time
     if cfg.compile:
         model.compile()
     x = torch.tensor([ids], device=cfg.device)

@@ -21,6 +21,10 @@ if INTERPRETED:
 
 RUNTIME, COMPILATION = triton.knobs.runtime, triton.knobs.compilation
 LAUNCHES = 1024  # of a kernel, that `launch` remembers
+NO_GPU = (
+    "active drivers",
+    "cpu tensor?",
+)  # Triton's words for tensors on the CPU, on a machine without a GPU and on one with
 
 LIBRARY = torch.library.Library("fastgpt", "FRAGMENT")  # torch.ops.fastgpt
 
@@ -78,6 +82,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
     At each launch Triton finds out anew which compiled kernel it needs: 10 to 18 us of host time. Here a launch takes the compiled kernel
     of an earlier one with the same key, which holds all that Triton may compile for.
+
+    Raises RuntimeError for tensors that are not on a GPU; the interpreter takes them.
     """
     if INTERPRETED:
         kernel[grid](*args, **options)
@@ -96,7 +102,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         stream = triton.runtime.driver.active.get_current_stream(device)
         compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants)
         return
-    compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
+    try:
+        compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
+    except (RuntimeError, ValueError) as e:
+        if tensor.is_cuda or not any(said in str(e) for said in NO_GPU):
+            raise
+        raise RuntimeError(
+            f"{kernel.__name__}: its tensors are on the {tensor.device.type}, and Triton's kernels run on an NVIDIA GPU. Move the tensors "
+            "to one, or take PyTorch's op (fastgpt.ops with kernels='torch'), or set TRITON_INTERPRET=1 in the environment before Python "
+            "starts: the interpreter, which is slow, then runs the kernels on the CPU"
+        ) from e
     if key is not None and compiled is not None:
         constants = [options[name] for name in kernel.arg_names[len(args) :]]
         if len(launched) >= LAUNCHES:  # as from a text that grows: every length has keys of its own

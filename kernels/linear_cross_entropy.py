@@ -237,14 +237,14 @@ takes = can_run  # any h
 
 
 def linear_cross_entropy(
-    h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, shadow: Tensor | None = None, row: str = ""
+    h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, shadow: Tensor | None = None, row: str = ""
 ) -> Tensor:
     """Mean cross entropy of logits h weight^T against targets: a scalar, fp32. h [..., C]; weight [V, C]; targets [...] int64.
 
-    Targets equal to ignore_index do not count. If none counts, the loss is nan, as in PyTorch. A target outside the vocabulary also gives
-    nan; PyTorch asserts. Gradients are computed only if h or weight needs them. shadow: the shadow of the parameter, if weight is only an
-    alias of it (fastgpt.shadows). row: a launch configuration (configs.LossConfig.text); "" means the table's. Raises ValueError for
-    shapes that do not match.
+    Targets equal to ignore_index do not count. If none counts, the loss is nan, as in PyTorch. Any other target outside the vocabulary
+    also gives nan; PyTorch asserts. Gradients are computed only if h or weight needs them. shadow: the shadow of the parameter, if weight
+    is only an alias of it (fastgpt.shadows). row: a launch configuration (configs.LossConfig.text); "" means the table's. Raises
+    ValueError for shapes that do not match.
     """
     if (
         h.shape[:-1] != targets.shape

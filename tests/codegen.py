@@ -135,6 +135,14 @@ def cases():
                     ),
                 )
 
+    for D in (64, 128):
+
+        def group(row="", D=D):
+            q, k, v = (ones(1, 256, heads, D, dtype=bf16) for heads in (12, 4, 4))
+            backward(attention.attention_qkv(q, k, v, row=row))
+
+        yield f"attention bf16 D={D} group", group
+
 
 CPU = torch.device("cpu")
 TUNED = {  # case: its op, and what that asks its table by: `fastgpt tune` tries rows around the answer

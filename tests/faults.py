@@ -13,6 +13,7 @@ from fastgpt.records import Shape
 SHAPE = Shape(2, 70, 48, 3, 97)  # more than a block of queries, of keys, of rows; heads and a width of no power of two
 FEWER = replace(SHAPE, T=30)  # for kernels of a program a row, which the interpreter takes one after another
 DROPOUT = Shape(1, 24, 32, 2, 65, dropout=0.2)
+GROUPS = Shape(1, 70, 64, 4, 65, n_head_kv=2)
 DOCUMENTS = Shape(1, 70, 32, 2, 65, doc_mask=True)
 FAULTS = {  # op, what is wrong, the text, what stands there instead, and the shape that shows it
     "layer_norm": [
@@ -43,7 +44,7 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
         ("a mask off by one", "tl.where(_reaches((rows - n0)[:, None]", "tl.where(_reaches((rows - n0 + 1)[:, None]", SHAPE),
         ("a missing scale", "dk * grad_scale", "dk", SHAPE),
         ("the diagonal block unmasked", "tl.where(seen, prob, 0.0)", "prob", SHAPE),
-        ("keys and values swapped", "v_ptr = k_ptr + H * D * stride_c", "v_ptr = k_ptr", SHAPE),
+        ("keys and values swapped", "v_ptr = k_ptr + H * D * stride_qc", "v_ptr = k_ptr", SHAPE),
         ("a key of the same place unseen", "(cols - m0 - 1)[:, None]", "(cols - m0)[:, None]", SHAPE),
         ("a scale of 1 for all", "< 2.0**26, scale, 1.0)", "< 0, scale, 1.0)", SHAPE),
         ("delta left out", "ds = prob * (dp - delta[:, None])", "ds = prob * dp", SHAPE),
@@ -54,6 +55,9 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
          "keep = _dropout_keep_mask(seed, b, h, cols[:, None], rows[None, :], p)", DROPOUT),
         ("dropout before the sum", "tl.sum(prob, 1)",
          "tl.sum(tl.where(_dropout_keep_mask(seed, b, h, rows[:, None], cols[None, :], p), prob, 0.0), 1)", DROPOUT),
+        ("heads that take turns with the keys", "_head(k_ptr, b, h // GROUP,", "_head(k_ptr, b, h % (H // GROUP),", GROUPS),
+        ("a group's last head left out", "for _ in range(GROUP):\n        if", "for _ in range(GROUP - 1):\n        if", GROUPS),
+        ("dk of a group's first head alone", "q_head += stride_qh", "q_head += 0", GROUPS),
         ("documents that see one another", "row_docs == col_docs", "row_docs >= col_docs", DOCUMENTS),
     ],
     "gelu_mlp": [

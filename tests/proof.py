@@ -118,6 +118,7 @@ VARIATIONS |= {"recompute": recomputing, "some transposed": some_transposed, "ch
 VARIATIONS |= {"short spans": in_short_spans}
 VARIATIONS |= {"one gradient": one_gradient, "copied further": copied_further}
 
+SLOW = {"group, dropout documents", "group, other strides", "group, whole"}  # cases of which no plain run has any
 S = Shape
 CASES = {  # op: {name: (shape, variation or None)}
     "embedding": {
@@ -170,6 +171,11 @@ CASES = {  # op: {name: (shape, variation or None)}
         "part of a row": (S(2, 40, 48, 3, 23), "part of a wider row"),
         "unaligned": (S(2, 40, 64, 2, 23), "one further"),
         "one gradient": (S(2, 40, 48, 3, 23), "one gradient"),
+        "group": (S(1, 70, 64, 4, 64, n_head_kv=2), None),
+        "group, dropout documents": (S(1, 70, 48, 3, 65, dropout=0.2, doc_mask=True, n_head_kv=1), None),
+        "group, strides": (S(2, 40, 64, 4, 23, n_head_kv=2), "sliced columns"),
+        "group, other strides": (S(2, 40, 64, 4, 23, n_head_kv=2), "some transposed"),
+        "group, whole": (S(1, 256, 128, 2, 64, n_head_kv=1), None),
     },
     "gelu_mlp": {
         "partial": (S(2, 67, 48, 3, 101), None),

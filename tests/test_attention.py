@@ -4,11 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 pytest.importorskip("triton")
 from kernel_case import DEVICE, DTYPES, HALVES, SEED, VIEWS, far, hold, philox_uniform, randn, same_bits, seed
 
-from fastgpt.kernels.attention import attention, dropout_mask
+from fastgpt import ops
+from fastgpt.kernels.attention import attention, attention_qkv, dropout_mask
 from fastgpt.records import widened
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -187,3 +189,151 @@ def test_what_is_refused():
         attention(randn(1, 2, 48), 1, doc_ids=torch.zeros(2, 1))
     with pytest.raises(ValueError, match="needs a seed"):
         attention(randn(1, 2, 48), 1, 0.1)
+
+
+# ---- queries, keys and values apart ----
+
+
+def sdpa(q, k, v):
+    """PyTorch's own, by its own rule of which head meets which."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2),)
+
+
+def check_apart(B, T, n_head, n_head_kv, head_size, dtype, p=0.0, doc_ids=None, view=lambda t: t):
+    """Without dropout and documents against PyTorch's own, else against the packed op's reference with each head of keys repeated."""
+    key = seed() if p else None
+    keep = dropout_mask(B, n_head, T, p, key) if p else None
+
+    def repeated(q, k, v):
+        k, v = (t.repeat_interleave(n_head // n_head_kv, 2) for t in (k, v))
+        (out,) = reference(n_head, keep, p, doc_ids)(torch.cat((q, k, v), 2).flatten(2))
+        return (out.unflatten(2, (n_head, head_size)),)
+
+    heads = dict(q=n_head, k=n_head_kv, v=n_head_kv)
+    hold(
+        lambda *qkv: (attention_qkv(*qkv, p, key, doc_ids),),
+        sdpa if keep is doc_ids is None else repeated,
+        {name: view(randn(B, T, n, head_size, dtype=dtype)) for name, n in heads.items()},
+        ("out",),
+        [view(randn(B, T, n_head, head_size, dtype=dtype))],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n_head", "n_head_kv"), [(1, 1), (3, 3), (4, 2), (3, 1)] + [(32, 8)] * (DEVICE == "cuda"))
+def test_fewer_heads_of_keys(n_head, n_head_kv, dtype):
+    check_apart(2, 20, n_head, n_head_kv, 16, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "head_size"), [(2, 16), (64, 16), (70, 8), (33, 40), (17, 128)])
+def test_lengths_and_head_sizes_of_a_group(T, head_size, dtype):
+    check_apart(1, T, 2, 1, head_size, dtype)
+
+
+def test_one_token_of_a_group():
+    """It sees itself alone: dq and dk are 0, of which the rule allows nothing."""
+    q, k, v = (randn(2, 1, n, 16).requires_grad_() for n in (4, 2, 2))
+    out, grad = attention_qkv(q, k, v), randn(2, 1, 4, 16)
+    assert torch.equal(out, v.repeat_interleave(2, 2))
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+    torch.testing.assert_close(dv, grad.unflatten(2, (2, 2)).sum(3))
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_group_with_dropout(documents):
+    doc_ids = (torch.arange(40, device=DEVICE) // 23)[None] if documents else None
+    check_apart(1, 40, 3, 1, 16, torch.bfloat16, p=0.2, doc_ids=doc_ids)
+
+
+SWAPPED = {"heads first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)}
+
+
+@pytest.mark.parametrize("view", [v for n, v in (VIEWS | SWAPPED).items() if n != "expanded columns"])
+def test_strides_of_a_group(view):
+    check_apart(2, 20, 4, 2, 16, torch.float16, view=view)
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 2), st.integers(2, 40), st.integers(1, 2), st.integers(1, 3), st.integers(1, 33), st.sampled_from([0.0, 0.5]),
+    st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_group(B, T, n_head_kv, group, head_size, p, dtype):
+    check_apart(B, T, n_head_kv * group, n_head_kv, head_size, dtype, p)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_views_of_packed_rows_give_the_packed_bits(p):
+    """So nothing is copied on the way in; gradients of the three parts are those of the whole."""
+    qkv = randn(1, 40, 96).requires_grad_()
+    packed = attention(qkv, 2, p, seed())
+    apart = attention_qkv(*qkv.unflatten(2, (6, 16)).split(2, 2), p, seed()).flatten(2)
+    assert torch.equal(packed, apart)
+    grad = randn(1, 40, 32)
+    assert torch.equal(*(torch.autograd.grad(y, qkv, grad)[0] for y in (packed, apart)))
+
+
+def test_a_groups_gradients_are_the_same_bits_every_time():
+    leaves = [randn(1, 40, 2, 16), randn(1, 40, 1, 16), randn(1, 40, 1, 16)]
+    assert same_bits(lambda *qkv: attention_qkv(*qkv, 0.1, seed()).sin().sum(), leaves)
+
+
+def test_heads_beyond_two_to_the_31_elements():
+    """A head is far from the next in memory, and so is a sequence; of queries and of keys."""
+    q = far(4, 20 * 16).view(4, 20, 16).transpose(0, 1)[None]
+    k = far(3, 20 * 16).view(3, 20, 16)[::2].transpose(0, 1)[None]
+    q.copy_(randn(1, 20, 4, 16))
+    k.copy_(randn(1, 20, 2, 16))
+    torch.testing.assert_close(attention_qkv(q, k, k), sdpa(q, k, k)[0], rtol=1e-2, atol=1e-2)
+
+
+def test_a_group_without_sequences():
+    q, k = randn(0, 5, 4, 16).requires_grad_(), randn(0, 5, 2, 16).requires_grad_()
+    attention_qkv(q, k, k).sum().backward()
+    assert (q.grad.shape, k.grad.shape) == ((0, 5, 4, 16), (0, 5, 2, 16))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_op_and_its_twin(documents):
+    """By either implementation, contiguous."""
+    q, k, v = randn(2, 30, 4, 16), randn(2, 30, 2, 16), randn(2, 30, 2, 16)
+    doc_ids = torch.arange(30, device=DEVICE).expand(2, 30) // 11 if documents else None
+    ours, theirs = (
+        ops.attention_qkv(q, k, v, doc_ids=doc_ids, kernels=kernels)
+        for kernels in (ops.Kernels(attention="triton"), ops.TORCH)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert ours.is_contiguous()
+    assert theirs.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "says"),
+    [
+        ((1, 2, 32), (1, 2, 2, 16), (1, 2, 2, 16), "are not"),
+        ((1, 2, 4, 16), (1, 2, 2, 16), (1, 2, 1, 16), "are not"),
+        ((1, 2, 4, 16), (1, 3, 2, 16), (1, 3, 2, 16), "are not"),
+        ((1, 2, 4, 16), (1, 2, 2, 8), (1, 2, 2, 8), "are not"),
+        ((1, 2, 4, 16), (1, 2, 3, 16), (1, 2, 3, 16), "4 heads are no multiple of 3"),
+        ((1, 2, 2, 16), (1, 2, 4, 16), (1, 2, 4, 16), "2 heads are no multiple of 4"),
+        ((1, 2, 2, 16), (1, 2, 0, 16), (1, 2, 0, 16), "no multiple of 0"),
+        ((1, 2, 2, 129), (1, 2, 2, 129), (1, 2, 2, 129), "1 to 128"),
+    ],
+)
+def test_what_is_refused_apart(q, k, v, says):
+    with pytest.raises(ValueError, match=says):
+        attention_qkv(randn(*q), randn(*k), randn(*v))
+
+
+def test_what_else_is_refused_apart():
+    q, k = randn(1, 2, 4, 16), randn(1, 2, 2, 16)
+    with pytest.raises(ValueError, match=r"k torch.float16, v torch.float32 differ"):
+        attention_qkv(q, k.half(), k)
+    with pytest.raises(ValueError, match="doc_ids"):
+        attention_qkv(q, k, k, doc_ids=torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="needs a seed"):
+        attention_qkv(q, k, k, 0.1)

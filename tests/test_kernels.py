@@ -14,7 +14,7 @@ from kernel_case import DEVICE, HALVES, VIEWS, poisoned, randn, seed
 from fastgpt import kernels
 from fastgpt.kernels import configs
 from fastgpt.kernels.accumulate import in_place
-from fastgpt.kernels.attention import attention
+from fastgpt.kernels.attention import attention, attention_qkv
 from fastgpt.kernels.common import precision
 from fastgpt.kernels.embedding import embedding
 from fastgpt.kernels.gelu_mlp import gelu_mlp
@@ -59,6 +59,11 @@ CALLS = {  # with every option; those whose name ends in "half" under autocast t
     "attention": lambda: attention(leaf(2, 5, 48), 2),
     "attention, dropout, documents, strides, a row, half": lambda: attention(
         turned(leaf(2, 5, 48, dtype=HALF)), 2, 0.2, seed(), turned(ids(2, 2, 5)), configs.ATTENTION[0, 2, 128].text
+    ),
+    "attention_qkv": lambda: attention_qkv(leaf(2, 5, 4, 16), leaf(2, 5, 2, 16), leaf(2, 5, 2, 16)),
+    "attention_qkv, dropout, documents, strides, a row, half": lambda: attention_qkv(
+        turned(leaf(2, 5, 4, 16, dtype=HALF)), leaf(2, 5, 1, 16), turned(leaf(2, 5, 1, 16)), 0.2, seed(), turned(ids(2, 2, 5)),
+        configs.ATTENTION[0, 2, 128].text,
     ),
     "gelu_mlp": lambda: gelu_mlp(leaf(2, 3, 20), leaf(80, 20), leaf(80), leaf(20, 80), leaf(20)),
     "gelu_mlp, recomputing, no bias, strides, a row, half": lambda: gelu_mlp(
@@ -117,6 +122,9 @@ def chain(wte, wpe, w, b, w_qkv, b_qkv, w_fc, b_fc, w_proj, targets, idx, key, d
     h = layer_norm(x, w, b)
     branch = attention(linear(h, w_qkv, b_qkv), 2, 0.1, key + 1, docs)
     x, h = add_layer_norm(x, branch, w, b, dropout_p=0.1, seed=key + 2)
+    q, k, v = linear(h, w_qkv, b_qkv).unflatten(2, (6, 16)).split(2, 2)
+    branch = attention_qkv(q, k[:, :, :1], v[:, :, 1:], 0.1, key + 3, docs).flatten(2)
+    x, h = add_layer_norm(x, branch, w, b)
     x, h = add_layer_norm(x, gelu_mlp(h, w_fc, b_fc, w_proj, None), w, b)
     return linear_cross_entropy(h, head, targets)
 
@@ -133,7 +141,7 @@ def test_all_ops_compile_without_a_graph_break(backend, autocast):
     shapes = (11, 32), (9, 32), (32,), (32,), (96, 32), (96,), (128, 32), (128,), (32, 128)
     weights = [leaf(*shape) for shape in shapes]
     targets, idx = ids(11, 2, 7), ids(11, 2, 7)
-    targets[0, 0] = -1  # ignored targets gave another library another loss when compiled
+    targets[0, 0] = -100  # ignored targets gave another library another loss when compiled
     docs = torch.arange(7, device=DEVICE).expand(2, 7) // 4
     results = []
     torch._dynamo.reset()
@@ -155,6 +163,7 @@ def test_autocast_decides_the_answers_dtype():
     with torch.autocast(DEVICE, HALF):
         stream, h = add_layer_norm(x, x, w)
         answers = layer_norm(x, w), h, linear(x, leaf(48, 32)), attention(leaf(1, 3, 48), 1)
+        answers += (attention_qkv(leaf(1, 3, 2, 16), leaf(1, 3, 1, 16).half(), leaf(1, 3, 1, 16)),)
         answers += (gelu_mlp(x, leaf(8, 32), leaf(8), leaf(32, 8), leaf(32)),)
         loss = linear_cross_entropy(h, leaf(5, 32), ids(5, 1, 3))
         embedded, _ = embedding(ids(5, 1, 3), leaf(5, 32), leaf(3, 32))
@@ -166,6 +175,7 @@ OUTPUTS = {
     "layer_norm": lambda x, w: layer_norm(x, w),
     "add_layer_norm": lambda x, w: add_layer_norm(x, x, w)[1],
     "attention": lambda x, w: attention(x, 1),
+    "attention_qkv": lambda x, w: attention_qkv(*x.unflatten(2, (3, 16)).split(1, 2)),
     "gelu_mlp": lambda x, w: gelu_mlp(x, w.expand(5, -1), None, w.expand(5, -1).t(), None),
     "linear": lambda x, w: linear(x, w.expand(5, -1)),
     "linear_cross_entropy": lambda x, w: linear_cross_entropy(x, w.expand(5, -1), ids(5, 1, 3)),

@@ -19,7 +19,7 @@ from fastgpt.records import widened
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def reference(h, weight, targets, ignore_index=-1):
+def reference(h, weight, targets, ignore_index=-100):
     logits = widened(F.linear(h, weight), torch.float32)
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index)
 
@@ -29,7 +29,7 @@ def row(**fields):
     return replace(configs.LINEAR_CROSS_ENTROPY, **fields).text
 
 
-def check(rows, C, V, dtype, ignored=0.2, scale=2.0, upstream=1.0, ignore_index=-1, view=lambda t: t, row=""):
+def check(rows, C, V, dtype, ignored=0.2, scale=2.0, upstream=1.0, ignore_index=-100, view=lambda t: t, row=""):
     targets = torch.randint(V, rows, device=DEVICE)
     targets[torch.rand(rows, device=DEVICE) < ignored] = ignore_index
     targets.view(-1)[0] = V - 1
@@ -87,20 +87,20 @@ def test_a_vocabulary_of_one():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ignored_targets_and_another_index(dtype):
     check((2, 20), 16, 50, dtype, ignored=0.8)
-    check((2, 20), 16, 50, dtype, ignore_index=-100)
+    check((2, 20), 16, 50, dtype, ignore_index=-1)
     check((2, 20), 16, 50, dtype, ignore_index=7)  # one of the vocabulary
 
 
 def test_all_ignored_is_nan_and_moves_nothing():
     h, weight = randn(1, 5, 8).requires_grad_(), randn(11, 8).requires_grad_()
-    loss = linear_cross_entropy(h, weight, torch.full((1, 5), -1, device=DEVICE))
+    loss = linear_cross_entropy(h, weight, torch.full((1, 5), -100, device=DEVICE))
     assert loss.isnan()
     loss.backward()
     assert (h.grad == 0).all()
     assert (weight.grad == 0).all()
 
 
-@pytest.mark.parametrize("target", [11, -2, 2**40])
+@pytest.mark.parametrize("target", [11, -1, 2**40])
 def test_a_target_outside_the_vocabulary_shows(target):
     targets = torch.tensor([[1, target, 2]], device=DEVICE)
     assert linear_cross_entropy(randn(1, 3, 8), randn(11, 8), targets).isnan()
