@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.claims import Claim, Fault, claims
+from fastgpt.claims import ELSEWHERE, Claim, Fault, claims
 from fastgpt.config import MODEL_SIZES, GPTConfig, TrainConfig, UserError
 from fastgpt.files import link, remove_parts, replacing, sync_folder
 from fastgpt.model import GPT
@@ -188,6 +188,8 @@ class Writer:
 TIED = "lm_head", "transformer.wte"
 SETTINGS = "lr", "betas", "eps", "weight_decay"  # of a group of the optimizer
 PLAIN = bool, int, float, str, bytes, type(None)
+WRAPPERS = re.compile(r"(module\.|_orig_mod\.)+")  # DDP's and torch.compile's, in whatever order they wrapped the model
+MASK = re.compile(r"transformer\.h\.\d+\.attn\.bias")  # nanoGPT's causal mask, where its PyTorch had no fused attention
 
 
 def iteration_of(path: Path) -> int:
@@ -240,18 +242,22 @@ def read(path: Path, resume: bool) -> dict[str, Any]:
         if resume:
             check_run(tree, shapes)
         check_memory(tree, keys, path.stat().st_size)
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        checkpoint = {k: loaded.get(k) for k in ("model_args", "iter_num", "best_val_loss")}
+        with torch.serialization.safe_globals(ELSEWHERE):
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # Settings are taken from `tree`, where numbers are Python's; tensors from `loaded`.
+        best = tree.get("best_val_loss")
+        checkpoint: dict[str, Any] = {k: tree.get(k) for k in ("model_args", "iter_num")}
+        checkpoint["best_val_loss"] = loaded["best_val_loss"] if isinstance(best, Claim) else best
         checkpoint |= {"path": path, "model": {name: loaded["model"][key] for name, key in keys.items()}}
         if not torch.equal(*(checkpoint["model"][f"{name}.weight"] for name in TIED)):
             raise Fault("lm_head.weight and transformer.wte.weight differ, but they are one")
-        checkpoint["config"] = loaded.get("config") or {}
+        checkpoint["config"] = dict(tree.get("config") or {})
         if extra := loaded.get("fastgpt"):
             # The few tensors here outlive the loading, and must not hold the file: its memory on the disk would stay taken.
             states = {name: extra.get(name) and [cloned(state) for state in extra[name]] for name in ("ranks", "draws")}
             checkpoint["fastgpt"] = {**extra, **states}
         if resume:
-            state, groups = loaded["optimizer"]["state"], loaded["optimizer"]["param_groups"]
+            state, groups = loaded["optimizer"]["state"], tree["optimizer"]["param_groups"]
             if not all(0 <= float(moments["step"]) < 2**31 for moments in state.values()):
                 raise Fault(
                     "its optimizer state does not fit this model (a step that no optimizer counts); train from scratch"
@@ -326,12 +332,24 @@ def gpt_config(args: dict[str, Any]) -> GPTConfig:
 
 
 def check_weights(model: dict[str, Claim], shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
-    """The key of each weight by its name, which torch.compile may have lengthened. Raises Fault if a weight is not what it must be."""
-    keys = {key.removeprefix("_orig_mod."): key for key in model}
+    """The key of each weight by its name, without what wrapped the model. Raises Fault if a weight is not what it must be.
+
+    nanoGPT's masks are left out. A head that is missing is the embedding, to which it is tied.
+    """
+    keys = {WRAPPERS.sub("", key, count=1) if WRAPPERS.match(key) else key: key for key in model}
     where = "its weights are not those of its model_args"
+    twice = len(keys) < len(model)
+    T = shapes["transformer.wpe.weight"][0]
+    for name in [name for name in keys if MASK.fullmatch(name)]:
+        claim = model[keys.pop(name)]
+        if not isinstance(claim, Claim) or claim.shape != (1, 1, T, T):
+            raise Fault(f"{where}: {name} is {describe(claim)}, and not the causal mask of {T} positions")
+    head, embedding = (f"{name}.weight" for name in TIED)
+    if head not in keys and embedding in keys:
+        keys[head] = keys[embedding]
     if missing := shapes.keys() - keys.keys():
         raise Fault(f"{where}: Missing key {min(missing)!r}")
-    if unexpected := keys.keys() - shapes.keys() or (len(keys) < len(model) and keys.keys()):
+    if unexpected := keys.keys() - shapes.keys() or (twice and keys.keys()):
         raise Fault(f"{where}: Unexpected key {min(unexpected)!r}")
     for name, shape in shapes.items():
         claim = model[keys[name]]
@@ -397,8 +415,9 @@ def check_optimizer(optimizer: dict[str, Any], shapes: dict[str, tuple[int, ...]
 def check_memory(tree: dict[str, Any], keys: dict[str, str], size: int) -> None:
     """Raise Fault if tensors share their memory, so that the model would be larger than its file; the tied pair may."""
     model = tree["model"]
-    tied = model[keys[f"{TIED[0]}.weight"]] == model[keys[f"{TIED[1]}.weight"]]
-    total = sum(claim.nbytes for claim in model.values()) - tied * model[keys[f"{TIED[0]}.weight"]].nbytes
+    head, embedding = (keys[f"{name}.weight"] for name in TIED)
+    tied = head != embedding and model[head] == model[embedding]
+    total = sum(claim.nbytes for claim in model.values()) - tied * model[head].nbytes
     for moments in (tree.get("optimizer") or {}).get("state", {}).values():
         total += sum(claim.nbytes for claim in moments.values() if isinstance(claim, Claim))
     if total > size:
