@@ -54,7 +54,7 @@ setup(
         "test": test,
         "dev": [*test, "pre-commit>=4"],
         "bench": bench,
-        "hf": ["transformers"],
+        "hf": ["huggingface_hub", "safetensors", "tokenizers"],
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["fastgpt = fastgpt.cli:entry"]},

@@ -8,7 +8,6 @@ Beside ckpt.pt stand the ones before it, ckpt-0000500.pt by their iteration, and
 docs/checkpoints.md says what is checked, and what a kill or a full disk leaves.
 """
 
-import difflib
 import io
 import math
 import os
@@ -25,9 +24,9 @@ import torch
 from torch import Tensor
 
 from fastgpt.claims import ELSEWHERE, Claim, Fault, claims
-from fastgpt.config import MODEL_SIZES, GPTConfig, TrainConfig, UserError
+from fastgpt.config import GPTConfig, TrainConfig, UserError
 from fastgpt.files import link, remove_parts, replacing, sync_folder
-from fastgpt.model import GPT
+from fastgpt.model import ACTIVATIONS, GPT
 from fastgpt.parse import check_value
 
 VERSION = 1  # of what stands under the key `fastgpt`; a file without it is of version 1, or nanoGPT's
@@ -290,6 +289,15 @@ def check_plain(tree: dict[str, Any]) -> None:
     ):  # fmt: skip
         if not isinstance(thing, kind):
             raise Fault(f"{describe(thing)} stands in place of a {kind}")
+    activation_of(tree)
+
+
+def activation_of(checkpoint: dict[str, Any]) -> str:
+    """The name of a checkpoint's activation; nanoGPT's have none in their config, and mean gelu. Raises Fault for an unknown one."""
+    name = (checkpoint.get("config") or {}).get("activation", "gelu")
+    if type(name) is not str or name not in ACTIVATIONS:
+        raise Fault(f"its activation is {describe(name)}; GPT has {', '.join(ACTIVATIONS)}")
+    return name
 
 
 def check_kinds(thing: Any, kinds: tuple[type, ...]) -> None:
@@ -309,11 +317,16 @@ def weight_shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     config = gpt_config(tree["model_args"])
     if config.n_layer > len(tree["model"]):
         raise Fault(f"its weights are not those of its model_args: too few for n_layer={config.n_layer}")
+    return shapes_of(config)
+
+
+def shapes_of(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's weights by name."""
     with torch.device("meta"), redirect_stdout(io.StringIO()):
         return {name: tuple(weight.shape) for name, weight in GPT(config).state_dict().items()}
 
 
-def gpt_config(args: dict[str, Any]) -> GPTConfig:
+def gpt_config(args: dict[str, Any], where: str = "its model_args") -> GPTConfig:
     """The GPTConfig of a checkpoint's model_args. Raises Fault."""
     try:
         config = GPTConfig(**args)
@@ -327,7 +340,7 @@ def gpt_config(args: dict[str, Any]) -> GPTConfig:
         if config.n_embd % config.n_head:
             raise TypeError(f"n_head={config.n_head} does not divide n_embd={config.n_embd}")
     except (TypeError, UserError) as e:
-        raise Fault(f"its model_args are not valid: {e}") from None
+        raise Fault(f"{where}: not valid: {e}") from None
     return config
 
 
@@ -429,6 +442,7 @@ def build_model(checkpoint: dict[str, Any], dropout: float | None = None) -> GPT
     config = GPTConfig(**checkpoint["model_args"])
     config.dropout = config.dropout if dropout is None else dropout
     model = GPT(config)
+    model.set_activation(activation_of(checkpoint))
     if "folder" not in checkpoint:  # of a sharded checkpoint: sharded.load_tensors reads the weights
         model.load_state_dict(checkpoint["model"])
     return model
@@ -454,12 +468,13 @@ def say_changes(checkpoint: dict[str, Any], cfg: TrainConfig) -> None:
 
 
 def keep_shape(checkpoint: dict[str, Any], cfg: TrainConfig, given: Collection[str]) -> TrainConfig:
-    """The TrainConfig with the checkpoint's shape for each setting that is not in `given`; prints what changed.
+    """The TrainConfig with the checkpoint's shape and activation for each of these that is not in `given`; prints what changed.
 
     A smaller block_size may be given: the model is cropped to it. Raises UserError for any other given shape that differs.
     """
     args, changed = asdict(GPTConfig(**checkpoint["model_args"])), {}
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
+    args["activation"] = activation_of(checkpoint)
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation"):
         asked = getattr(cfg, name)
         if asked == args[name] or (name == "block_size" and name in given and asked < args[name]):
             continue
@@ -472,19 +487,3 @@ def keep_shape(checkpoint: dict[str, Any], cfg: TrainConfig, given: Collection[s
     if changed:
         print("from the checkpoint: " + ", ".join(f"{k} = {v}" for k, v in changed.items()))
     return cfg.model_copy(update=changed)
-
-
-def pretrained(name: str, dropout: float) -> GPT:
-    """GPT.from_pretrained of a GPT-2 size or a local folder. Raises UserError for whatever goes wrong."""
-    if name not in MODEL_SIZES and not Path(name).is_dir():
-        near = difflib.get_close_matches(name, ["resume", *MODEL_SIZES], n=1, cutoff=0)[0]
-        raise UserError(f"--init_from={name}: neither a known name nor a folder; the nearest name is {near!r}")
-    try:
-        return GPT.from_pretrained(name, dict(dropout=dropout))
-    except ImportError:
-        raise UserError(
-            f"--init_from={name}: Hugging Face's transformers is not installed; pip install 'fastgpt[hf]'"
-        ) from None
-    except Exception as e:  # transformers and the network fail in many ways
-        reason = " ".join(str(e).split())[:300]
-        raise UserError(f"--init_from={name}: no GPT-2 weights could be loaded from there: {reason}") from None

@@ -36,7 +36,7 @@ def prepare(source: str | Path, tokenizer_name: str, out: str | Path, files: lis
         files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(source).parts)]
     if not files:
         raise UserError(f"--input={source}: no such file, or a folder without files (pipes and devices are none)")
-    tokenizer: tokenizers.Tiktoken | tokenizers.Chars
+    tokenizer: tokenizers.Tokenizer
     if tokenizer_name != "chars":
         tokenizer = tokenizers.get_tokenizer(tokenizer_name)  # raises before any work
     files, n_chars, alphabet = survey(files, strict=source.is_file(), alphabet=tokenizer_name == "chars")
@@ -65,9 +65,7 @@ def prepare(source: str | Path, tokenizer_name: str, out: str | Path, files: lis
         print(f"{out / split}.bin: {count:,} tokens")
 
 
-def write_tokens(
-    files: list[Path], n_chars: int, tokenizer: tokenizers.Tiktoken | tokenizers.Chars, out: Path
-) -> dict[str, int]:
+def write_tokens(files: list[Path], n_chars: int, tokenizer: tokenizers.Tokenizer, out: Path) -> dict[str, int]:
     """Tokenize files, n_chars characters in all, into out/train.bin and out/val.bin. Returns {split: number of tokens}."""
     end_mark = tokenizer.end_of_text if len(files) > 1 else None
     dtype = np.dtype("<u4" if tokenizer.n_vocab > 65536 else "<u2")
