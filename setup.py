@@ -100,7 +100,7 @@ setup(
         "test": test,
         "dev": [*test, "pre-commit>=4"],
         "bench": bench,
-        "hf": ["transformers"],
+        "hf": ["huggingface_hub", "safetensors", "tokenizers"],
         "parquet": ["pyarrow"],  # `prepare` of .parquet
         "wandb": ["wandb"],
     },

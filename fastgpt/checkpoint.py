@@ -8,7 +8,6 @@ Beside ckpt.pt stand the ones before it, ckpt-0000500.pt by their iteration, and
 docs/checkpoints.md says what is checked, and what a kill or a full disk leaves.
 """
 
-import difflib
 import io
 import math
 import os
@@ -24,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.claims import Claim, Fault, claims
-from fastgpt.config import MODEL_SIZES, GPTConfig, TrainConfig, UserError
+from fastgpt.claims import ELSEWHERE, Claim, Fault, claims
+from fastgpt.config import GPTConfig, TrainConfig, UserError
 from fastgpt.files import link, remove_parts, replacing, sync_folder
-from fastgpt.model import GPT
+from fastgpt.model import ACTIVATIONS, GPT
 from fastgpt.parse import check_value
 
 VERSION = 1  # of what stands under the key `fastgpt`; a file without it is of version 1, or nanoGPT's
@@ -188,6 +187,8 @@ class Writer:
 TIED = "lm_head", "transformer.wte"
 SETTINGS = "lr", "betas", "eps", "weight_decay"  # of a group of the optimizer
 PLAIN = bool, int, float, str, bytes, type(None)
+WRAPPERS = re.compile(r"(module\.|_orig_mod\.)+")  # DDP's and torch.compile's, in whatever order they wrapped the model
+MASK = re.compile(r"transformer\.h\.\d+\.attn\.bias")  # nanoGPT's causal mask, where its PyTorch had no fused attention
 
 
 def iteration_of(path: Path) -> int:
@@ -240,18 +241,22 @@ def read(path: Path, resume: bool) -> dict[str, Any]:
         if resume:
             check_run(tree, shapes)
         check_memory(tree, keys, path.stat().st_size)
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        checkpoint = {k: loaded.get(k) for k in ("model_args", "iter_num", "best_val_loss")}
+        with torch.serialization.safe_globals(ELSEWHERE):
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # Settings are taken from `tree`, where numbers are Python's; tensors from `loaded`.
+        best = tree.get("best_val_loss")
+        checkpoint: dict[str, Any] = {k: tree.get(k) for k in ("model_args", "iter_num")}
+        checkpoint["best_val_loss"] = loaded["best_val_loss"] if isinstance(best, Claim) else best
         checkpoint |= {"path": path, "model": {name: loaded["model"][key] for name, key in keys.items()}}
         if not torch.equal(*(checkpoint["model"][f"{name}.weight"] for name in TIED)):
             raise Fault("lm_head.weight and transformer.wte.weight differ, but they are one")
-        checkpoint["config"] = loaded.get("config") or {}
+        checkpoint["config"] = dict(tree.get("config") or {})
         if extra := loaded.get("fastgpt"):
             # The few tensors here outlive the loading, and must not hold the file: its memory on the disk would stay taken.
             states = {name: extra.get(name) and [cloned(state) for state in extra[name]] for name in ("ranks", "draws")}
             checkpoint["fastgpt"] = {**extra, **states}
         if resume:
-            state, groups = loaded["optimizer"]["state"], loaded["optimizer"]["param_groups"]
+            state, groups = loaded["optimizer"]["state"], tree["optimizer"]["param_groups"]
             if not all(0 <= float(moments["step"]) < 2**31 for moments in state.values()):
                 raise Fault(
                     "its optimizer state does not fit this model (a step that no optimizer counts); train from scratch"
@@ -284,6 +289,15 @@ def check_plain(tree: dict[str, Any]) -> None:
     ):  # fmt: skip
         if not isinstance(thing, kind):
             raise Fault(f"{describe(thing)} stands in place of a {kind}")
+    activation_of(tree)
+
+
+def activation_of(checkpoint: dict[str, Any]) -> str:
+    """The name of a checkpoint's activation; nanoGPT's have none in their config, and mean gelu. Raises Fault for an unknown one."""
+    name = (checkpoint.get("config") or {}).get("activation", "gelu")
+    if type(name) is not str or name not in ACTIVATIONS:
+        raise Fault(f"its activation is {describe(name)}; GPT has {', '.join(ACTIVATIONS)}")
+    return name
 
 
 def check_kinds(thing: Any, kinds: tuple[type, ...]) -> None:
@@ -303,11 +317,16 @@ def weight_shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     config = gpt_config(tree["model_args"])
     if config.n_layer > len(tree["model"]):
         raise Fault(f"its weights are not those of its model_args: too few for n_layer={config.n_layer}")
+    return shapes_of(config)
+
+
+def shapes_of(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's weights by name."""
     with torch.device("meta"), redirect_stdout(io.StringIO()):
         return {name: tuple(weight.shape) for name, weight in GPT(config).state_dict().items()}
 
 
-def gpt_config(args: dict[str, Any]) -> GPTConfig:
+def gpt_config(args: dict[str, Any], where: str = "its model_args") -> GPTConfig:
     """The GPTConfig of a checkpoint's model_args. Raises Fault."""
     try:
         config = GPTConfig(**args)
@@ -321,17 +340,29 @@ def gpt_config(args: dict[str, Any]) -> GPTConfig:
         if config.n_embd % config.n_head:
             raise TypeError(f"n_head={config.n_head} does not divide n_embd={config.n_embd}")
     except (TypeError, UserError) as e:
-        raise Fault(f"its model_args are not valid: {e}") from None
+        raise Fault(f"{where}: not valid: {e}") from None
     return config
 
 
 def check_weights(model: dict[str, Claim], shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
-    """The key of each weight by its name, which torch.compile may have lengthened. Raises Fault if a weight is not what it must be."""
-    keys = {key.removeprefix("_orig_mod."): key for key in model}
+    """The key of each weight by its name, without what wrapped the model. Raises Fault if a weight is not what it must be.
+
+    nanoGPT's masks are left out. A head that is missing is the embedding, to which it is tied.
+    """
+    keys = {WRAPPERS.sub("", key, count=1) if WRAPPERS.match(key) else key: key for key in model}
     where = "its weights are not those of its model_args"
+    twice = len(keys) < len(model)
+    T = shapes["transformer.wpe.weight"][0]
+    for name in [name for name in keys if MASK.fullmatch(name)]:
+        claim = model[keys.pop(name)]
+        if not isinstance(claim, Claim) or claim.shape != (1, 1, T, T):
+            raise Fault(f"{where}: {name} is {describe(claim)}, and not the causal mask of {T} positions")
+    head, embedding = (f"{name}.weight" for name in TIED)
+    if head not in keys and embedding in keys:
+        keys[head] = keys[embedding]
     if missing := shapes.keys() - keys.keys():
         raise Fault(f"{where}: Missing key {min(missing)!r}")
-    if unexpected := keys.keys() - shapes.keys() or (len(keys) < len(model) and keys.keys()):
+    if unexpected := keys.keys() - shapes.keys() or (twice and keys.keys()):
         raise Fault(f"{where}: Unexpected key {min(unexpected)!r}")
     for name, shape in shapes.items():
         claim = model[keys[name]]
@@ -397,8 +428,9 @@ def check_optimizer(optimizer: dict[str, Any], shapes: dict[str, tuple[int, ...]
 def check_memory(tree: dict[str, Any], keys: dict[str, str], size: int) -> None:
     """Raise Fault if tensors share their memory, so that the model would be larger than its file; the tied pair may."""
     model = tree["model"]
-    tied = model[keys[f"{TIED[0]}.weight"]] == model[keys[f"{TIED[1]}.weight"]]
-    total = sum(claim.nbytes for claim in model.values()) - tied * model[keys[f"{TIED[0]}.weight"]].nbytes
+    head, embedding = (keys[f"{name}.weight"] for name in TIED)
+    tied = head != embedding and model[head] == model[embedding]
+    total = sum(claim.nbytes for claim in model.values()) - tied * model[head].nbytes
     for moments in (tree.get("optimizer") or {}).get("state", {}).values():
         total += sum(claim.nbytes for claim in moments.values() if isinstance(claim, Claim))
     if total > size:
@@ -410,6 +442,7 @@ def build_model(checkpoint: dict[str, Any], dropout: float | None = None) -> GPT
     config = GPTConfig(**checkpoint["model_args"])
     config.dropout = config.dropout if dropout is None else dropout
     model = GPT(config)
+    model.set_activation(activation_of(checkpoint))
     if "folder" not in checkpoint:  # of a sharded checkpoint: sharded.load_tensors reads the weights
         model.load_state_dict(checkpoint["model"])
     return model
@@ -435,12 +468,13 @@ def say_changes(checkpoint: dict[str, Any], cfg: TrainConfig) -> None:
 
 
 def keep_shape(checkpoint: dict[str, Any], cfg: TrainConfig, given: Collection[str]) -> TrainConfig:
-    """The TrainConfig with the checkpoint's shape for each setting that is not in `given`; prints what changed.
+    """The TrainConfig with the checkpoint's shape and activation for each of these that is not in `given`; prints what changed.
 
     A smaller block_size may be given: the model is cropped to it. Raises UserError for any other given shape that differs.
     """
     args, changed = asdict(GPTConfig(**checkpoint["model_args"])), {}
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
+    args["activation"] = activation_of(checkpoint)
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation"):
         asked = getattr(cfg, name)
         if asked == args[name] or (name == "block_size" and name in given and asked < args[name]):
             continue
@@ -453,21 +487,3 @@ def keep_shape(checkpoint: dict[str, Any], cfg: TrainConfig, given: Collection[s
     if changed:
         print("from the checkpoint: " + ", ".join(f"{k} = {v}" for k, v in changed.items()))
     return cfg.model_copy(update=changed)
-
-
-def pretrained(name: str, dropout: float) -> GPT:
-    """GPT.from_pretrained of a GPT-2 size or a local folder. Raises UserError for whatever goes wrong."""
-    if name not in MODEL_SIZES and not Path(name).is_dir():
-        known = ["scratch", "resume", "auto", *MODEL_SIZES]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        hint = f"; the nearest name is {near[0]!r}" if near else ""
-        raise UserError(f"--init_from={name}: neither a folder nor one of {', '.join(known)}{hint}")
-    try:
-        return GPT.from_pretrained(name, dict(dropout=dropout))
-    except ImportError:
-        raise UserError(
-            f"--init_from={name}: Hugging Face's transformers is not installed; pip install transformers"
-        ) from None
-    except Exception as e:  # transformers and the network fail in many ways
-        reason = " ".join(str(e).split())[:300]
-        raise UserError(f"--init_from={name}: no GPT-2 weights could be loaded from there: {reason}") from None

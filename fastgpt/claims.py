@@ -4,6 +4,7 @@ torch.save writes a zip: `data.pkl`, a pickle of protocol 2, and for each tensor
 with weights_only runs no code either, but takes whatever memory the pickle asks for.
 """
 
+import argparse
 import io
 import math
 import pickle
@@ -13,6 +14,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 DTYPES = {
@@ -22,7 +24,8 @@ DTYPES = {
 }  # fmt: skip
 OPCODES = set(
     """PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE
-    TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT GLOBAL REDUCE BUILD BINPERSID""".split()  # noqa: SIM905
+    TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT GLOBAL REDUCE
+    NEWOBJ BUILD BINPERSID""".split()  # noqa: SIM905
 )  # of pickle's protocol 2, in which torch.save writes
 MOST_PICKLE = 2**24  # bytes; GPT-2 XL's are 350 kB, and a tokenizer of all characters' are 4 MB
 
@@ -91,7 +94,51 @@ class Encode:
         return text.encode("latin1")
 
 
+class Namespace(dict[str, Any]):
+    """An argparse.Namespace, as a dict of its names."""
+
+    def __setstate__(self, state):
+        if type(state) is not dict or not all(type(name) is str for name in state):
+            raise Fault("a Namespace in it has no names")
+        self.update(state)
+
+
+class DType:
+    """Takes the arguments of numpy.dtype: a number's."""
+
+    __slots__ = ("numpy",)
+
+    def __init__(self, code, align, copy):
+        if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+            raise Fault(f"it has a numpy number of the kind {code!r}"[:100])
+        self.numpy = np.dtype(code).newbyteorder("<")
+
+    def __setstate__(self, state):
+        if state[:5] not in ((3, "<", None, None, None), (3, "|", None, None, None)):
+            raise Fault("it has a numpy number of another byte order")
+
+
+class Scalar:
+    """Takes the arguments by which a numpy number is written, and returns Python's number."""
+
+    __slots__ = ()
+
+    def __call__(self, dtype, data):
+        if type(dtype) is not DType or type(data) is not bytes or len(data) != dtype.numpy.itemsize:
+            raise Fault("a numpy number in it is of no kind that it can be")
+        return np.frombuffer(data, dtype.numpy)[0].item()
+
+
+# What forks of nanoGPT have in their settings, and torch.load must be told of. Here each is a stand-in of its own.
+SCALAR = type(np.float64(0)).__reduce__(np.float64(0))[0]
+ELSEWHERE: list[Any] = [
+    argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"},
+    *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]  # fmt: skip
+
 KNOWN = {
+    ("argparse", "Namespace"): Namespace, ("numpy", "dtype"): DType, ("numpy.core.multiarray", "scalar"): Scalar(),
+    ("numpy._core.multiarray", "scalar"): Scalar(),
     ("collections", "OrderedDict"): OrderedDict, ("builtins", "set"): set, ("_codecs", "encode"): Encode(),
     ("torch._utils", "_rebuild_tensor_v2"): Rebuild(), **{("torch", name): dtype for name, dtype in DTYPES.items()},
 }  # fmt: skip

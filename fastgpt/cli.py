@@ -11,7 +11,7 @@ from fastgpt import __version__, signals  # PyTorch is imported later: a signal 
 COMMANDS = {
     "train": "train a model; without arguments, a small one on text that is built in",
     "sample": "continue a prompt with a trained model",
-    "export": "make one ckpt.pt, as nanoGPT reads it, of a sharded checkpoint",
+    "export": "write a trained model for transformers, llm.c or nanoGPT, or as safetensors",
     "prepare": "turn a text file or folder into a dataset",
     "verify": "check every kernel against PyTorch on this machine; exit status 1 if one fails",
     "tune": "find the kernels' fastest launch configurations on this GPU, for later runs",
@@ -115,7 +115,7 @@ def run(command: str, argv: list[str]) -> int | None:
 
         sample(parse(SampleConfig, argv, "fastgpt sample")[0])
     elif command == "export":
-        from fastgpt.sharded import export
+        from fastgpt.export import export
 
         export(parse(ExportConfig, argv, "fastgpt export")[0])
     elif command == "prepare":

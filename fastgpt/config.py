@@ -91,6 +91,7 @@ RESIDUAL = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Residual = Literal["fp32", "bf16"]
 RunnerName = Literal["auto", "graphs", "compile", "eager"]
 Recompute = Literal["none", "gelu", "block"]
+Activation = Literal["gelu", "gelu_tanh", "relu"]
 DType = Literal["float32", "bfloat16", "float16"]
 Preset = Literal["", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "shakespeare-char", "tiny"]
 
@@ -121,7 +122,7 @@ class TrainConfig(Settings):
     eval_iters: int = Field(200, gt=0, description="batches of each split in an evaluation")
     eval_only: bool = Field(False, description="evaluate once and stop")
     always_save_checkpoint: bool = Field(True, description="save after every evaluation, not only after the best one so far")
-    init_from: PathText = Field("scratch", description="scratch, resume (from out_dir), auto (resume if there is a checkpoint, else scratch), gpt2[-medium|-large|-xl] or a Hugging Face GPT-2 folder")
+    init_from: PathText = Field("scratch", description="scratch, resume (from out_dir), auto (resume if there is a checkpoint, else scratch), or a GPT-2 in Hugging Face's format: a folder, or an id of the hub such as gpt2-medium or distilgpt2")
     # wandb
     wandb_log: bool = Field(False, description="log evaluations to Weights & Biases (pip install wandb)")
     wandb_project: str = Field("owt", description="its project")
@@ -162,6 +163,7 @@ class TrainConfig(Settings):
     cuda_graphs: bool = Field(False, description="replay each micro-step as one CUDA graph; with --compile=True of the compiled model; overrides --runner=auto")
     recompute: Recompute = Field("none", description="save memory, and compute again in the backward: gelu, half of what the MLP keeps; block, all that a block keeps")
     doc_mask: bool = Field(False, description="keep attention within documents; the dataset's separator tokens say where one begins")
+    activation: Activation = Field("gelu", description="between the Linears of an MLP: gelu, nanoGPT's, by erf; gelu_tanh, as OpenAI trained GPT-2; relu")
     residual: Residual = Field("fp32", description="dtype of the residual stream between blocks; bf16 moves fewer bytes, and rounds")
     overwrite: bool = Field(False, description="begin anew in an out_dir that holds a run: its first checkpoint replaces that run's")
     save_minutes: float | None = Field(None, gt=0, description="save a checkpoint also when this many minutes have passed since the last one")
@@ -196,7 +198,7 @@ class SampleConfig(Settings):
         "fastgpt sample --init_from=gpt2-xl --start=FILE:prompt.txt",
     ]
 
-    init_from: PathText = Field("resume", description="resume (the checkpoint in out_dir), gpt2[-medium|-large|-xl] or a Hugging Face GPT-2 folder")
+    init_from: PathText = Field("resume", description="resume (the checkpoint in out_dir), or a GPT-2 in Hugging Face's format: a folder, or an id of the hub such as gpt2-medium")
     out_dir: PathText = Field("out", description="folder of the checkpoint")
     start: str = Field("\n", description="the prompt, or FILE:path of one")
     num_samples: int = Field(10, gt=0, description="how many samples")
@@ -207,15 +209,20 @@ class SampleConfig(Settings):
     device: str = Field(default_factory=default_device, description="cuda, cuda:1, cpu, mps; nanoGPT's is cuda, and without a GPU it is cpu")
     dtype: DType = Field(default_factory=default_dtype, description="autocast dtype on CUDA")
     compile: bool = Field(False, description="torch.compile the full forward; steps on cached keys and values stay eager")
+    # fastgpt's own
+    activation: Literal["", Activation] = Field("", description="of weights from Hugging Face: gelu_tanh computes what OpenAI trained GPT-2 with; empty: as in training")
 
 
 class ExportConfig(Settings):
-    """Make one ckpt.pt, as nanoGPT reads it, of a sharded checkpoint."""
+    """Write a run's newest checkpoint in another format: for transformers, llm.c or nanoGPT, or as safetensors."""
 
-    EXAMPLES = ["fastgpt export --out_dir=out", "fastgpt export --out_dir=out --to=model.pt"]
+    EXAMPLES = ["fastgpt export --out_dir=out-quickstart --format=hf", "fastgpt export --out_dir=out --to=model.pt"]
 
-    out_dir: PathText = Field("out", description="folder of the run, or the checkpoint's own folder in it")
-    to: PathText = Field("", description="file to write; empty: ckpt.pt in the folder of the run")
+    out_dir: PathText = Field("out", description="folder of the run, or a sharded checkpoint's own folder in it")
+    format: Literal["nanogpt", "hf", "safetensors", "llmc"] = Field("nanogpt", description="nanogpt, one ckpt.pt of a sharded checkpoint; hf, a folder that transformers loads; safetensors, one file of the weights; llmc, llm.c's model.bin")
+    to: PathText = Field("", description="file or folder to write; empty: in the folder of the run ckpt.pt, hf, model.safetensors or model.bin")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights in hf, safetensors and llmc")
+    overwrite: bool = Field(False, description="replace what an earlier export wrote there")
 
 
 class PrepareConfig(Settings):
@@ -228,7 +235,7 @@ class PrepareConfig(Settings):
     ]
 
     input: PathText = Field("", description="file or folder: text, .jsonl, .jsonl.gz or .parquet")
-    tokenizer: str = Field("bytes", description="bytes, chars, gpt2, or another tiktoken encoding by name")
+    tokenizer: str = Field("bytes", description="bytes, chars, gpt2, another tiktoken encoding by name, or a folder that has a Hugging Face tokenizer")
     out: PathText = Field("", description="folder to write, such as data/NAME")
     field: str = Field("", description="the JSON object's field, or the Parquet table's column, that has the text; empty: text")
     separator: str = Field("", description="text between documents, where \\n, \\t and \\0 may stand in it; empty: the tokenizer's end-of-text token, and nothing for bytes and chars, which have none")

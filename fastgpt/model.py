@@ -11,6 +11,7 @@ a user has replaced, hooked or parametrised is called as nanoGPT calls it.
 """
 
 import math
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -111,6 +112,14 @@ def stepping(block: nn.Module) -> TypeGuard[Any]:
     return plain(block, Block) or (isinstance(block, Block) and "step" in block.__dict__)
 
 
+# What an MLP may have between its Linears, by the names of --activation. nanoGPT's is "gelu".
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
+}
+
+
 def draws(block: nn.Module) -> bool:
     """Whether a block may draw random numbers. If not, checkpointing preserves no random state: a CUDA graph cannot read one."""
 
@@ -119,7 +128,9 @@ def draws(block: nn.Module) -> bool:
             return module.p
         if type(module) is CausalSelfAttention:
             return module.dropout
-        return float(type(module) not in (nn.Linear, nn.GELU, LayerNorm, MLP, Block))  # a user's module may draw
+        return float(
+            type(module) not in (nn.Linear, nn.GELU, nn.ReLU, LayerNorm, MLP, Block)
+        )  # a user's module may draw
 
     return any(p(module) > 0 for module in block.modules())
 
@@ -139,6 +150,7 @@ class GPT(nn.Module):
     transformer: Any  # nn.ModuleDict, whose modules no checker knows
     separator: int | None
     residual_dtype: torch.dtype | None
+    activation = "gelu"
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -198,6 +210,13 @@ class GPT(nn.Module):
     def set_residual(self, dtype: torch.dtype | None) -> None:
         """Set the dtype of the residual stream between blocks. None: that of the weights. A 16-bit dtype needs autocast to the same."""
         self.residual_dtype = dtype
+
+    def set_activation(self, name: str) -> None:
+        """Set what stands between an MLP's Linears: one of ACTIVATIONS. It belongs to the weights, as the sizes in GPTConfig do."""
+        self.activation = name
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.gelu = ACTIVATIONS[name]()
 
     def set_kernels(
         self, kernels: str | ops.Kernels = "auto", batch_size: int = 8, dtype: torch.dtype | None = None, compiled: bool = False,
@@ -320,38 +339,19 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
-        """GPT-2's weights from Hugging Face, by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or from a local folder.
+        """GPT-2's weights in Hugging Face's format: a local folder, or an id of the hub such as gpt2-medium or distilgpt2.
 
-        Only dropout may be overridden. Needs the extra `hf` (transformers). OpenAI trained these weights with the tanh GELU.
-        nanoGPT runs them with the erf GELU, and so does this; activations differ by at most 4.8e-4.
+        Only dropout may be overridden. OpenAI trained its weights with the tanh GELU. nanoGPT runs them with the erf GELU, and so does
+        this; `set_activation("gelu_tanh")` computes OpenAI's function. Raises UserError for what is no GPT-2, or another function than
+        GPT's.
         """
         override_args = override_args or {}
         assert all(k == "dropout" for k in override_args), (
             f"only dropout can be overridden, not {sorted(override_args)}"
         )
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from fastgpt import huggingface
 
-        print(f"loading weights from pretrained gpt: {model_type}")
-        c = GPT2Config.from_pretrained(model_type)
-        print(f"forcing vocab_size={c.vocab_size}, block_size={c.n_positions}, bias=True")
-        if "dropout" in override_args:
-            print(f"overriding dropout rate to {override_args['dropout']}")
-        shape = dict(
-            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size, block_size=c.n_positions
-        )
-        model = cls(GPTConfig(**shape, bias=True, **override_args))
-        source = GPT2LMHeadModel.from_pretrained(model_type)
-        theirs = {k: v for k, v in source.state_dict().items() if not k.endswith((".attn.masked_bias", ".attn.bias"))}
-        ours = model.state_dict()
-        assert theirs.keys() == ours.keys(), f"mismatched keys: {sorted(theirs.keys() ^ ours.keys())}"
-        conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-        with torch.no_grad():
-            for name, value in theirs.items():
-                # OpenAI's Conv1D stores its matrix as (in, out), a Linear as (out, in).
-                value = value.t() if name.endswith(conv1d) else value
-                assert value.shape == ours[name].shape, f"{name}: {tuple(value.shape)} is not {tuple(ours[name].shape)}"
-                ours[name].copy_(value)
-        return model
+        return huggingface.load(model_type, **override_args)
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str

@@ -29,7 +29,7 @@ from fastgpt.lock import lock
 EMBEDDED = "python-stdlib"
 SPLITS = ("train", "val")
 SAVE_SECONDS = 5.0  # from one record of what is done to the next
-Tokenizer = tokenizers.Tiktoken | tokenizers.Chars
+Tokenizer = tokenizers.Tokenizer
 
 
 def prepare(

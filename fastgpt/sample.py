@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, files, health, sharded, tokenizer
+from fastgpt import data, distributed, files, health, huggingface, sharded, tokenizer
 from fastgpt.config import SampleConfig, UserError
 from fastgpt.step import mixed_precision
 
@@ -24,23 +24,29 @@ def sample(cfg: SampleConfig) -> None:
     _, autocast, _ = mixed_precision(cfg.device, cfg.dtype)
 
     if cfg.init_from == "resume":
+        where, cure = cfg.out_dir, "its dataset's meta.pkl is missing; run where data/NAME/meta.pkl is"
         saved = sharded.load(cfg.out_dir)
+        if cfg.activation not in ("", trained := checkpoints.activation_of(saved)):
+            raise UserError(
+                f"--activation={cfg.activation}: {saved['path']} was trained with {trained}; leave the flag out"
+            )
         model, meta = checkpoints.build_model(saved), find_meta(saved)
     else:
-        saved, model, meta = {}, checkpoints.pretrained(cfg.init_from, 0.0), None
+        where, cure = f"--init_from={cfg.init_from}", "they do not belong together"
+        saved, model = {}, huggingface.load(cfg.init_from, 0.0, cfg.activation)
+        meta = huggingface.tokenizer_meta(huggingface.find(cfg.init_from), model.config.vocab_size)
     tok = tokenizer.from_meta(meta)
     if saved.get("config", {}).get("doc_mask"):  # mask the documents of a prompt as training did
         model.set_doc_mask(tokenizer.separator(meta))
     if tok.n_vocab > model.config.vocab_size:
         raise UserError(
-            f"{cfg.out_dir}: the model has {model.config.vocab_size} tokens, but the tokenizer {tok.n_vocab}: "
-            "its dataset's meta.pkl is missing; run where data/NAME/meta.pkl is"
+            f"{where}: the model has {model.config.vocab_size} tokens, but the tokenizer {tok.n_vocab}: {cure}"
         )
     ids = tok.encode_prompt(start)
     if not ids:
         raise UserError("--start: the prompt is empty; give at least one character, such as --start=$'\\n'")
     if broken := health.first_not_finite(model):
-        raise UserError(f"{cfg.out_dir}: {broken} is not finite: its training diverged")
+        raise UserError(f"{where}: {broken} is not finite: its training diverged")
     model.eval().to(cfg.device)
     model.set_kernels("torch")  # the kernels are measured for training, not for a token at a time
     if cfg.compile:
@@ -54,7 +60,7 @@ def sample(cfg: SampleConfig) -> None:
             except RuntimeError as e:
                 if "probability tensor" not in str(e):
                     raise
-                raise UserError(f"{cfg.out_dir}: the model's output is nan: its training diverged") from None
+                raise UserError(f"{where}: the model's output is nan: its training diverged") from None
             print(f"{tok.decode(y[0].tolist())}\n---------------", flush=True)
 
 

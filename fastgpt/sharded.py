@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 
 from fastgpt import checkpoint as checkpoints
 from fastgpt import distributed
-from fastgpt.config import ExportConfig, UserError
+from fastgpt.config import UserError
 from fastgpt.files import sync_folder
 
 REST = "rest.pt"
@@ -110,6 +110,7 @@ def one(folder: Path, whole: bool) -> dict[str, Any]:
         missing = {"model_args", "iter_num", "names", "optimizer", "id"} - rest.keys()
         if not missing:
             checkpoints.gpt_config(rest["model_args"])
+            checkpoints.activation_of(rest)
     except Exception as e:  # a damaged file can fail in any way
         raise UserError(f"{folder / REST}: not readable ({type(e).__name__}); the checkpoint is damaged") from None
     if missing:
@@ -247,27 +248,3 @@ def single(folder: Path, rest: dict[str, Any], sizes: dict[str, tuple[int, ...]]
         state[i] = {key.rpartition(".")[2]: into[key] for key in keys}
     kept = {key: value for key, value in rest.items() if key not in ("names", "id")}
     return {"model": model, **kept, "optimizer": {**rest["optimizer"], "state": state}}
-
-
-def export(cfg: ExportConfig) -> None:
-    """Make one file of the newest sharded checkpoint of an ExportConfig. Raises UserError."""
-    out = Path(cfg.out_dir)
-    folder = newest(out)
-    if folder is None:
-        is_one = checkpoints.checkpoint_path(out).exists()
-        raise UserError(
-            f"--out_dir={out}: "
-            + (
-                f"{checkpoints.checkpoint_path(out)} is one file already"
-                if is_one
-                else "there is no sharded checkpoint"
-            )
-        )
-    to = Path(cfg.to) if cfg.to else checkpoints.checkpoint_path(folder.parent)
-    checkpoint = load(folder)
-    del checkpoint["path"]
-    try:
-        checkpoints.write(checkpoint, to)
-    except OSError as e:
-        raise UserError(f"--to={to}: cannot be written ({e.strerror})") from None
-    print(f"{folder}, iteration {checkpoint['iter_num']}, is now one file: {to}")

@@ -1,11 +1,13 @@
-"""Text to token ids and back: bytes, chars, or any of tiktoken's encodings by name.
+"""Text to token ids and back: bytes, chars, any of tiktoken's encodings by name, or a Hugging Face tokenizer from its folder.
 
 Each tokenizer has `n_vocab`, `encode_array(text)` -> array of ids, `encode_prompt(text)` -> list of ids, `decode(ids)` -> text, and
 `decodable(vocab_size)` -> bool [vocab_size]: whether each id can be decoded. A data folder's `meta.pkl` names the tokenizer that made
 it. For bytes and chars it holds "vocab_size", "stoi" and "itos" as in nanoGPT, and fastgpt's "tokenizer". For another encoding it holds
-"vocab_size" and "tokenizer". For GPT-2's encoding there is no meta.pkl, as in nanoGPT.
+"vocab_size" and "tokenizer", and for a Hugging Face tokenizer all of its "tokenizer_json". For GPT-2's encoding there is no meta.pkl, as
+in nanoGPT.
 """
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -119,13 +121,74 @@ class Chars:
         return {"vocab_size": self.n_vocab, "tokenizer": "chars", "itos": self.itos, "stoi": self.stoi}
 
 
-def get_tokenizer(name: str) -> Tiktoken:
-    """The tokenizer "bytes", or one of tiktoken's encodings. Raises UserError if it is unknown or cannot be downloaded."""
+class HuggingFace:
+    """What a tokenizer.json says, by the library `tokenizers`. "<|endoftext|>" is a token in a prompt, and plain text elsewhere.
+
+    Raises UserError if it says no tokenizer, or the library is missing.
+    """
+
+    def __init__(self, tokenizer_json: str):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise UserError(
+                "this tokenizer needs the library tokenizers, which is not installed: pip install tokenizers"
+            ) from None
+        self.json = tokenizer_json
+        try:
+            self.tokenizer = Tokenizer.from_str(tokenizer_json)
+            ids = self.tokenizer.get_vocab(with_added_tokens=True)
+        except BaseException as e:  # a panic of the library is no Exception
+            if isinstance(e, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise UserError(f"tokenizer.json: the library tokenizers cannot read it ({e})") from None
+        self.ids = set(ids.values())
+        self.n_vocab = max(self.ids, default=-1) + 1
+        if not 0 < self.n_vocab <= 2**24:
+            raise UserError(f"tokenizer.json: its token ids end at {self.n_vocab - 1:,}, and not below 2^24")
+        self.end_of_text = ids.get(END_OF_TEXT)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # as plain text
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        self.tokenizer.encode_special_tokens = False
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self.tokenizer.encode_special_tokens = True
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def decodable(self, vocab_size: int) -> torch.Tensor:
+        return torch.tensor([i in self.ids for i in range(vocab_size)])
+
+    def meta(self) -> dict[str, Any]:
+        return {"vocab_size": self.n_vocab, "tokenizer": "huggingface", "tokenizer_json": self.json}
+
+
+Tokenizer = Tiktoken | Chars | HuggingFace
+
+
+def get_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer "bytes", one of tiktoken's encodings, or that in a folder in Hugging Face's format.
+
+    Raises UserError if it is unknown or cannot be downloaded.
+    """
     if name == "bytes":
         return Bytes()
     if name not in tiktoken.list_encoding_names():
+        if os.path.isdir(folder := os.path.expanduser(name)):
+            from fastgpt import huggingface  # which reads its files, and needs this module
+
+            return from_meta(huggingface.tokenizer_meta(folder))
         raise UserError(
-            f"tokenizer {name}: unknown; choose bytes, chars, or one of {', '.join(tiktoken.list_encoding_names())}"
+            f"tokenizer {name}: unknown; choose bytes, chars, a folder with a tokenizer.json, or one of "
+            f"{', '.join(tiktoken.list_encoding_names())}"
         )
     try:
         return Tiktoken(tiktoken.get_encoding(name))
@@ -143,7 +206,7 @@ def separator(meta: dict[str, Any] | None) -> int:
     if type(meta.get("separator")) is int:  # that of `prepare --separator`, if it is one token
         return meta["separator"]
     name = meta.get("tokenizer", "chars")
-    end_of_text = None if name == "chars" else get_tokenizer(name).end_of_text
+    end_of_text = None if name == "chars" else from_meta(meta).end_of_text
     if end_of_text is None:
         raise UserError(
             f"--doc_mask=True: the dataset's tokenizer, {name}, has no token between documents; "
@@ -152,11 +215,15 @@ def separator(meta: dict[str, Any] | None) -> int:
     return end_of_text
 
 
-def from_meta(meta: dict[str, Any] | None) -> Tiktoken | Chars:
+def from_meta(meta: dict[str, Any] | None) -> Tokenizer:
     """The tokenizer that a dataset's meta names; None means GPT-2's. Raises UserError."""
     if meta is None:
         return get_tokenizer("gpt2")
     name, itos = meta.get("tokenizer", "chars"), meta.get("itos")
+    if name == "huggingface":
+        if type(meta.get("tokenizer_json")) is not str:
+            raise UserError("the dataset's meta.pkl has no `tokenizer_json`: its tokens cannot be shown as text")
+        return HuggingFace(meta["tokenizer_json"])
     if name != "chars":
         return get_tokenizer(name)
     if isinstance(itos, (list, tuple)):

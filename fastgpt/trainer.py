@@ -20,7 +20,20 @@ from tqdm import tqdm
 
 import fastgpt
 from fastgpt import checkpoint as checkpoints
-from fastgpt import data, distributed, graphs, health, metrics, ops, optim, runner, sharded, signals, tokenizer
+from fastgpt import (
+    data,
+    distributed,
+    graphs,
+    health,
+    huggingface,
+    metrics,
+    ops,
+    optim,
+    runner,
+    sharded,
+    signals,
+    tokenizer,
+)
 from fastgpt.config import RESIDUAL, Diverged, TrainConfig, UserError
 from fastgpt.lock import lock
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
@@ -131,7 +144,7 @@ class Run:
         if saved:
             checkpoints.check_dataset(saved, cfg, self.meta)
             checkpoints.say_changes(saved, cfg)
-        self.model = self.build_model(saved, vocab_size).to(world.device)
+        self.model = self.build_model(saved, vocab_size, "activation" in given).to(world.device)
         self.model.set_recompute(cfg.recompute)
         self.model.set_residual(RESIDUAL[cfg.residual])
         if cfg.doc_mask:
@@ -281,20 +294,24 @@ class Run:
         settings = self.scaler, self.accumulation, self.autocast
         return graphs.Graphs(lambda x, y: micro_step(self.parallel, x, y, *settings), self.model.parameters())
 
-    def build_model(self, saved: dict[str, Any] | None, vocab_size: int) -> GPT:
+    def build_model(self, saved: dict[str, Any] | None, vocab_size: int, activation_given: bool) -> GPT:
         """The model of --init_from: new, from a checkpoint, or GPT-2's; cropped if block_size is smaller."""
         cfg = self.cfg
         if cfg.init_from == "scratch":
             print("Initializing a new model from scratch")
-            return GPT(cfg.gpt_config(vocab_size))
+            model = GPT(cfg.gpt_config(vocab_size))
+            model.set_activation(cfg.activation)
+            return model
         if saved:
             print(f"Resuming training from {cfg.out_dir}")
             model = checkpoints.build_model(saved, cfg.dropout)
         else:
             print(f"Initializing from OpenAI GPT-2 weights: {cfg.init_from}")
-            model = checkpoints.pretrained(cfg.init_from, cfg.dropout)
+            model = huggingface.load(cfg.init_from, cfg.dropout, cfg.activation if activation_given else "")
+            self.cfg = cfg = cfg.model_copy(update={"activation": model.activation})
         shape = model.config
-        if self.meta is not None and vocab_size != shape.vocab_size:
+        padded = self.meta is not None and self.meta.get("tokenizer") == "huggingface" and vocab_size < shape.vocab_size
+        if self.meta is not None and vocab_size != shape.vocab_size and not padded:
             raise UserError(
                 f"--dataset={cfg.dataset}: its vocabulary of {vocab_size} is not the model's of {shape.vocab_size}; "
                 "take a dataset of the model's own tokens"

@@ -1,5 +1,7 @@
 """Checkpoints and metrics outlive kills, full disks, second runs and damage; what cannot be used is named, before it takes memory."""
 
+import argparse
+import collections
 import copy
 import errno
 import io
@@ -18,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -595,6 +598,116 @@ def test_a_pickle_that_would_take_time_or_memory_or_run(workdir, pickled, said):
     with pytest.raises(UserError, match=said):
         checkpoint.load(".")
     assert not Path("pwned").exists()
+
+
+def with_prefix(prefix):
+    return lambda c: c.update(model={prefix + key: weight for key, weight in c["model"].items()})
+
+
+def with_masks(shape=(1, 1, 4, 4)):
+    return lambda c: c["model"].update({"transformer.h.0.attn.bias": torch.ones(shape).tril()})
+
+
+def with_numbers(c):
+    c.update(
+        iter_num=np.int64(3),
+        best_val_loss=np.float64(1.5),
+        model_args={k: np.int64(v) if type(v) is int else v for k, v in SHAPE.items()},
+    )
+    c["config"] = {
+        "dataset": "letters",
+        "learning_rate": np.float32(0.5),
+        "compile": np.bool_(True),
+        "n_layer": np.uint8(1),
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(with_prefix, ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]),
+        with_masks(),
+        lambda c: (with_masks()(c), with_prefix("module.")(c)),
+        lambda c: c["model"].pop("lm_head.weight"),
+        lambda c: c["model"].update({"lm_head.weight": c["model"]["lm_head.weight"].clone()}),
+        with_numbers,
+        lambda c: c.update(config=argparse.Namespace(dataset="letters", opts=argparse.Namespace(x=(1, 2)))),
+        lambda c: c.update(config=collections.OrderedDict(dataset="letters", more=collections.OrderedDict(x=1))),
+        lambda c: c.update(config={"dataset": "letters", "args": argparse.Namespace(lr=np.float64(0.1))}),
+    ],
+)  # fmt: skip
+def test_what_forks_of_nanogpt_save_is_read(workdir, change):
+    ckpt = made(3)
+    expected = GPT(GPTConfig(**SHAPE))
+    expected.load_state_dict(ckpt["model"])
+    change(ckpt)
+    torch.save(ckpt, "ckpt.pt")
+    loaded = checkpoint.load(".", resume=True)
+    assert loaded["config"]["dataset"] == "letters"
+    assert type(loaded["config"]) is dict
+    assert (type(loaded["iter_num"]), loaded["iter_num"], float(loaded["best_val_loss"])) == (int, 3, 1.5)
+    assert all(type(v) in (int, float, bool) for v in loaded["model_args"].values())
+    model = checkpoint.build_model(loaded)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+    optimizer_of(model).load_state_dict(loaded["optimizer"])
+
+
+def test_numpys_numbers_are_pythons(workdir):
+    ckpt = made(1)
+    with_numbers(ckpt)
+    torch.save(ckpt, "ckpt.pt")
+    found = checkpoint.load(".")["config"]
+    assert found == {"dataset": "letters", "learning_rate": 0.5, "compile": True, "n_layer": 1}
+    assert [type(v) for v in found.values()] == [str, float, bool, int]
+
+
+class Pretender(argparse.Namespace):
+    """Not argparse's own, though it is one."""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_masks((1, 1, 5, 5)), "h.0.attn.bias is .*, and not the causal mask of 4 positions"),
+        (lambda c: c["model"].update({"transformer.h.0.attn.bias": 7}), "h.0.attn.bias is 7, and not the causal mask"),
+        (lambda c: c["model"].update({"module.lm_head.weight": torch.zeros(5, 8)}), "Unexpected key"),
+        (lambda c: c["model"].pop("transformer.wte.weight"), "Missing key 'transformer.wte.weight'"),
+        (lambda c: c.update(config={"x": np.array([1.0, 2.0])}), r"it asks for numpy\._?core\.multiarray\._reconstruct"),
+        (lambda c: c.update(config={"x": np.datetime64("2020-01-01")}), "a numpy number of the kind 'M8'"),
+        (lambda c: c.update(config={"x": np.str_("abc")}), "a numpy number of the kind 'U3'"),
+        (lambda c: c.update(config=Pretender(x=1)), "it asks for test_checkpoint_faults.Pretender"),
+        (lambda c: c.update(config=argparse.Namespace(x=c["model"]["lm_head.weight"])), "its settings hold"),
+    ],
+)  # fmt: skip
+def test_what_no_fork_saves_is_refused(workdir, change, said):
+    ckpt = made(3)
+    change(ckpt)
+    torch.save(ckpt, "ckpt.pt")
+    with pytest.raises(UserError, match=rf"ckpt\.pt: .*{said}"):
+        checkpoint.load(".")
+
+
+SCALAR = b"cnumpy._core.multiarray\nscalar\n"
+FLOAT = b"cnumpy\ndtype\nX\x02\x00\x00\x00f8\x89\x88\x87R"
+
+
+@pytest.mark.parametrize(
+    ("pickled", "said"),
+    [
+        (SCALAR + FLOAT + b"X\x01\x00\x00\x00a\x86R.", "a numpy number in it is of no kind"),
+        (SCALAR + b"K\x01K\x01\x86R.", "a numpy number in it is of no kind"),
+        (FLOAT + b"(K\x03X\x01\x00\x00\x00>NNNK\x00K\x00K\x00tb.", "another byte order"),
+        (FLOAT + b"K\x01b.", "not a readable checkpoint"),
+        (b"cargparse\nNamespace\n)\x81K\x01b.", "a Namespace in it has no names"),
+        (b"cargparse\nNamespace\n)\x81}K\x01K\x02sb.", "a Namespace in it has no names"),
+        (b"cargparse\nArgumentParser\n)\x81.", "it asks for argparse.ArgumentParser"),
+    ],
+)  # fmt: skip
+def test_numbers_and_namespaces_that_no_pickle_writes(workdir, pickled, said):
+    with zipfile.ZipFile("ckpt.pt", "w") as z:
+        z.writestr("archive/data.pkl", b"\x80\x02" + pickled)
+    with pytest.raises(UserError, match=said):
+        checkpoint.load(".")
 
 
 def damage(**moments):

@@ -49,14 +49,14 @@ def test_every_flag_of_nanogpt_has_its_default(gpu):
         "timeout",
         "join_timeout",
     }
-    own |= {"micro_batch", "recompute", "doc_mask", "residual", "cuda_graphs", "runner"}
+    own |= {"micro_batch", "recompute", "doc_mask", "residual", "activation", "cuda_graphs", "runner"}
     assert got.keys() - NANOGPT_DEFAULTS.keys() == own
 
 
 def test_samples_flags_have_nanogpts_defaults():
     assert parse(SampleConfig, [], "sample")[0].model_dump() == dict(
         init_from="resume", out_dir="out", start="\n", num_samples=10, max_new_tokens=500, temperature=0.8, top_k=200, seed=1337,
-        device=default_device(), dtype=default_dtype(), compile=False,
+        device=default_device(), dtype=default_dtype(), compile=False, activation="",
     )  # fmt: skip
 
 

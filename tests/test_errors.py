@@ -200,8 +200,8 @@ def test_a_hub_that_cannot_be_reached(refused, monkeypatch):
 
 
 def test_what_is_not_installed(refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    says(refused("--init_from=gpt2"), "--init_from=gpt2", "pip install transformers")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    says(refused("--init_from=gpt2"), "--init_from=gpt2", "pip install huggingface_hub safetensors tokenizers")
     monkeypatch.setitem(sys.modules, "wandb", None)
     says(refused("--wandb_log=True"), "--wandb_log=True", "pip install wandb", "--wandb_log=False")
 

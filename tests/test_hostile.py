@@ -33,9 +33,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fastgpt import choose, cli, data, documents, files, prepare, runner, token_files, tuned
+from fastgpt import choose, cli, data, documents, export, files, huggingface, prepare, runner, token_files, tuned
 from fastgpt.benchmarks import compare, report
 from fastgpt.config import GPTConfig, TrainConfig, UserError
+from fastgpt.model import GPT
 from fastgpt.parse import parse_train
 from fastgpt.records import RECORDS, Shape
 from fastgpt.timing import Times
@@ -380,6 +381,50 @@ def of_parquet(workdir, monkeypatch):
     return path, path.read_bytes(), rows
 
 
+def hugging_face(path):
+    def load():
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = huggingface.load(str(path.parent))
+            huggingface.tokenizer_meta(path.parent)
+        assert model.config == GPTConfig(4, 260, 1, model.config.n_head, 8, 0.0, True)
+
+    return load
+
+
+HUGGING_FACE = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+
+
+def of_hugging_face(name):
+    """A loader of one of the files in a folder of a small GPT-2."""
+
+    def of(workdir, monkeypatch):
+        folder = workdir / "gpt2-small"
+        folder.mkdir()
+        model = GPT(GPTConfig(4, 260, 1, 2, 8, 0.0, True))
+        args = {"model_args": asdict(model.config), "model": model.state_dict()}
+        chars = {huggingface.BYTE_CHARS[b]: b for b in range(256)}
+        vocab = {**chars, "th": 256, "the": 257, "an": 258, "<|endoftext|>": 259}
+        spec = huggingface.byte_level(vocab, [["t", "h"], ["th", "e"], ["a", "n"]], {"<|endoftext|>": 259})
+        sizes = {"vocab_size": 260, "n_positions": 4, "n_embd": 8, "n_layer": 1, "n_head": 2}
+        config = {
+            "model_type": "gpt2",
+            **sizes,
+            "activation_function": "gelu",
+            "n_inner": None,
+            "scale_attn_weights": True,
+        }
+        index = {"weight_map": {"wte.weight": "model-1.safetensors"}}
+        for file, tree in (("config.json", config), ("tokenizer.json", spec), ("model.safetensors.index.json", index)):
+            (folder / file).write_text(json.dumps(tree))
+        whole = "model-1.safetensors" if name.endswith("index.json") else "model.safetensors"
+        with open(folder / whole, "wb") as f:
+            export.write_safetensors(f, export.of_transformers(args), "float32", {})
+        trees = {"config.json": config, "tokenizer.json": spec, "model.safetensors.index.json": index}
+        return folder / name, (folder / name).read_bytes(), hugging_face, *([trees[name]] if name in trees else [])
+
+    return of
+
+
 LOADERS = {
     "config": lambda workdir, _: (workdir / "a.py", CONFIG, config),
     "toml": lambda workdir, _: (workdir / "a.toml", TOML, config),
@@ -395,6 +440,7 @@ LOADERS = {
     "choice": of_choice,
     "runner": of_runner,
     "result": of_result,
+    **{f"gpt2 {name}": of_hugging_face(name) for name in HUGGING_FACE},
 }
 
 
