@@ -22,7 +22,7 @@ IN_CLONE = {  # their commands are to be run in a clone; those of the other page
 }  # fmt: skip
 REASONS = (  # why a block may be left out
     r"needs an NVIDIA GPU|needs several GPUs|needs a cluster|needs the network|needs the package \w+|needs 20 GB of data"
-    r"|needs files of your own|takes minutes, and CI runs it by itself"
+    r"|needs files of your own|needs a model in hf/|takes minutes, and CI runs it by itself"
 )
 SECONDS = 600  # after which a page is ended
 
