@@ -19,6 +19,7 @@ test = [
     "transformers",
     "peft",
     "numpy>=2",
+    "setuptools>=77",  # tests build the package, without a network
 ]
 bench = [
     "pytest",
