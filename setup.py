@@ -50,6 +50,7 @@ test = [
     "peft",
     "numpy>=2",
     "pyarrow",
+    "setuptools>=77",  # tests build the package, without a network
 ]
 bench = [
     "pytest",

@@ -120,7 +120,7 @@ class SharedDraws:
         return [{"rng": d.generator.get_state(), "offsets": torch.cat((o, d.left))} for d, o in every]  # type: ignore[union-attr]
 
 
-class InOrder:
+class InOrder(Draws):
     """The offsets of a stream's first `count` windows, one behind the other, again and again: for evaluations. Nothing is drawn.
 
     Raises UserError if the stream is shorter.
@@ -132,6 +132,7 @@ class InOrder:
                 f"--eval_windows=first: {tokens.paths[0]}: the first {count:,} windows of {block_size} tokens need "
                 f"{count * block_size + 1:,} tokens, and there are {len(tokens):,}; take a smaller --eval_iters"
             )
+        super().__init__()
         self.count, self.block_size, self.next = count, block_size, 0
 
     def __call__(self, n: int, bound: int) -> torch.Tensor:
@@ -151,7 +152,7 @@ class Batches:
 
     def __init__(
         self, tokens: Tokens, batch_size: int, block_size: int, device: str | torch.device,
-        draws: Draws | SharedDraws | InOrder | None = None, merged: int = 1,
+        draws: Draws | SharedDraws | None = None, merged: int = 1,
     ):  # fmt: skip
         if len(tokens) <= block_size:
             raise UserError(

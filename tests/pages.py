@@ -22,7 +22,7 @@ IN_CLONE = {  # their commands are to be run in a clone; those of the other page
 }  # fmt: skip
 REASONS = (  # why a block may be left out
     r"needs an NVIDIA GPU|needs several GPUs|needs a cluster|needs the network|needs the package \w+|needs 20 GB of data"
-    r"|needs files of your own|takes minutes, and CI runs it by itself"
+    r"|needs files of your own|needs a model in hf/|takes minutes, and CI runs it by itself"
 )
 SECONDS = 600  # after which a page is ended
 
@@ -44,7 +44,12 @@ class Block:
     why: str | None
 
     def __str__(self):
-        return f"{self.page.relative_to(ROOT)}, line {self.line}"
+        return f"{name_of(self.page)}, line {self.line}"
+
+
+def name_of(page: Path) -> str:
+    """A page's path in the checkout; of another page the file's name."""
+    return str(page.relative_to(ROOT)) if page.is_relative_to(ROOT) else page.name
 
 
 def blocks(page: Path, *kinds: str) -> list[Block]:
@@ -168,7 +173,7 @@ def own_environment(folder: Path) -> Path:
 def run_page(page: Path, folder: Path, cache: Path) -> str:
     """Run the blocks of a page in `folder`: the shell's in order, in one shell, then Python's in one session. What ran and what did not,
     in a line. A failure is an AssertionError with the block and its output."""
-    name = str(page.relative_to(ROOT))
+    name = name_of(page)
     shell = [block for block in blocks(page, "sh") if block.why is None]
     python = [block for block in blocks(page, "python") if block.why is None]
     script = "".join(f"echo '@@ {block}'\n{block.text}" for block in shell)

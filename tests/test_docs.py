@@ -40,6 +40,56 @@ def test_every_command_parses(page):
         ast.parse(block.text)
 
 
+PAGE = """
+```sh
+fastgpt train --n_layer=2 # a comment, with an apostrophe's quote
+MASTER_PORT=1 torchrun --nproc_per_node=8 \\
+    train.py --n_head=2 && cat <<'END' | fastgpt sample --seed=3 > out.txt
+fastgpt nothing
+END
+srun bash -c 'RANK=$X exec python train.py --n_embd=4'
+```
+
+<!-- not run: needs luck -->
+```sh
+python -m fastgpt.cli verify
+```
+
+```python
+1 / 0
+```
+"""
+
+
+def test_no_command_is_overlooked(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    found = blocks(page, "sh", "python")
+    assert [(block.kind, block.line, block.why) for block in found] == [
+        ("sh", 2, None),
+        ("sh", 12, "needs luck"),
+        ("python", 16, None),
+    ]
+    assert [" ".join(words) for block in found[:2] for words in commands(block.text)] == [
+        "train --n_layer=2", "train --n_head=2", "sample --seed=3", "train --n_embd=4", "verify",
+    ]  # fmt: skip
+    assert check(["train", "--n_layer=2", "config/of_yours.py"]) == ""
+    assert "--n_layers=2" in check(["train", "--n_layers=2"])
+    assert "--n_layer" in check(["train", "--n_layer=two"])
+    assert "there is no command" in check(["trian"])
+
+
+@pytest.mark.parametrize(
+    "text", ["```sh\ntrue\nfalse\ntrue\n```\n", "```sh\ntrue\n```\n```python\nprint(1 / 0)\n```\n"]
+)
+def test_a_block_that_fails_is_seen(tmp_path, text):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(AssertionError, match=r"exit status 1 of page\.md, line"):
+        run_page(page, tmp_path / "run", tmp_path)
+
+
 def anchors(page):
     """The anchors of a page's headings, as GitHub makes them."""
     found = []

@@ -127,6 +127,12 @@ def test_the_kernels_folder_is_installed_under_our_name():
     assert done.returncode != 0, "the bare name `kernels` belongs to Hugging Face's package"
 
 
+def test_the_citation_is_of_this_version():
+    import fastgpt
+
+    assert f"\nversion: {fastgpt.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def build(folder, hook, out):
     """Call a hook of setuptools in a folder, as a front end does: the path of what it builds."""
     code = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
