@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import hashlib
-import itertools
 import json
 import os
 import pickle
@@ -27,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fastgpt import __version__, data, documents, files, tokenizer
+from fastgpt import __version__, data, documents, tokenizer
 from fastgpt import prepare as preparing
 from fastgpt.config import TrainConfig, UserError
 from fastgpt.lock import lock
@@ -238,9 +237,9 @@ def test_a_meta_of_any_plain_form_is_read(workdir, protocol):
                 assert tokenizer.from_meta(found).decode([2, 0, 1]) == "☃aé"
 
 
-def two_datasets(workdir):
-    """data/char and data/other: the same files, with metas of different characters."""
-    for name, chars in {"char": "ab", "other": "xy"}.items():
+def three_datasets(workdir):
+    """data/char, data/other and --dataset's default: the same files, with metas of different characters."""
+    for name, chars in {"char": "ab", "other": "xy", "openwebtext": "pq"}.items():
         (workdir / "data" / name).mkdir(parents=True)
         meta = {"vocab_size": 2, "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
         (workdir / f"data/{name}/meta.pkl").write_bytes(pickle.dumps(meta))
@@ -249,7 +248,7 @@ def two_datasets(workdir):
 
 
 def test_the_meta_beside_the_files_is_theirs(workdir, capsys):
-    two_datasets(workdir)
+    three_datasets(workdir)
     files = lambda a, b: [f"--train_data=data/{a}/train.bin", f"--val_data=data/{b}/va*.bin"]  # noqa: E731
     for flags, chars in {
         (*files("char", "char"),): "ab",
@@ -722,7 +721,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("name", ["bytes", "chars", "gpt2"])
 def test_a_stopped_preparation_goes_on_where_it_was(workdir, gpt2, name, monkeypatch, capsys):
-    """Killed after any of its blocks it ends with the bits of one that was not; it reads the text once, and tokenizes no block twice."""
+    """Killed after any of its blocks, recorded or not, it ends with the bits of one that was not. It is not surveyed twice."""
     (workdir / "in").mkdir()
     for i in range(3):
         (workdir / f"in/{i}.txt").write_text(TEXT[: 30_000 * (i + 1)])
@@ -731,22 +730,21 @@ def test_a_stopped_preparation_goes_on_where_it_was(workdir, gpt2, name, monkeyp
     monkeypatch.setattr(documents.pieces, "__defaults__", (2**12, False, 0))
     monkeypatch.setattr(documents.blocks, "__defaults__", (2**13,))
     preparing.prepare("in", name, "data/whole")
-    ticks = itertools.count(0, preparing.SAVE_SECONDS)
-    monkeypatch.setattr(
-        preparing, "time", SimpleNamespace(monotonic=lambda: next(ticks))
-    )  # each second block is recorded
-    for kill in (0, 1, 3, 0, 7, None):
-        written = 0
+    for calls in (
+        8,
+        14,
+        5,
+        20,
+        10**6,
+    ):  # of the clock: one at the start, one after each block, and one after each record of what is done
+        clock = (i * preparing.SAVE_SECONDS for i in range(calls))
 
-        def write_json(path, contents, kill=kill, write=files.write_json):
-            nonlocal written
-            write(path, contents)
-            if path.name == "state.json":
-                written += 1
-                if kill is not None and written > kill:
-                    raise Killed
+        def monotonic(clock=clock):
+            if (seconds := next(clock, None)) is None:
+                raise Killed
+            return seconds
 
-        monkeypatch.setattr(preparing, "files", SimpleNamespace(**vars(files) | {"write_json": write_json}))
+        monkeypatch.setattr(preparing, "time", SimpleNamespace(monotonic=monotonic))
         with contextlib.suppress(Killed):
             preparing.prepare("in", name, "data/x")
         monkeypatch.setattr(documents, "survey", None)  # the first one's is kept
@@ -755,6 +753,30 @@ def test_a_stopped_preparation_goes_on_where_it_was(workdir, gpt2, name, monkeyp
     manifests = [json.loads(Path(f"data/{of}/manifest.json").read_text()) for of in ("whole", "x")]
     assert manifests[0] == manifests[1]
     assert sorted(os.listdir("data/x")) == sorted(os.listdir("data/whole"))
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_a_kill_between_the_files_of_a_dataset(workdir, monkeypatch, moved):
+    """The same command then makes it whole: it need not be told to overwrite what it has begun."""
+    (workdir / "a.txt").write_text(TEXT)
+    preparing.prepare("a.txt", "bytes", "data/whole")
+    names = []
+
+    def replace(part, path):
+        if len(names) == moved:
+            raise Killed
+        names.append(path.name)
+        os.replace(part, path)
+
+    with monkeypatch.context() as m:
+        m.setattr(preparing, "os", SimpleNamespace(**vars(os) | {"replace": replace}))
+        with contextlib.suppress(Killed):
+            preparing.prepare("a.txt", "bytes", "data/x")
+    assert len(names) == moved
+    preparing.prepare("a.txt", "bytes", "data/x")
+    for name in os.listdir("data/whole"):
+        assert Path("data/x", name).read_bytes() == Path("data/whole", name).read_bytes()
+    assert not Path("data/x/.part").exists()
 
 
 @pytest.mark.slow
