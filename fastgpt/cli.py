@@ -1,6 +1,5 @@
 """The command `fastgpt`: train, sample, export, prepare, verify, tune, bench. A user's error is one line on stderr and exit status 2."""
 
-import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -98,7 +97,7 @@ def run(command: str, argv: list[str]) -> int | None:
         VerifyConfig,
         own_environment,
     )
-    from fastgpt.parse import parse, parse_train
+    from fastgpt.parse import close, parse, parse_train
 
     if command == "train":
         from fastgpt.trainer import Again, train
@@ -148,8 +147,8 @@ def run(command: str, argv: list[str]) -> int | None:
 
         print(completion(argv), end="")
     else:
-        near = difflib.get_close_matches(command[:100], COMMANDS, n=1, cutoff=0.6)
-        hint = f"the nearest is {near[0]!r}" if near else "fastgpt --help lists them"
+        near = close(command, COMMANDS)
+        hint = f"the nearest is {near!r}" if near else "fastgpt --help lists them"
         raise UserError(f"there is no command {command!r}; {hint}")
     return None
 

@@ -1,8 +1,8 @@
 """`fastgpt completion SHELL`: a script that completes commands, flags, choices and files; made from the schemas.
 
-bash: eval "$(fastgpt completion bash)"      in ~/.bashrc
-zsh:  eval "$(fastgpt completion zsh)"       in ~/.zshrc, behind compinit
-fish: fastgpt completion fish | source       in ~/.config/fish/config.fish
+bash: fastgpt completion bash > ~/.fastgpt.bash, and in ~/.bashrc: source ~/.fastgpt.bash
+zsh:  fastgpt completion zsh > ~/.fastgpt.zsh, and in ~/.zshrc, behind compinit: source ~/.fastgpt.zsh
+fish: fastgpt completion fish > ~/.config/fish/completions/fastgpt.fish
 """
 
 from pydantic.fields import FieldInfo

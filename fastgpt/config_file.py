@@ -238,8 +238,8 @@ class Reader:
         value = self.value(node.value)
         spec = self.value(node.format_spec) if node.format_spec else ""
         if node.conversion != -1:
-            convert: Callable[[Any], str] = {"s": str, "r": repr, "a": ascii}[chr(node.conversion)]
-            value = convert(value)
+            conversions: dict[str, Callable[[Any], str]] = {"s": str, "r": repr, "a": ascii}
+            value = conversions[chr(node.conversion)](value)
         found = FORMAT.fullmatch(spec)
         if not found or any(int(n or 0) > WIDEST for n in found.groups()):
             raise Unread(f"the format {spec[:100]!r} is not read")

@@ -169,13 +169,14 @@ def check_key(schema: type[Settings], key: str, where: str) -> None:
 
 def instead(schema: type[Settings], key: str) -> str:
     """What to write instead of a name that is no setting."""
+    theirs = {}  # a name of another program's: what is said of it
     for names, settings, note in INSTEAD:
-        if key.lower() in names.split():
-            right = next((name for name in settings.split() if name in schema.model_fields), None)
-            if right or not settings:
-                return "; ".join(filter(None, [right and f"it is {right!r} here", note]))
-    near = close(key, schema.model_fields)
-    return f"the nearest is {near!r}" if near else "--help lists them all"
+        right = next((name for name in settings.split() if name in schema.model_fields), None)
+        if right or not settings:
+            says = "; ".join(filter(None, [right and f"it is {right!r} here", note]))
+            theirs.update(dict.fromkeys(names.split(), says))
+    near = close(key.lower(), [*theirs, *schema.model_fields])
+    return theirs.get(near or "") or (f"the nearest is {near!r}" if near else "--help lists them all")
 
 
 def close(word: str, words: Iterable[str]) -> str | None:

@@ -186,6 +186,8 @@ def test_words_apply_from_left_to_right(tmp_path):
         (["--lr=3"], ["--lr=3: there is no setting 'lr'; it is 'learning_rate' here"]),
         (["--epochs=3"], ["'epochs'; it is 'max_iters' here; there are no epochs: it counts updates"]),
         (["--config=a.py"], ["'config'; give the file's name alone, as in `fastgpt train FILE.py`"]),
+        (["--learning-rte=3"], ["there is no setting 'learning_rte'; the nearest is 'learning_rate'"]),
+        (["--hiden_size=3"], ["there is no setting 'hiden_size'; it is 'n_embd' here"]),
         (["--gpus=8"], ["'gpus'; torchrun says it: `torchrun --nproc_per_node=N train.py ...`"]),
         (["--frobnicate=1"], ["there is no setting 'frobnicate'; --help lists them all"]),
     ],
