@@ -305,7 +305,7 @@ class Model(nn.Module):
         return self.head(h, targets)
 
 
-@both
+@pytest.mark.parametrize("kernels", [pytest.param("torch", marks=pytest.mark.slow), TRITON])
 def test_they_compile_without_a_graph_break(kernels):
     torch._dynamo.reset()
     torch.manual_seed(0)
