@@ -579,6 +579,12 @@ def test_weights_that_share_their_memory_are_refused(workdir):
     torch.save(ckpt, "ckpt.pt")
     with pytest.raises(UserError, match="its tensors share their memory"):
         checkpoint.load(".")
+    ckpt["model_args"]["vocab_size"] = 5000
+    ckpt["model"]["transformer.wte.weight"] = torch.zeros(5000, 8)
+    del ckpt["model"]["lm_head.weight"]  # then the tied tensor is there once, and must not be taken off
+    torch.save(ckpt, "ckpt.pt")
+    with pytest.raises(UserError, match="its tensors share their memory"):
+        checkpoint.load(".")
 
 
 @pytest.mark.parametrize(
