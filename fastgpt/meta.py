@@ -20,7 +20,7 @@ ATOM_TYPES = (str, bytes, int, float, bool, type(None))
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 SCALAR = re.compile(r"[iuf][1248]|b1|U\d")  # the dtypes of NumPy's numbers and short texts
 ORDERS = {"<": "<", ">": ">", "|": "<"}  # byte orders; | is that of single bytes
-MOST_VALUES = 3_000_000  # a vocabulary of 200,000 has 1.2 million
+MOST_VALUES = 2_000_000  # a vocabulary of 200,000 has 1.2 million
 MOST_COLLECTIONS = 100_000
 
 

@@ -582,7 +582,7 @@ cases = {
     "a megabyte in a thousand copies": lambda: plain([Calls(encode, big, "latin1") for _ in range(1000)]),
     "an array": lambda: plain(np.zeros(2)),
     "a function of NumPy's": lambda: plain(np.frombuffer),
-    "four million values": lambda: plain([None] * 4_000_000),
+    "three million values": lambda: plain([None] * 3_000_000),
     "a million lists": lambda: meta(b"\\x80\\x04" + b"]" * 10**6 + b"."),
     "text of 2^60 bytes": lambda: meta(b"\\x80\\x04\\x8d" + (2**60).to_bytes(8, "little") + b"a."),
     "a meta.pkl of a terabyte": lambda: sparse(lambda: data.load_meta("."), "meta.pkl"),
