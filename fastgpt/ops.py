@@ -90,7 +90,7 @@ OPS = tuple(f.name for f in fields(Kernels) if f.name != "rows")
 IMPLEMENTATIONS = {op: ("torch", "triton", "cudnn") if op == "attention" else ("torch", "triton") for op in OPS}
 TORCH = Kernels()
 AUTO = Kernels(**dict.fromkeys(OPS, "auto"), rows=())
-# As constants, which torch.compile can read: it does not trace `parse`.
+# Made once: to parse a name takes 8 us, and every call of an op may bring one.
 NAMED = {
     name: Strict(**dict.fromkeys(OPS, name), rows=()) for name in ("auto", "torch", "triton")[: 3 if triton else 2]
 }
