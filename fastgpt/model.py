@@ -113,7 +113,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Up-projection to 4C, exact-erf GELU, down-projection. [B,T,C] in and out."""
+    """Up-projection to 4C, GELU, by erf unless someone sets another, down-projection. [B,T,C] in and out."""
 
     kernels = ops.TORCH
 
@@ -133,8 +133,9 @@ class MLP(nn.Module):
     def branch(self, x: Tensor) -> tuple[Tensor, float]:
         """(the output before the last dropout, p of that dropout)."""
         fc, gelu, proj = self.c_fc, self.gelu, self.c_proj
-        if plain(fc, nn.Linear) and plain(proj, nn.Linear) and plain(gelu, nn.GELU) and gelu.approximate == "none":
-            y = ops.gelu_mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.recompute, kernels=self.kernels)
+        if plain(fc, nn.Linear) and plain(proj, nn.Linear) and plain(gelu, nn.GELU):
+            weights = fc.weight, fc.bias, proj.weight, proj.bias
+            y = ops.gelu_mlp(x, *weights, self.recompute, gelu.approximate, kernels=self.kernels)
         else:
             y = apply_linear(proj, gelu(apply_linear(fc, x, self.kernels)), self.kernels)
         return defer_dropout(self.dropout, y)
