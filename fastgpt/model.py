@@ -59,7 +59,7 @@ class CausalSelfAttention(modules.CausalSelfAttention):
 
 
 class MLP(modules.MLP):
-    """Up-projection to 4C, exact-erf GELU, down-projection, of a GPTConfig. [B,T,C] in and out."""
+    """Up-projection to 4C, GELU, by erf unless someone sets another, down-projection, of a GPTConfig. [B,T,C] in and out."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config.n_embd, config.bias, config.dropout)

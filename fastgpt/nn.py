@@ -180,8 +180,9 @@ class MLP(nn.Module):
     def branch(self, x: Tensor) -> tuple[Tensor, float]:
         """(the output before the last dropout, p of that dropout)."""
         fc, gelu, proj = self.c_fc, self.gelu, self.c_proj
-        if plain(fc, nn.Linear) and plain(proj, nn.Linear) and plain(gelu, nn.GELU) and gelu.approximate == "none":
-            y = ops.gelu_mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.recompute, kernels=self.kernels)
+        if plain(fc, nn.Linear) and plain(proj, nn.Linear) and plain(gelu, nn.GELU):
+            weights = fc.weight, fc.bias, proj.weight, proj.bias
+            y = ops.gelu_mlp(x, *weights, self.recompute, gelu.approximate, kernels=self.kernels)
         else:
             y = apply_linear(proj, gelu(apply_linear(fc, x, self.kernels)), self.kernels)
         return defer_dropout(self.dropout, y)

@@ -252,18 +252,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kernels: Kerne
 
 def gelu_mlp(
     h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, recompute: bool = False,
-    kernels: Kernels | str = AUTO,
+    approximate: str = "none", kernels: Kernels | str = AUTO,
 ) -> Tensor:  # fmt: skip
     """GELU(h w_fc^T + b_fc) w_proj^T + b_proj, [...,C], of h [...,C]; see `reference.gelu_mlp`. recompute: the backward computes the
-    activation again; PyTorch's implementation also the pre-activation."""
+    activation again; PyTorch's implementation also the pre-activation. approximate: "none" or "tanh", as of F.gelu."""
     kernels = named(kernels)
     if by_triton("gelu_mlp", kernels, h) and fits("gelu_mlp", kernels, triton.gelu_mlp.takes(h), h):
-        return triton.gelu_mlp.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute, kernels.row("gelu_mlp"))
+        return triton.gelu_mlp.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, recompute, kernels.row("gelu_mlp"), approximate)
     if recompute and torch.is_grad_enabled():
         return checkpoint(
-            reference.gelu_mlp, h, w_fc, b_fc, w_proj, b_proj, use_reentrant=False, preserve_rng_state=False
-        )
-    return reference.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj)
+            reference.gelu_mlp, h, w_fc, b_fc, w_proj, b_proj, approximate, use_reentrant=False, preserve_rng_state=False
+        )  # fmt: skip
+    return reference.gelu_mlp(h, w_fc, b_fc, w_proj, b_proj, approximate)
 
 
 def linear_cross_entropy(

@@ -32,6 +32,7 @@ class Shape:
     dropout: float = 0.0
     doc_mask: bool = False
     narrow_residual: bool = False  # the residual stream is in the compute dtype, not in fp32
+    tanh: bool = False  # the tanh GELU
     n_head_kv: int = 0  # heads of keys and values, if these come apart from the queries
 
     @classmethod
@@ -100,9 +101,10 @@ class Record:
     times: Callable
     step: Callable | None = None
     row: Callable | None = None
-    dropout: bool = False  # this and the next two: options that the op has, and that verify checks
+    dropout: bool = False  # this and the next three: options that the op has, and that verify checks
     doc_mask: bool = False
     narrow_residual: bool = False
+    tanh: bool = False
     halves: bool = True  # whether its outputs are of 16 bits under autocast
     by_row: bool = False  # runs one program for each row, which takes Triton's interpreter milliseconds
 
@@ -120,6 +122,8 @@ class Record:
             yield replace(shapes[-1], doc_mask=True)
             yield from GPU_HEADS if gpu else ()
             yield from GPU_GROUPS if gpu else INTERPRETER_GROUPS
+        if self.tanh:
+            yield replace(shapes[0], tanh=True)
         if self.narrow_residual and half:
             yield replace(shapes[0], narrow_residual=True)
             yield replace(shapes[-1], narrow_residual=True)
@@ -429,18 +433,19 @@ def gelu_mlp_parts(s: Shape, itemsize: int) -> list[Part]:
     ),
     parts=gelu_mlp_parts,
     times=lambda n_layer: n_layer,
+    tanh=True,
 )
 def gelu_mlp(draw: Draw) -> Problem:
-    s, C = draw.shape, draw.shape.n_embd
+    s, C, form = draw.shape, draw.shape.n_embd, "tanh" if draw.shape.tanh else "none"
     return draw.problem(
         dict(
             h=draw.randn(s.B, s.T, C, dtype=draw.dtype), w_fc=draw.randn(4 * C, C, scale=C**-0.5), b_fc=draw.bias(4 * C),
             w_proj=draw.randn(C, 4 * C, scale=C**-0.5 / 2), b_proj=draw.bias(C),
         ),
         ("y",), (draw.randn(s.B, s.T, C, dtype=draw.dtype),),
-        lambda *inputs: (reference.gelu_mlp(*inputs),),
-        lambda *inputs, row="": (ops.triton.gelu_mlp.gelu_mlp(*inputs, row=row),),
-        lambda *inputs, kernels: (ops.gelu_mlp(*inputs, kernels=kernels),), flowing=("h",),
+        lambda *inputs: (reference.gelu_mlp(*inputs, approximate=form),),
+        lambda *inputs, row="", recompute=False: (ops.triton.gelu_mlp.gelu_mlp(*inputs, recompute=recompute, row=row, approximate=form),),
+        lambda *inputs, kernels: (ops.gelu_mlp(*inputs, approximate=form, kernels=kernels),), flowing=("h",),
     )  # fmt: skip
 
 

@@ -89,9 +89,14 @@ def attention_qkv(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, doc_i
     return y.transpose(1, 2).contiguous()
 
 
-def gelu_mlp(h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None) -> Tensor:
-    """The MLP: up-projection [4C,C], exact-erf GELU, down-projection [C,4C]; biases may be None. [B,T,C] in and out."""
-    return F.linear(F.gelu(F.linear(h, w_fc, b_fc)), w_proj, b_proj)
+def gelu_mlp(
+    h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, approximate: str = "none"
+) -> Tensor:
+    """The MLP: up-projection [4C,C], GELU, down-projection [C,4C]; biases may be None. [B,T,C] in and out.
+
+    approximate: "none" for the exact-erf GELU, "tanh" for the one that OpenAI's GPT-2 was trained with.
+    """
+    return F.linear(F.gelu(F.linear(h, w_fc, b_fc), approximate=approximate), w_proj, b_proj)
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORED) -> Tensor:

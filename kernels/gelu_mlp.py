@@ -19,6 +19,10 @@ PHI with a relative error of 5e-6, including the tail. docs/fit_gelu.py fits it.
 rounded to nearest more often than torch's with erf. It costs about 13 instructions, one of them on the special-function unit; tl.erf
 costs 35. This matters because the epilogue does not overlap with the main loop, which is short at K = 768. fp32 uses tl.erf.
 
+The tanh GELU, x (1 + tanh u) / 2 with u = sqrt(2/pi) (x + 0.044715 x^3), is x s with s = 1 / (1 + e^-2u), and its derivative
+s + x s (1 - s) 2u'. In the tail 1 + tanh u has no digits left, and e^-2u has all. It costs ten instructions, two of them on the
+special-function unit.
+
 Bytes for each row of the hidden layer, bf16, without what the other GEMMs read: forward writes pre and post, 4 F; backward reads pre and
 writes dpre, 4 F. Without fusion: 6 F and 8 F, and 2 F for db_fc. FLOPs for each row: 4 C F forward, 8 C F backward.
 """
@@ -50,6 +54,10 @@ from fastgpt.kernels.common import (
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 HALF_LOG2E = tl.constexpr(0.7213475204444817)
 LOG2_SQRT_2PI = tl.constexpr(1.3257480647361593)
+# Of the tanh GELU: 2u = TANH_1 x + TANH_3 x^3.
+TANH_1 = tl.constexpr(1.5957691216057308)
+TANH_3 = tl.constexpr(0.07135481627159625)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -68,8 +76,25 @@ def upper_tail(x):
 
 
 @triton.jit
-def gelu(x, EXACT: tl.constexpr):
-    """GELU of fp32 x: with tl.erf if EXACT, else precise enough for fp16 and bf16."""
+def sigmoid_2u(x, EXACT: tl.constexpr):
+    """(x^2, s, s (1 - s)) with s = 1 / (1 + e^-2u) of the tanh GELU. x^2 ends at 106, where s is 0 or 1: nothing that is made of it
+    overflows. EXACT: as in `gelu`."""
+    square = tl.minimum(x * x, 106.0)
+    e = tl.exp2(x * (square * (-TANH_3 * LOG2E) - TANH_1 * LOG2E))
+    if EXACT:
+        s = 1 / (1 + e)
+        return square, s, tl.where(x < 0, s - s * s, e * s * s)  # near 1, s has not the digits of 1 - s
+    r = tl.rsqrt(1 + e)  # with the product two instructions, where a division has five
+    s = r * r
+    return square, s, s - s * s
+
+
+@triton.jit
+def gelu(x, EXACT: tl.constexpr, TANH: tl.constexpr = False):
+    """GELU of fp32 x: with tl.erf if EXACT, else precise enough for fp16 and bf16. TANH: the tanh GELU."""
+    if TANH:
+        _, s, _ = sigmoid_2u(x, EXACT)
+        return x * s
     if EXACT:
         return 0.5 * x * (1 + tl.erf(x * SQRT_HALF))
     t, tail = upper_tail(x)
@@ -77,8 +102,11 @@ def gelu(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def gelu_derivative(x, EXACT: tl.constexpr):
-    """GELU'(x) = P[X < x] + x density(x) of fp32 x. EXACT: as in `gelu`."""
+def gelu_derivative(x, EXACT: tl.constexpr, TANH: tl.constexpr = False):
+    """GELU'(x) = P[X < x] + x density(x) of fp32 x. EXACT, TANH: as in `gelu`."""
+    if TANH:
+        square, s, slope = sigmoid_2u(x, EXACT)
+        return s + slope * x * (square * (3 * TANH_3) + TANH_1)
     density = tl.exp2(x * x * -HALF_LOG2E - LOG2_SQRT_2PI)
     if EXACT:
         return 0.5 * (1 + tl.erf(x * SQRT_HALF)) + x * density
@@ -124,6 +152,7 @@ def _mlp_gemm(
     KEEP_PRE: tl.constexpr,
     KEEP_POST: tl.constexpr,
     DTYPE: tl.constexpr,
+    TANH: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     # Persistent: a program computes every num_programs-th tile. Tiles are in groups of GROUP tile rows, which share b in L2.
@@ -153,9 +182,9 @@ def _mlp_gemm(
             z = pre.load([m0, n0]) if TMA else tl.load(pre + out, mask, other=0.0)
             z = z.to(tl.float32)
             if KEEP_POST:  # as a pair with acc it has acc's layout: what it shares with the derivative is computed once
-                value, acc = tl.split(tl.join(gelu(z, tl.float32 == DTYPE), acc))
+                value, acc = tl.split(tl.join(gelu(z, tl.float32 == DTYPE, TANH), acc))
                 value = value.to(DTYPE)
-            dz = (acc * gelu_derivative(z, tl.float32 == DTYPE)).to(DTYPE)
+            dz = (acc * gelu_derivative(z, tl.float32 == DTYPE, TANH)).to(DTYPE)
             if KEEP_POST:
                 if TMA:
                     post.store([m0, n0], value)
@@ -182,7 +211,7 @@ def _mlp_gemm(
                     pre.store([m0, n0], z)
                 else:
                     tl.store(pre + out, z, mask)
-            value = gelu(widened(z), tl.float32 == DTYPE).to(DTYPE)
+            value = gelu(widened(z), tl.float32 == DTYPE, TANH).to(DTYPE)
             if TMA:
                 post.store([m0, n0], value)
             else:
@@ -207,7 +236,7 @@ def _descriptor(t, block):
     return descriptor
 
 
-def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
+def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward, tanh):
     """Launch the kernel as a GemmConfig says. `pre`, `post` and `dpre` are dense [M, N], or None if they are not needed."""
     M, K = a.shape
     if not M:
@@ -228,7 +257,7 @@ def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
         BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TMA=config.tma,
         FLATTEN=config.flatten, WARP_SPECIALIZE=configs.warp_specialize(a.device, config), PRECISION=precision(a.dtype),
         BACKWARD=backward, HAS_BIAS=(partial if backward else bias) is not None,
-        KEEP_PRE=pre is not None, KEEP_POST=post is not None, DTYPE=getattr(tl, str(a.dtype).removeprefix("torch.")),
+        KEEP_PRE=pre is not None, KEEP_POST=post is not None, DTYPE=getattr(tl, str(a.dtype).removeprefix("torch.")), TANH=tanh,
         num_warps=config.warps, maxnreg=config.registers,
         num_stages=config.stages if config.tma else configs.pipeline(a.device, config.stages),
     )  # fmt: skip
@@ -237,20 +266,23 @@ def _launch_gemm(a, b, N, pre, post, dpre, bias, partial, config, backward):
 @kernel_op("y", "pre", "post")
 def gelu_mlp_forward(
     h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, row: str,
-    y: Tensor, pre: Tensor | None, post: Tensor | None,
+    tanh: bool, y: Tensor, pre: Tensor | None, post: Tensor | None,
 ) -> None:  # fmt: skip
-    """Compute y [..., C] from h [..., C]; write pre and post [M, F] unless they are None. The weights have h's dtype."""
+    """Compute y [..., C] from h [..., C]; write pre and post [M, F] unless they are None. The weights have h's dtype.
+
+    tanh: the tanh GELU.
+    """
     h2, F = h.reshape(-1, h.size(-1)), w_fc.size(0)
     activation = torch.empty((h2.size(0), F), dtype=h.dtype, device=h.device) if post is None else post
     config = _config(row, h2, w_fc, activation).forward
-    _launch_gemm(h2, w_fc, F, pre, activation, None, b_fc, None, config, backward=False)
+    _launch_gemm(h2, w_fc, F, pre, activation, None, b_fc, None, config, False, tanh)
     project(activation, w_proj, b_proj, y.view(h2.shape))
 
 
 @kernel_op("dh", "dw_fc", "db_fc", "dw_proj", "db_proj")
 def gelu_mlp_backward(
-    dy: Tensor, h: Tensor, pre: Tensor, post: Tensor | None, w_fc: Tensor, w_proj: Tensor, row: str, add_fc: bool, add_proj: bool,
-    dh: Tensor, dw_fc: Tensor, db_fc: Tensor | None, dw_proj: Tensor, db_proj: Tensor | None,
+    dy: Tensor, h: Tensor, pre: Tensor, post: Tensor | None, w_fc: Tensor, w_proj: Tensor, row: str, tanh: bool, add_fc: bool,
+    add_proj: bool, dh: Tensor, dw_fc: Tensor, db_fc: Tensor | None, dw_proj: Tensor, db_proj: Tensor | None,
 ) -> None:  # fmt: skip
     """Compute all gradients from dy [..., C]; those of the biases unless they are None.
 
@@ -263,7 +295,7 @@ def gelu_mlp_backward(
     recomputed = like(pre, pre.dtype) if post is None else None
     tiles = cdiv(M, config.block_m)
     partial = None if db_fc is None else torch.empty((tiles, F), dtype=torch.float32, device=h.device)
-    _launch_gemm(dy2, w_proj, F, pre, recomputed, dpre, None, partial, config, backward=True)
+    _launch_gemm(dy2, w_proj, F, pre, recomputed, dpre, None, partial, config, True, tanh)
     if db_fc is not None:
         sum_rows(partial, db_fc)
     mm(dy2.t(), recomputed if post is None else post, dw_proj, add_proj)
@@ -277,14 +309,14 @@ def gelu_mlp_backward(
 
 class _GeluMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, w_fc, b_fc, w_proj, b_proj, cast_fc, cast_proj, keep_pre, keep_post, row):
+    def forward(ctx, h, w_fc, b_fc, w_proj, b_proj, cast_fc, cast_proj, keep_pre, keep_post, row, tanh):
         """cast_fc and cast_proj are the weights in h's dtype."""
         hidden = h.numel() // h.size(-1), w_fc.size(0)
         y = like(h, h.dtype)
         pre, post = (h.new_empty(hidden) if kept else None for kept in (keep_pre, keep_post))
-        gelu_mlp_forward(h, cast_fc, b_fc, cast_proj, b_proj, row, y, pre, post)
+        gelu_mlp_forward(h, cast_fc, b_fc, cast_proj, b_proj, row, tanh, y, pre, post)
         ctx.save_for_backward(h, pre, post, cast_fc, cast_proj)
-        ctx.weights, ctx.row = (w_fc, w_proj), row  # not saved: the backward does not read their values
+        ctx.weights, ctx.row, ctx.tanh = (w_fc, w_proj), row, tanh  # not saved: the backward does not read their values
         ctx.bias_dtypes = [None if b is None else b.dtype for b in (b_fc, b_proj)]
         return y
 
@@ -299,9 +331,23 @@ class _GeluMLP(torch.autograd.Function):
         )
         dh = like(h, h.dtype)
         gelu_mlp_backward(
-            dy, h, pre, post, cast_fc, cast_proj, ctx.row, add_fc, add_proj, dh, dw_fc, db_fc, dw_proj, db_proj
+            dy,
+            h,
+            pre,
+            post,
+            cast_fc,
+            cast_proj,
+            ctx.row,
+            ctx.tanh,
+            add_fc,
+            add_proj,
+            dh,
+            dw_fc,
+            db_fc,
+            dw_proj,
+            db_proj,
         )
-        return dh, None if add_fc else dw_fc, db_fc, None if add_proj else dw_proj, db_proj, *(None,) * 5
+        return dh, None if add_fc else dw_fc, db_fc, None if add_proj else dw_proj, db_proj, *(None,) * 6
 
 
 takes = can_run  # any h
@@ -309,21 +355,35 @@ takes = can_run  # any h
 
 def gelu_mlp(
     h: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, recompute: bool = False, row: str = "",
+    approximate: str = "none",
 ) -> Tensor:  # fmt: skip
     """GELU(h w_fc^T + b_fc) w_proj^T + b_proj, [..., C], in autocast's dtype if that is on, else in h's.
 
     h [..., C]; w_fc [F, C], w_proj [C, F]; b_fc [F] and b_proj [C], or None. `recompute` saves half of the memory between forward
     and backward; the bits are the same. A weight with a shadow is read from it (fastgpt.shadows). row: a launch configuration
-    (configs.MLPConfig.text); "" means the table's. Raises ValueError for shapes that do not match.
+    (configs.MLPConfig.text); "" means the table's. approximate: "tanh" for the tanh GELU, else "none". Raises ValueError for shapes that do
+    not match.
     """
     C, F = h.size(-1), w_fc.size(0)
     biases = [(b, n) for b, n in ((b_fc, F), (b_proj, C)) if b is not None]
     if w_fc.shape != (F, C) or w_proj.shape != (C, F) or any(b.shape != (n,) for b, n in biases):
         raise ValueError(f"gelu_mlp: h {tuple(h.shape)}, w_fc {tuple(w_fc.shape)}, w_proj {tuple(w_proj.shape)}")
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'gelu_mlp: approximate={approximate!r} is neither "none" nor "tanh"')
     dtype = compute_dtype(h)
     grad = needs_grad(h, w_fc, b_fc, w_proj, b_proj)
     b_fc = None if b_fc is None else b_fc.contiguous()  # the kernel reads it without a stride
     cast_fc, cast_proj = cast(w_fc, dtype), cast(w_proj, dtype)
     return _GeluMLP.apply(
-        h.to(dtype), w_fc, b_fc, w_proj, b_proj, cast_fc, cast_proj, grad, grad and not recompute, row
+        h.to(dtype),
+        w_fc,
+        b_fc,
+        w_proj,
+        b_proj,
+        cast_fc,
+        cast_proj,
+        grad,
+        grad and not recompute,
+        row,
+        approximate == "tanh",
     )

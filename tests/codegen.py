@@ -47,6 +47,8 @@ COUNTED = (
     "adamw",
     "gelu_mlp bf16",
     "gelu_mlp bf16 recompute",
+    "gelu_mlp bf16 tanh",
+    "gelu_mlp bf16 tanh recompute",
     "attention bf16 D=64",
     "attention bf16 D=64 dropout",
     "attention bf16 D=64 documents",
@@ -106,17 +108,19 @@ def cases():
             )
 
         yield f"adamw{what}", update
-    for what, dtype, C, recompute in (
-        ("bf16", bf16, 64, False),
-        ("bf16 recompute", bf16, 64, True),
-        ("bf16 odd width", bf16, 67, False),  # no multiple of 16 bytes: pointers everywhere
-        ("fp32", torch.float32, 64, False),
+    for what, dtype, C, recompute, form in (
+        ("bf16", bf16, 64, False, "none"),
+        ("bf16 recompute", bf16, 64, True, "none"),
+        ("bf16 tanh", bf16, 64, False, "tanh"),
+        ("bf16 tanh recompute", bf16, 64, True, "tanh"),
+        ("bf16 odd width", bf16, 67, False, "none"),  # no multiple of 16 bytes: pointers everywhere
+        ("fp32", torch.float32, 64, False, "none"),
     ):
 
-        def mlp(row="", dtype=dtype, C=C, recompute=recompute):
-            h = ones(2048, C, dtype=dtype)
+        def mlp(row="", dtype=dtype, C=C, recompute=recompute, form=form):
+            h, weights = ones(2048, C, dtype=dtype), (ones(4 * C, C), ones(4 * C), ones(C, 4 * C), ones(C))
             with torch.autocast("cpu", dtype=bf16, enabled=dtype == bf16):
-                backward(gelu_mlp.gelu_mlp(h, ones(4 * C, C), ones(4 * C), ones(C, 4 * C), ones(C), recompute, row))
+                backward(gelu_mlp.gelu_mlp(h, *weights, recompute, row, form))
 
         yield f"gelu_mlp {what}", mlp
     for dtype in (bf16, torch.float32):

@@ -14,6 +14,7 @@ SHAPE = Shape(2, 70, 48, 3, 97)  # more than a block of queries, of keys, of row
 FEWER = replace(SHAPE, T=30)  # for kernels of a program a row, which the interpreter takes one after another
 DROPOUT = Shape(1, 24, 32, 2, 65, dropout=0.2)
 GROUPS = Shape(1, 70, 64, 4, 65, n_head_kv=2)
+TANH = replace(SHAPE, T=30, tanh=True)
 DOCUMENTS = Shape(1, 70, 32, 2, 65, doc_mask=True)
 FAULTS = {  # op, what is wrong, the text, what stands there instead, and the shape that shows it
     "layer_norm": [
@@ -64,6 +65,8 @@ FAULTS = {  # op, what is wrong, the text, what stands there instead, and the sh
         ("the tanh GELU", "return 0.5 * x * (1 + tl.erf(x * SQRT_HALF))",
          "return x / (1 + tl.exp(-1.5957691216 * (x + 0.044715 * x * x * x)))", SHAPE),
         ("half of the derivative", "+ x * density", "", SHAPE),
+        ("the erf GELU for the tanh one", "    if TANH:\n        _, s", "    if False:\n        _, s", TANH),
+        ("half of the tanh GELU's derivative", "return s + slope * x", "return s + 0 * slope * x", TANH),
         ("a forgotten bias", "acc += tl.load(bias_ptr + rn", "acc += 0 * tl.load(bias_ptr + rn", SHAPE),
         ("a bias gradient of one tile", "sum_rows(partial, db_fc)", "sum_rows(partial[:1], db_fc)", SHAPE),
         ("a swapped stride", "b.stride()[:: -1 if backward else 1]", "b.stride()[:: 1 if backward else -1]", SHAPE),

@@ -46,19 +46,7 @@ KERNELS = {  # that each op launches, forward and backward
 
 def recomputing(it):
     """gelu_mlp that keeps no activation for its backward."""
-    kernel = lambda *inputs: (kernels.gelu_mlp.gelu_mlp(*inputs, recompute=True),)  # noqa: E731
-    return replace(it, kernel=autocast_like(it, kernel))
-
-
-def autocast_like(it, f):
-    """f under the autocast that a problem's inputs imply: on where its first input is in 16 bits."""
-    dtype = next(iter(it.inputs.values())).dtype
-
-    def call(*inputs):
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            return f(*inputs)
-
-    return call
+    return replace(it, kernel=functools.partial(it.kernel, recompute=True))
 
 
 def viewed(view, it):
@@ -118,7 +106,12 @@ VARIATIONS |= {"recompute": recomputing, "some transposed": some_transposed, "ch
 VARIATIONS |= {"short spans": in_short_spans}
 VARIATIONS |= {"one gradient": one_gradient, "copied further": copied_further}
 
-SLOW = {"group, dropout documents", "group, other strides", "group, whole"}  # cases of which no plain run has any
+SLOW = {
+    "tanh recompute",
+    "group, dropout documents",
+    "group, other strides",
+    "group, whole",
+}  # cases of which no plain run has any
 S = Shape
 CASES = {  # op: {name: (shape, variation or None)}
     "embedding": {
@@ -192,6 +185,8 @@ CASES = {  # op: {name: (shape, variation or None)}
         "part of a row": (S(2, 40, 64, 2, 23), "part of a wider row"),
         "unaligned": (S(2, 40, 64, 2, 23), "one further"),
         "one gradient": (S(2, 40, 48, 3, 23), "one gradient"),
+        "tanh": (S(1, 40, 64, 2, 65, tanh=True), None),
+        "tanh recompute": (S(1, 70, 72, 2, 65, tanh=True), "recompute"),
     },
     "linear_cross_entropy": {
         "partial": (S(2, 67, 48, 3, 101), None),

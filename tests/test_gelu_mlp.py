@@ -19,11 +19,11 @@ from fastgpt.kernels.gelu_mlp import gelu, gelu_derivative, gelu_mlp, widened
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def reference(h, w_fc, b_fc, w_proj, b_proj):
-    return F.linear(F.gelu(F.linear(h, w_fc, b_fc)), w_proj, b_proj)
+def reference(h, w_fc, b_fc, w_proj, b_proj, approximate="none"):
+    return F.linear(F.gelu(F.linear(h, w_fc, b_fc), approximate=approximate), w_proj, b_proj)
 
 
-def check(rows, C, dtype, bias=True, F_=None, recompute=False, scale=1.0, view=lambda t: t, row=""):
+def check(rows, C, dtype, bias=True, F_=None, recompute=False, scale=1.0, view=lambda t: t, row="", approximate="none"):
     F_ = F_ or 4 * C
     inputs = dict(
         h=view(randn(*rows, C, dtype=dtype, scale=scale)),
@@ -31,8 +31,8 @@ def check(rows, C, dtype, bias=True, F_=None, recompute=False, scale=1.0, view=l
         w_proj=view(randn(C, F_, scale=F_**-0.5)), b_proj=randn(C) if bias else None,
     )  # fmt: skip
     hold(
-        run_as(lambda *i: gelu_mlp(*i, recompute, row), dtype),
-        run_as(reference, dtype),
+        run_as(lambda *i: gelu_mlp(*i, recompute, row, approximate), dtype),
+        run_as(lambda *i: reference(*i, approximate), dtype),
         inputs,
         ("y",),
         [view(randn(*rows, C, dtype=dtype))],
@@ -89,6 +89,13 @@ def test_large_magnitudes(dtype):
     check((2, 9), 48, dtype, scale=1e3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_tanh_gelu(recompute, dtype):
+    check((2, 19), 48, dtype, recompute=recompute, approximate="tanh")
+    check((2, 9), 48, dtype, recompute=recompute, approximate="tanh", scale=1e3)
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(1, 70), st.integers(1, 50), st.integers(1, 70), st.booleans(), st.sampled_from(DTYPES))
 def test_any_shape(M, C, F_, bias, dtype):
@@ -96,13 +103,14 @@ def test_any_shape(M, C, F_, bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_recomputing_gives_the_same_bits(dtype):
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_recomputing_gives_the_same_bits(approximate, dtype):
     inputs = [randn(2, 19, 48), randn(192, 48), randn(192), randn(48, 192), randn(48)]
     results = []
     for recompute in (False, True):
         leaves = [t.clone().requires_grad_() for t in inputs]
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-            y = gelu_mlp(*leaves, recompute=recompute)
+            y = gelu_mlp(*leaves, recompute=recompute, approximate=approximate)
         y.sum().backward()
         results.append([y, *(t.grad for t in leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -145,6 +153,8 @@ def test_what_is_refused():
         gelu_mlp(randn(2, 16), randn(64, 16), None, randn(64, 16), None)
     with pytest.raises(ValueError, match="w_proj"):
         gelu_mlp(randn(2, 16), randn(64, 16), randn(16), randn(16, 64), None)
+    with pytest.raises(ValueError, match="approximate='sigmoid' is neither"):
+        gelu_mlp(randn(2, 16), randn(64, 16), None, randn(16, 64), None, approximate="sigmoid")
 
 
 @triton.jit
@@ -168,11 +178,11 @@ def test_widened_are_the_bits_of_a_conversion(dtype):
 
 
 @triton.jit
-def _gelu_of(x_ptr, y_ptr, dy_ptr, n, BLOCK: tl.constexpr):
+def _gelu_of(x_ptr, y_ptr, dy_ptr, n, BLOCK: tl.constexpr, EXACT: tl.constexpr = False, TANH: tl.constexpr = False):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, i < n, other=0.0)
-    tl.store(y_ptr + i, gelu(x, False), i < n)
-    tl.store(dy_ptr + i, gelu_derivative(x, False), i < n)
+    tl.store(y_ptr + i, gelu(x, EXACT, TANH), i < n)
+    tl.store(dy_ptr + i, gelu_derivative(x, EXACT, TANH), i < n)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -204,3 +214,32 @@ def test_gelu_is_nearer_than_torchs_over_all_inputs(dtype):
         else:  # where the derivative crosses zero, only the absolute error counts
             assert error.max() <= 1.01 * their_error.max()
             assert ((error <= 0.52 * ulp) | (error < 2e-5))[counts].all()
+
+
+def tanh_gelu(x):
+    """In fp64, by the exponential: 1 + tanh u has no digits left in the tail."""
+    return x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_tanh_gelu_over_all_inputs(dtype):
+    """Every number of 16 bits; of fp32 those of bf16. Nothing overflows, and value and derivative are as near as torch's."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = x.view(torch.bfloat16 if dtype == torch.float32 else dtype).float().to(DEVICE)
+    x = x[x.isfinite()]
+    y, dy = torch.empty_like(x), torch.empty_like(x)
+    _gelu_of[(64,)](x, y, dy, x.numel(), BLOCK=1024, EXACT=dtype == torch.float32, TANH=True)
+    usual = x.abs() <= 100  # beyond, it is x or 0
+    torch.testing.assert_close(y[~usual], x[~usual].clamp(min=0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(dy[~usual], (x[~usual] > 0).float(), rtol=1e-6, atol=0)
+    leaf = x[usual].double().requires_grad_()
+    exact = tanh_gelu(leaf)
+    (dexact,) = torch.autograd.grad(exact.sum(), leaf)
+    low = x[usual].to(dtype).requires_grad_()
+    theirs = F.gelu(low, approximate="tanh")
+    (dtheirs,) = torch.autograd.grad(theirs.sum(), low)
+    for ours, torchs, right in ((y, theirs.detach(), exact.detach()), (dy, dtheirs, dexact)):
+        error, their_error = ((t.to(dtype).double() - right).abs() for t in (ours[usual], torchs))
+        unit = torch.finfo(dtype).eps * right.abs()
+        assert (error <= (0.51 if dtype in HALVES else 4) * unit + 1e-6).all()
+        assert error.max() <= 2 * their_error.max()

@@ -69,6 +69,7 @@ CALLS = {  # with every option; those whose name ends in "half" under autocast t
     "gelu_mlp, recomputing, no bias, strides, a row, half": lambda: gelu_mlp(
         turned(leaf(2, 3, 20)), turned(leaf(80, 20)), None, turned(leaf(20, 80)), None, True, configs.GELU_MLP[0, 2].text
     ),
+    "gelu_mlp, tanh": lambda: gelu_mlp(leaf(2, 3, 20), leaf(80, 20), leaf(80), leaf(20, 80), leaf(20), approximate="tanh"),
     "gelu_mlp, added": lambda: gelu_mlp(leaf(2, 3, 20), leaf(80, 20, grad=True), None, leaf(20, 80, grad=True), None),
     "linear": lambda: linear(leaf(2, 3, 20), leaf(12, 20), leaf(12)),
     "linear, no bias, strides, half": lambda: linear(turned(leaf(2, 3, 20)), turned(leaf(12, 20))),

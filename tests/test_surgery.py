@@ -274,9 +274,14 @@ def test_dynamic_quantisation():
     assert quantised.generate(IDX[:, :3], 4).shape == (2, 7)
 
 
-def test_the_fused_path_is_taken_where_all_is_plain(monkeypatch):
+@pytest.mark.parametrize(
+    ("gelu", "fused"),
+    [(nn.GELU, 2), (functools.partial(nn.GELU, "tanh"), 2), (nn.ReLU, 1)],
+    ids=["erf", "tanh", "relu"],
+)
+def test_the_fused_path_is_taken_where_all_is_plain(gelu, fused, monkeypatch):
     """Else every test of the fused ops in a model would pass by PyTorch's modules."""
-    model, _ = pair(lambda model: None)
+    model, _ = pair(swap("mlp.gelu", lambda old: gelu()))
     calls = []
     for name in ("embedding", "add_layer_norm", "linear", "attention", "gelu_mlp", "linear_cross_entropy"):
         op = getattr(ops, name)
@@ -285,5 +290,5 @@ def test_the_fused_path_is_taken_where_all_is_plain(monkeypatch):
         )
     model(IDX, TARGETS, return_logits=False)
     assert {name: calls.count(name) for name in calls} == dict(
-        embedding=1, add_layer_norm=5, linear=4, attention=2, gelu_mlp=2, linear_cross_entropy=1
+        embedding=1, add_layer_norm=5, linear=8 - 2 * fused, attention=2, gelu_mlp=fused, linear_cross_entropy=1
     )
