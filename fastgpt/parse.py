@@ -89,7 +89,8 @@ def train_base(given: dict[str, Any], has_file: bool) -> dict[str, Any]:
     named = has_file or given.keys() & {"preset", "dataset", "train_data"}
     start = given.get("init_from", "scratch")
     own = start == "scratch" or (start in ("resume", "auto") and given.get("out_dir", QUICKSTART_OUT) == QUICKSTART_OUT)
-    return preset("quickstart" if own and not named else given.get("preset", ""))
+    name = "quickstart" if own and not named else given.get("preset", "")
+    return {**preset(name), "preset": name}
 
 
 def literal(text: str) -> Any:
@@ -181,6 +182,8 @@ BINARY = {
 
 def read_config(path: str, schema: type[Settings], known: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     """{name: (value, where)} of a config file: TOML by its ending, else nanoGPT's assignments. Raises UserError."""
+    if path.endswith(".json"):
+        return read_start(path, schema)
     try:
         text = files.read_text(path, files.CONFIG)
     except FileNotFoundError:
@@ -199,6 +202,23 @@ def read_config(path: str, schema: type[Settings], known: dict[str, Any]) -> dic
         found = read_assignments(path, text, known, schema.model_fields)
     for key, (_, where) in found.items():
         check_key(schema, key, where)
+    return found
+
+
+def read_start(path: str, schema: type[Settings]) -> dict[str, tuple[Any, str]]:
+    """{name: (value, where)} of a run's config.json: what was given when it began, and no more. Raises UserError."""
+    try:
+        given = files.read_json(path, files.DATA)["given"]
+        found = {str(name): (value, path) for name, value in given.items()}
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read as a run's config.json: {e.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{path}: not the config.json of a run ({type(e).__name__}: {e})") from None
+    for key in found:
+        check_key(schema, key, path)
+    print(
+        f"Overriding config with {path}: " + " ".join(f"--{name}={shown(value)}" for name, (value, _) in found.items())
+    )
     return found
 
 
