@@ -9,6 +9,7 @@ from fastgpt import signals  # PyTorch is imported later: a signal must meet a h
 USAGE = """usage: fastgpt COMMAND [FILE.py|FILE.toml ...] [--key=value ...]
 
   train     train a model; without arguments, a small one on the embedded text
+  plot      draw the curves of runs: fastgpt plot RUN [RUN ...] [--key=value ...]
   sample    continue a prompt with a trained model
   export    make one ckpt.pt, as nanoGPT reads it, of a sharded checkpoint
   prepare   turn a text file or folder into a dataset
@@ -69,6 +70,7 @@ def run(command: str, argv: list[str]) -> int | None:
 
     from fastgpt.config import (
         ExportConfig,
+        PlotConfig,
         PrepareConfig,
         SampleConfig,
         TuneConfig,
@@ -88,6 +90,12 @@ def run(command: str, argv: list[str]) -> int | None:
             sys.stdout.flush()
             words = [sys.executable, "-m", "fastgpt.cli", "train", *argv, *e.flags]
             os.execve(sys.executable, words, own_environment())
+    elif command == "plot":
+        from fastgpt.plot import plot
+
+        flags = [word for word in argv if word.startswith("-")]
+        cfg, _ = parse(PlotConfig, flags, "fastgpt plot RUN [RUN ...]")
+        plot([word for word in argv if word not in flags], cfg)
     elif command == "sample":
         from fastgpt.sample import sample
 
