@@ -86,7 +86,7 @@ setup(
     # `kernels` is a package of Hugging Face's on PyPI: ours goes under our own name (docs/decisions/0001). The link fastgpt/kernels tells
     # type checkers and editors the same, which read no package_dir.
     package_dir={"fastgpt": "fastgpt", "fastgpt.kernels": "kernels", "fastgpt.benchmarks": "benchmarks"},
-    package_data={"fastgpt": ["py.typed"], "fastgpt.kernels": ["py.typed"]},
+    package_data={"fastgpt": ["py.typed", "plot.html"], "fastgpt.kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11,<2.16",
         "triton>=3.6,<3.10; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'",
@@ -104,6 +104,7 @@ setup(
         "hf": ["huggingface_hub", "safetensors", "tokenizers"],
         "parquet": ["pyarrow"],  # `prepare` of .parquet
         "wandb": ["wandb"],
+        "tensorboard": ["tensorboard"],
     },
     entry_points={"console_scripts": ["fastgpt = fastgpt.cli:entry"]},
 )

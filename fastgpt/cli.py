@@ -9,6 +9,7 @@ from fastgpt import __version__, signals  # PyTorch is imported later: a signal 
 
 COMMANDS = {
     "train": "train a model; without arguments, a small one on text that is built in",
+    "plot": "draw the curves of runs on one page: fastgpt plot RUN [RUN ...] [--key=value ...]",
     "sample": "continue a prompt with a trained model",
     "export": "write a trained model for transformers, llm.c or nanoGPT, or as safetensors",
     "prepare": "turn a text file or folder into a dataset",
@@ -90,6 +91,7 @@ def run(command: str, argv: list[str]) -> int | None:
         return None
     from fastgpt.config import (
         ExportConfig,
+        PlotConfig,
         PrepareConfig,
         SampleConfig,
         TuneConfig,
@@ -109,6 +111,12 @@ def run(command: str, argv: list[str]) -> int | None:
             sys.stdout.flush()
             words = [sys.executable, "-m", "fastgpt.cli", "train", *argv, *e.flags]
             os.execve(sys.executable, words, own_environment())
+    elif command == "plot":
+        from fastgpt.plot import plot
+
+        flags = [word for word in argv if word.startswith("-")]
+        cfg, _ = parse(PlotConfig, flags, "fastgpt plot RUN [RUN ...]")
+        plot([word for word in argv if word not in flags], cfg)
     elif command == "sample":
         from fastgpt.sample import sample
 

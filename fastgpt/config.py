@@ -124,7 +124,7 @@ class TrainConfig(Settings):
     always_save_checkpoint: bool = Field(True, description="save after every evaluation, not only after the best one so far")
     init_from: PathText = Field("scratch", description="scratch, resume (from out_dir), auto (resume if there is a checkpoint, else scratch), or a GPT-2 in Hugging Face's format: a folder, or an id of the hub such as gpt2-medium or distilgpt2")
     # wandb
-    wandb_log: bool = Field(False, description="log evaluations to Weights & Biases (pip install wandb)")
+    wandb_log: bool = Field(False, description="nanoGPT's way to say --tracker=wandb")
     wandb_project: str = Field("owt", description="its project")
     wandb_run_name: str = Field("gpt2", description="its run name")
     # data
@@ -178,6 +178,10 @@ class TrainConfig(Settings):
     keep: int = Field(2, gt=0, description="checkpoints to keep: ckpt.pt, the ones before it, and the best one")
     async_checkpoint: bool = Field(False, description="write checkpoints in the background, from a copy of weights and optimizer in the CPU's memory")
     sample_tokens: int = Field(0, ge=0, description="tokens of text to sample at the end")
+    sample_every_eval: bool = Field(False, description="sample after every evaluation, too")
+    tracker: Literal["none", "tensorboard", "wandb"] = Field("none", description="where to send the curves beside metrics.jsonl: tensorboard, files in out_dir/tensorboard; wandb, Weights & Biases")
+    patience: int = Field(0, ge=0, description="evaluations in a row without a better val loss, after which the run ends; 0: never")
+    target_loss: float | None = Field(None, gt=0, description="end the run at the first evaluation whose val loss is at most this")
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="how several processes train one model: ddp, each has all of it; fsdp, each keeps a part of weights, gradients and moments")
     join_timeout: int = Field(300, gt=0, le=10**6, description="seconds to wait until all processes are there")
     timeout: int = Field(600, gt=0, le=10**6, description="seconds to wait for another process in training; more than an evaluation and a save take")
@@ -223,6 +227,17 @@ class ExportConfig(Settings):
     to: PathText = Field("", description="file or folder to write; empty: in the folder of the run ckpt.pt, hf, model.safetensors or model.bin")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights in hf, safetensors and llmc")
     overwrite: bool = Field(False, description="replace what an earlier export wrote there")
+
+
+class PlotConfig(Settings):
+    """Draw the curves of runs on one page, as a PNG and as an HTML file. A RUN is an out_dir, or its metrics.jsonl."""
+
+    EXAMPLES = ["fastgpt plot out-quickstart", "fastgpt plot out-a out-b --x=hours --out=compared"]
+
+    out: PathText = Field("plot", description="what to write: this name with .png and with .html")
+    x: Literal["iter", "tokens", "hours"] = Field("iter", description="what all but the losses are drawn against: iterations, tokens seen, or hours of training")
+    smooth: float = Field(0.04, ge=0, lt=1, description="share of a run's logged iterations over which its training loss is averaged; 0: none")
+    title: str = Field("", description="a title")
 
 
 class PrepareConfig(Settings):

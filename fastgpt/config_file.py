@@ -27,6 +27,8 @@ Found = dict[str, tuple[Any, str]]  # name: (value, where it was said)
 
 def read(path: str, settings: Container[str], known: dict[str, Any], say: Callable[[str], Any]) -> Found:
     """What a config file says, TOML by its ending. known: the values that a line of Python may name. Raises UserError."""
+    if path.endswith(".json"):
+        return read_start(path, say)
     try:
         text = files.read_text(path, files.CONFIG).removeprefix(
             "\ufeff"
@@ -37,6 +39,19 @@ def read(path: str, settings: Container[str], known: dict[str, Any], say: Callab
         raise UserError(f"{path}: cannot be read as a config file: {e.strerror}") from None
     say(f"Overriding config with {path}:\n{text}")
     return read_toml(path, text) if path.endswith(".toml") else Reader(path, known).read(text, settings)
+
+
+def read_start(path: str, say: Callable[[str], Any]) -> Found:
+    """What was given to a run when it began, and no more, of its config.json. Raises UserError."""
+    try:
+        given = files.read_json(path, files.DATA)["given"]
+        found = {str(name): (value, path) for name, value in given.items()}
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read as a run's config.json: {e.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{path}: not the config.json of a run ({type(e).__name__}: {e})") from None
+    say(f"Overriding config with {path}: " + " ".join(f"--{name}={value!r:.100}" for name, value in given.items()))
+    return found
 
 
 # ---- TOML ----

@@ -1,11 +1,14 @@
-"""The peak rates of GPUs, the metrics file, the clock of a run, and the loss curve."""
+"""The peak rates of GPUs, files of lines that outlive a full disk, the metrics, and the clock of a run."""
 
 import json
 import math
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +66,66 @@ def peak_flops(device: str | torch.device, dtype: str) -> float | None:
     return rates[0] / 2 if torch.cuda.get_device_capability(device) >= (8, 0) else None
 
 
-class MetricsFile:
-    """out_dir/metrics.jsonl, an object a line: `iter`, `loss`, `lr`, `grad_norm`, `dt_ms`, `tokens_per_s`, `mfu` of a logged
-    iteration, and `spike` where the loss is that many standard deviations above the last ones' mean; `iter`, `train_loss`, `val_loss`
-    of an evaluation; `iter`, `left_out` (in a row), `offsets` of an update that was left out. What is unknown or not finite is null.
+class LineFile:
+    """A file to which lines are added, each at once, so that it can be followed.
 
     A line that cannot be written, as on a full disk, is written before the next one. `say` tells when that begins and when it ends.
+    Threads may share it.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], Any], kind: str):
+        self.path, self.say, self.kind = path, say, kind
+        self.file: FileIO | None = None
+        self.pending: deque[bytes] = deque(maxlen=MOST_PENDING)
+        self.failing = self.torn = False  # torn: the file ends within a line
+        self.lock = threading.RLock()  # `say` may add a line to this very file
+
+    def add(self, line: bytes) -> None:
+        """Write a line, and those before it that could not be written."""
+        with self.lock:
+            self.pending.append(line + b"\n")
+            self.flush()
+
+    def flush(self) -> None:
+        """Try to write what is pending."""
+        try:
+            if self.pending and self.file is None:
+                self.file = open(self.path, "ab", buffering=0)
+            while self.pending:
+                line = b"\n" * self.torn + self.pending[0]
+                written = self.file.write(line)  # type: ignore[union-attr]
+                if written >= len(line) - 1:  # the line is whole, at least
+                    self.pending.popleft()
+                self.torn = written < len(line)  # the disk is full: the next try says so
+        except OSError as e:
+            failed, self.failing = self.failing, True
+            if not failed:
+                self.say(
+                    f"{self.path}: cannot be written ({e.strerror}); the run goes on, and tries again at each {self.kind}"
+                )
+        else:
+            failed, self.failing = self.failing, False
+            if failed:
+                self.say(f"{self.path}: written again")
+
+    def close(self) -> None:
+        with self.lock:
+            self.flush()
+            if self.pending:
+                self.say(f"{self.path}: the last {len(self.pending)} {self.kind}s could not be written")
+            if self.file:
+                self.file.close()
+
+
+class MetricsFile(LineFile):
+    """out_dir/metrics.jsonl, an object a line: `iter`, `loss`, `lr`, `grad_norm`, `dt_ms`, `tokens_per_s`, `mfu`, `tokens`, `train_s` of a
+    logged iteration, and `spike` where the loss is that many standard deviations above the last ones' mean; `iter`, `train_loss`,
+    `val_loss`, `tokens`, `train_s` of an evaluation; `iter`, `left_out` (in a row), `offsets` of an update that was left out. What is
+    unknown or not finite is null. `tokens` and `train_s` are Progress's.
     """
 
     def __init__(self, out_dir: str | Path, keep_before: float = math.inf, say: Callable[[str], Any] = print):
-        self.path, self.say = Path(out_dir) / "metrics.jsonl", say
-        self.pending: deque[bytes] = deque(maxlen=MOST_PENDING)
-        self.failing = self.torn = False  # torn: the file ends within a line
+        super().__init__(Path(out_dir) / "metrics.jsonl", say, "record")
         try:
             lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
             # Of an earlier run that this one goes on from, what came after its checkpoint will come again.
@@ -84,41 +135,14 @@ class MetricsFile:
                     f.writelines(line.rstrip(b"\r\n") + b"\n" for line in kept)
             else:
                 self.torn = bool(lines) and not lines[-1].endswith(b"\n")
-            self.file = open(self.path, "ab", buffering=0)  # line by line, so that it can be followed
+            self.file = open(self.path, "ab", buffering=0)
         except OSError as e:
             raise UserError(f"{self.path}: cannot be written ({e.strerror}); give another --out_dir") from None
 
     def write(self, **record: Any) -> None:
         """Write a record, and those before it that could not be written."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.pending.append(json.dumps(finite).encode() + b"\n")
-        self.flush()
-
-    def flush(self) -> None:
-        """Try to write what is pending."""
-        try:
-            while self.pending:
-                line = b"\n" * self.torn + self.pending[0]
-                written = self.file.write(line)
-                if written >= len(line) - 1:  # the object is whole, at least
-                    self.pending.popleft()
-                self.torn = written < len(line)  # the disk is full: the next try says so
-        except OSError as e:
-            if not self.failing:
-                self.say(
-                    f"{self.path}: cannot be written ({e.strerror}); the run goes on, and tries again at each record"
-                )
-            self.failing = True
-        else:
-            if self.failing:
-                self.say(f"{self.path}: written again")
-            self.failing = False
-
-    def close(self) -> None:
-        self.flush()
-        if self.pending:
-            self.say(f"{self.path}: the last {len(self.pending)} records could not be written")
-        self.file.close()
+        self.add(json.dumps(finite).encode())
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -170,32 +194,26 @@ class Clock:
         return (self.iterations - iterations) / (self.seconds - seconds)
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value from a metrics.jsonl can be drawn."""
-    return type(value) in (int, float) and abs(value) < 1e300
+@dataclass
+class Progress:
+    """How far a run has come, in all its starts together. Its checkpoint keeps it."""
 
+    tokens: int = 0  # that it was trained on
+    train_s: float = 0.0  # seconds of training, evaluations apart
+    evaluated: int = -1  # the iteration of the last evaluation
+    waited: int = 0  # evaluations in a row without a better val loss
 
-def plot_losses(records: list[dict[str, Any]], path: str | Path, title: str) -> None:
-    """Draw the loss curves of metrics records into a PNG: training loss by iteration, evaluations as points."""
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+    @classmethod
+    def restored(cls, saved: Any) -> "Progress":
+        """The Progress of a checkpoint. Raises TypeError for anything else."""
+        progress = cls(**saved)
+        for field in fields(cls):
+            value = getattr(progress, field.name)
+            if type(value) not in (int, float) or not -1 <= value < 2**62 or (field.name != "train_s" and value % 1):
+                raise TypeError(f"progress: {field.name} is not a number that it can be")
+        return progress
 
-    steps = [r for r in records if is_number(r.get("loss"))]
-    evals = [r for r in records if is_number(r.get("train_loss")) and is_number(r.get("val_loss"))]
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([r["iter"] for r in steps], [r["loss"] for r in steps], lw=1, alpha=0.6, label="training batches")
-    for key, style, label in (("train_loss", "o--", "train, evaluated"), ("val_loss", "o-", "held out, evaluated")):
-        axes.plot([r["iter"] for r in evals], [r[key] for r in evals], style, ms=4, label=label)
-        if evals:
-            axes.annotate(
-                f"{evals[-1][key]:.3f}",
-                (evals[-1]["iter"], evals[-1][key]),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-            )
-    axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    axes.set_xlim(right=axes.get_xlim()[1] * 1.05)  # room for the last values
-    figure.savefig(path)
+    def evaluation(self, iteration: int, better: bool) -> None:
+        """Count an evaluation. The one that a resumed run repeats counts once."""
+        self.waited = 0 if better else self.waited + (iteration > self.evaluated)
+        self.evaluated = iteration

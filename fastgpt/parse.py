@@ -101,7 +101,7 @@ def parse(
             continue
         check_key(schema, key, word)
         kind = schema.model_fields[key].annotation
-        bare = i == len(argv) or argv[i].startswith("-") or argv[i].endswith((".py", ".toml"))
+        bare = i == len(argv) or argv[i].startswith("-") or argv[i].endswith((".py", ".toml", ".json"))
         if not equals and bare and kind is bool:
             text = "True"
         elif not equals:
@@ -140,7 +140,8 @@ def train_base(given: dict[str, Any], has_file: bool) -> dict[str, Any]:
     start = given.get("init_from", "scratch")
     own = start == "scratch" or (start in ("resume", "auto") and given.get("out_dir", QUICKSTART_OUT) == QUICKSTART_OUT)
     base = dict(device="cpu", compile=False) if "device" not in given and default_device() == "cpu" else {}
-    base |= preset("quickstart" if own and not named else given.get("preset", ""))
+    name = "quickstart" if own and not named else given.get("preset", "")
+    base |= {**preset(name), "preset": name}
     if given.get("train_data") and given.get("val_data"):
         base.pop("dataset", None)
     return base

@@ -1,22 +1,15 @@
 """nanoGPT's training loop, with its data order, schedule, evaluations and checkpoints."""
 
-import hashlib
 import itertools
 import math
-import os
-import sys
-import tempfile
 import time
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import InductorError
-from tqdm import tqdm
 
 import fastgpt
 from fastgpt import checkpoint as checkpoints
@@ -33,18 +26,21 @@ from fastgpt import (
     sharded,
     signals,
     tokenizer,
+    tracker,
 )
 from fastgpt.config import RESIDUAL, Diverged, TrainConfig, UserError
-from fastgpt.lock import lock
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
 from fastgpt.model import GPT
+from fastgpt.opening import begin_or_resume, check_parallel, check_residual, data_digest, digest, find_separator, hold
+from fastgpt.reporter import Quiet, Reporter, tell
 from fastgpt.shadows import Shadows, shadow_dtype
 from fastgpt.step import evaluate, micro_step, mixed_precision, train_step
 
 # Settings in which processes may differ: names of places, and what only the main process does.
 MAY_DIFFER = {
     "out_dir", "dataset", "train_data", "val_data", "preset", "device", "peak_flops", "join_timeout", "sample_tokens",
-    "wandb_log", "wandb_project", "wandb_run_name", "overwrite", "save_minutes", "keep", "async_checkpoint",
+    "tracker", "wandb_log", "wandb_project", "wandb_run_name", "overwrite", "save_minutes", "keep", "async_checkpoint",
+    "sample_every_eval",
 }  # fmt: skip
 
 
@@ -65,9 +61,10 @@ def train(cfg: TrainConfig, given: Collection[str] = frozenset()) -> None:
     world = distributed.init(cfg.device, cfg.backend, cfg.parallel, cfg.join_timeout, cfg.timeout)
     run = None
     try:
-        with graphs.stream(world), hold(cfg, world):
+        report: Any = Reporter(cfg, given) if world.is_main else Quiet()
+        with graphs.stream(world), hold(cfg, world), report:
             try:
-                run = Run(cfg, given, world)
+                run = Run(cfg, given, world, report)
                 run.loop()
             finally:
                 if run:
@@ -104,17 +101,15 @@ def train(cfg: TrainConfig, given: Collection[str] = frozenset()) -> None:
 
 def again(run: "Run | None", reason: str, flag: str) -> Again:
     """The Again of a run that ends: with a flag in place of a default, and from the checkpoint that the run has saved, if it has."""
-    if run and run.wandb:
-        run.wandb.finish()
     return Again(reason, flag, *["--init_from=resume"] * bool(run and run.writer.saved))
 
 
 class Run:
     """One training run. The constructor makes and checks everything before the first iteration."""
 
-    def __init__(self, cfg: TrainConfig, given: Collection[str], world: distributed.World):
+    def __init__(self, cfg: TrainConfig, given: Collection[str], world: distributed.World, report: Any):
         self.began = time.perf_counter()
-        self.world = world
+        self.world, self.report = world, report
         self.cuda = world.device.startswith("cuda")
         cfg = begin_or_resume(cfg, world)
         with distributed.agreement(world) as facts:
@@ -133,8 +128,9 @@ class Run:
         self.micro_steps = distributed.share(cfg.gradient_accumulation_steps, world)  # nanoGPT's, in an iteration
         self.tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size  # of all processes' iteration
         print(f"tokens per iteration will be: {self.tokens:,}")
-        self.wandb = import_wandb() if cfg.wandb_log else None
-
+        tracker.check(cfg)
+        if cfg.sample_every_eval and not cfg.sample_tokens:
+            raise UserError("--sample_every_eval=True: it says not how many tokens; give --sample_tokens=200")
         ops.parse(cfg.kernels)  # raises for a wrong word before any work
         check_residual(cfg, self.cuda)
         check_parallel(cfg, self.cuda)
@@ -177,6 +173,7 @@ class Run:
             cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), "cuda" if self.cuda else "cpu"
         )
         self.iter_num, self.best_val_loss = 0, float("inf")
+        self.before = metrics.Progress()  # up to this start
         if saved:
             self.restore_optimizer(saved, given)
         draws = self.restore_random_state(saved.get("fastgpt")) if saved else data.Draws()
@@ -191,24 +188,20 @@ class Run:
             in_order = data.InOrder(tokens, cfg.eval_iters * cfg.batch_size, cfg.block_size) if first else None
             batches = data.Batches(tokens, *shape, in_order or eval_draws)
             self.eval_batches[split] = distributed.Shown(batches, world) if world.sharded else batches
+        self.sample_batches = data.Batches(val_tokens, *shape)
         # After DDP has copied rank 0's weights to all. FSDP itself gathers weights in this dtype.
         if (dtype := shadow_dtype(self.model.kernels, self.dtype)) and not world.sharded:
             self.shadows = Shadows(self.model, dtype)
 
         self.graphs = self.make_graphs() if self.runner.graphs else None
 
-        self.peak_flops = cfg.peak_flops or metrics.peak_flops(world.device, cfg.dtype)
-        self.mfu: float | None = None
+        peak = cfg.peak_flops or metrics.peak_flops(world.device, cfg.dtype)
+        at_peak = peak and self.model.estimate_mfu(self.accumulation * self.sequences, 1.0, peak)
         self.clock = metrics.Clock(lambda: torch.cuda.synchronize(world.device) if self.cuda else None)
         self.writer = checkpoints.Writer(cfg.out_dir, cfg.keep, cfg.async_checkpoint, tell, self.iter_num)
-        if world.is_main:
-            kept = float("inf") if cfg.eval_only else self.iter_num if saved else 0
-            self.metrics = metrics.MetricsFile(cfg.out_dir, kept, tell)
-        if self.wandb and world.is_main:
-            self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=cfg.model_dump())
-        self.spikes = health.Spikes()
         self.watch = health.Watch(self.scaler)
         self.saved_at = time.monotonic()
+        self.report.begin(cfg, world.device, world.size, self.iter_num, bool(saved), self.tokens, at_peak)
         self.batches.prefetch()
 
     def parallelize(self) -> None:
@@ -356,14 +349,17 @@ class Run:
         return {"ranks": distributed.gather(own, self.world), "draws": shared}
 
     def restore_random_state(self, extra: dict[str, Any] | None) -> data.Draws | data.SharedDraws:
-        """Restore the random state of a checkpoint. Returns the draws of its next batches.
+        """Restore the random state of a checkpoint, and its Progress. Returns the draws of its next batches.
 
         nanoGPT's checkpoints have no such state (`extra` is None): the batches then start again from the seed, as in nanoGPT.
         """
+        self.before = metrics.Progress(tokens=self.iter_num * self.tokens)
         if extra is None:
             return data.Draws()
         cfg, world = self.cfg, self.world
         try:
+            if "progress" in extra:
+                self.before = metrics.Progress.restored(extra["progress"])
             if extra["scaler"]:
                 self.scaler.load_state_dict(extra["scaler"])
             ranks, states = extra["ranks"], extra.get("draws") or extra["ranks"]
@@ -389,11 +385,7 @@ class Run:
     def loop(self) -> None:
         """Train to max_iters. Evaluate and save every eval_interval iterations and at the end."""
         cfg, main = self.cfg, self.world.is_main
-        live = main and shows_bar()
-        with (
-            signals.deferred(),
-            tqdm(total=cfg.max_iters, initial=self.iter_num, disable=not live, unit="it", dynamic_ncols=True) as bar,
-        ):
+        with signals.deferred():
             self.clock.start()
             while True:
                 lr = optim.learning_rate(self.iter_num, cfg)
@@ -409,6 +401,9 @@ class Run:
                         self.save_evaluated(state)
                     elif self.world.size == 1:
                         self.react(state)
+                    last = self.enough() or last
+                    if cfg.sample_every_eval and not last and not self.world.sharded:
+                        self.sample()
                     self.clock.start()
                 if last:
                     break
@@ -420,24 +415,45 @@ class Run:
                 self.clock.iterations += 1
                 if self.clock.iterations == 1 and main:
                     self.clock.sync()
-                    tell(
-                        f"the first iteration is done {time.perf_counter() - self.began:.1f} s after the start, evaluation included"
-                    )
+                    self.report.first(time.perf_counter() - self.began)
                 self.watch.add(self.iter_num, offsets, loss, grad_norm)
                 logged = self.iter_num % cfg.log_interval == 0
                 looked = logged or len(self.watch) >= cfg.max_bad_steps
                 seen = self.look() if looked else None
                 if seen and logged and main:
-                    said, took, speed = self.log(*seen, lr)
-                    bar.set_postfix_str(f"{said}, {speed}")
-                    if not live:
-                        tell(f"iter {self.iter_num}: {said}, {took}, {speed}")
+                    self.report.iteration(self.iter_num, *seen, lr, self.clock.lap(), self.progress())
                 self.iter_num += 1
-                bar.update()
+                self.report.done()
                 if self.world.size == 1 or looked:  # several processes must all see the same signal
                     self.react()
         if main:
             self.finish()
+
+    def progress(self) -> metrics.Progress:
+        """How far the run has come, up to the last lap or stop of its clock."""
+        tokens = self.before.tokens + self.clock.iterations * self.tokens
+        return replace(self.before, tokens=tokens, train_s=self.before.train_s + self.clock.seconds)
+
+    def enough(self) -> bool:
+        """Whether this evaluation ends the run, by --target_loss or --patience; says which. Every process must call it."""
+        cfg, why = self.cfg, ""
+        if cfg.eval_only or not (cfg.patience or cfg.target_loss):
+            return False
+        if self.world.is_main:
+            val_loss, progress = self.losses["val"], self.progress()
+            if cfg.target_loss and val_loss <= cfg.target_loss:
+                why = (
+                    f"val loss {val_loss:.4f}: --target_loss={cfg.target_loss} is reached after {self.iter_num} iterations, "
+                    f"{progress.tokens:,} tokens and {progress.train_s:.1f} s of training, evaluations apart"
+                )
+            elif cfg.patience and progress.waited >= cfg.patience:
+                why = (
+                    f"no better val loss than {self.best_val_loss:.4f} in {progress.waited} evaluations: "
+                    f"--patience={cfg.patience} ends the run after {self.iter_num} iterations"
+                )
+            if why:
+                tell(why)
+        return bool(distributed.most(int(bool(why)), self.world))
 
     def look(self) -> tuple[float, float]:
         """Wait for the GPU, and look at the updates since the last look. Returns the last one's (loss, gradient norm).
@@ -445,11 +461,7 @@ class Run:
         Raises Diverged after max_bad_steps updates in a row that were left out.
         """
         for bad in self.watch.look():
-            if self.world.is_main:
-                tell(
-                    f"iter {bad.it}: loss {bad.loss:.4f}, gradient norm {bad.norm:.4g}: not finite, so this update was left out"
-                )
-                self.metrics.write(iter=bad.it, left_out=bad.in_a_row, offsets=bad.offsets.tolist())
+            self.report.left_out(bad)
             if bad.in_a_row >= self.cfg.max_bad_steps:
                 raise Diverged(self.why(bad))
         return self.watch.last
@@ -482,28 +494,19 @@ class Run:
         wish = distributed.most(signal + 1 if signal else int(due), self.world)  # 1: save
         if not wish:
             return
+        training = state is None
+        if training:
+            self.clock.stop()
         state = state or self.random_state()
         if self.world.takes_part:
             self.save(state, False)
+        if training:
+            self.clock.start()
         if wish > 1:
             self.writer.wait()
             done = self.writer.saved and self.writer.iteration == self.iter_num
             what = f"{self.writer.saved} is saved; --init_from=auto goes on from it" if done else "nothing new is saved"
             raise signals.Stopped(wish - 1, f"stopped after {self.iter_num} iterations; {what}")
-
-    def log(self, loss: float, grad_norm: float, lr: float) -> tuple[str, str, str]:
-        """Write an iteration to the metrics. Returns its loss, time and speed as text."""
-        dt = self.clock.lap()
-        tokens_per_s = self.tokens / dt
-        if self.peak_flops:
-            self.mfu = self.model.estimate_mfu(self.accumulation * self.sequences, dt, self.peak_flops)
-        height = self.spikes.height(loss) if math.isfinite(loss) else None
-        self.metrics.write(
-            iter=self.iter_num, loss=loss, lr=lr, grad_norm=grad_norm, dt_ms=dt * 1e3, tokens_per_s=tokens_per_s, mfu=self.mfu,
-            **({} if height is None else {"spike": height}),
-        )  # fmt: skip
-        mfu = "" if self.mfu is None else f"mfu {self.mfu * 100:.2f}%, "
-        return f"loss {loss:.4f}", f"time {dt * 1000:.2f}ms", f"{mfu}{tokens_per_s:,.0f} tok/s"
 
     def evaluate(self, lr: float) -> bool:
         """Measure the loss of both splits, print it, and write it to the metrics. Returns False if a signal ended it: alone, without others
@@ -520,22 +523,14 @@ class Run:
                 return False
         if self.world.sharded:
             self.losses = distributed.agree(lambda: self.losses, self.world)
-        if not self.world.is_main:
-            return True
-        train_loss, val_loss = self.losses["train"], self.losses["val"]
-        tell(f"step {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        self.metrics.write(iter=self.iter_num, train_loss=train_loss, val_loss=val_loss)
-        if self.wandb:
-            mfu = None if self.mfu is None else self.mfu * 100
-            self.wandb.log(
-                {"iter": self.iter_num, "train/loss": train_loss, "val/loss": val_loss, "lr": lr, "mfu": mfu}
-            )
+        self.report.evaluation(self.iter_num, self.losses, lr, self.progress())
         return True
 
     def save_evaluated(self, state: dict[str, Any]) -> None:
         """Save if this evaluation is the best, or with always_save_checkpoint. Never with eval_only, or where it is not finite."""
         best = self.losses["val"] < self.best_val_loss
         self.best_val_loss = min(self.best_val_loss, self.losses["val"])
+        self.before.evaluation(self.iter_num, best)
         if self.cfg.eval_only or not (best or self.cfg.always_save_checkpoint):
             return
         if not all(map(math.isfinite, self.losses.values())):
@@ -573,6 +568,7 @@ class Run:
                 "meta": self.meta,
                 "scaler": self.scaler.state_dict(),
                 "micro_batch": self.sequences,
+                "progress": asdict(self.progress()),
                 **state,
             },
         }
@@ -588,164 +584,37 @@ class Run:
             self.writer.save(checkpoint, best)
         self.saved_at = time.monotonic()
 
+    def sample(self) -> None:
+        """Say a text that the model writes. What training draws, and the model's state, stay as they are."""
+        if not (self.world.is_main and math.isfinite(self.losses["val"])):
+            return
+        self.model.eval()
+        self.model.set_residual(torch.float32)  # as in `fastgpt sample`
+        tok = tokenizer.from_meta(self.meta)
+        allowed = tok.decodable(self.model.config.vocab_size).to(self.world.device)
+        with torch.random.fork_rng([self.world.device] if self.cuda else []), self.autocast:
+            start, _ = next(self.sample_batches.take(1))
+            ids = self.model.generate(
+                start[:1, :1], self.cfg.sample_tokens, temperature=0.8, top_k=200, allowed=allowed
+            )
+        self.model.train()
+        self.model.set_residual(RESIDUAL[self.cfg.residual])
+        self.report.sample(self.iter_num, tok.decode(ids[0].tolist()))
+
     def finish(self) -> None:
-        """Print the final losses, the speed, a sample and the paths of all files; draw the plot."""
-        cfg, clock = self.cfg, self.clock
+        """Say how the run ended, write a sample, name all files. Raises UserError if it did not end well."""
         self.writer.wait()
-        self.metrics.close()
-        train_loss, val_loss = self.losses["train"], self.losses["val"]
-        print(f"\niteration {self.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f} nats per token")
-        if clock.iterations:
-            speed = self.tokens * clock.iterations_per_s()
-            print(f"{clock.iterations} iterations in {clock.seconds:.1f} s, evaluations apart; {speed:,.0f} tok/s")
-        plot = self.metrics.path.with_name("loss.png")
-        if not cfg.eval_only:
-            title = f"{self.model.get_num_params() / 1e6:.2f}M parameters on {cfg.dataset}"
-            try:
-                metrics.plot_losses(metrics.read_metrics(self.metrics.path), plot, title)
-            except OSError as e:
-                print(f"no loss curve: {e}")
-        if cfg.sample_tokens and self.world.sharded:
+        self.report.end(self.iter_num, self.losses, self.clock, self.model.get_num_params())
+        if self.cfg.sample_tokens and self.world.sharded:
             print("a sample: none with --parallel=fsdp; `fastgpt sample` writes one from the checkpoint")
-        elif cfg.sample_tokens and math.isfinite(val_loss):
-            self.model.eval()
-            self.model.set_residual(torch.float32)  # as in `fastgpt sample`
-            tok = tokenizer.from_meta(self.meta)
-            allowed = tok.decodable(self.model.config.vocab_size).to(self.world.device)
-            start, _ = next(self.eval_batches["val"].take(1))
-            with self.autocast:
-                ids = self.model.generate(start[:1, :1], cfg.sample_tokens, temperature=0.8, top_k=200, allowed=allowed)
-            print(f"a sample:\n{'-' * 80}\n{tok.decode(ids[0].tolist())}\n{'-' * 80}")
-        if not math.isfinite(val_loss):
+        elif self.cfg.sample_tokens:
+            self.sample()
+        if not math.isfinite(self.losses["val"]):
             raise Diverged(f"the last evaluation is not finite; {self.kept()}")
-        if cfg.eval_only:
+        if self.cfg.eval_only:
             return
         saved = self.writer.saved
         older = f" (iteration {self.writer.iteration})" if saved and self.writer.iteration < self.iter_num else ""
-        print(f"checkpoint: {saved or 'none saved'}{older}\nmetrics:    {self.metrics.path}\nloss curve: {plot}")
-        if saved:
-            device = "" if self.cuda else f" --device={self.world.device}"
-            print(f"more text:  fastgpt sample --out_dir={cfg.out_dir}{device}")
+        self.report.paths(saved, older)
         if self.writer.failed:
             raise UserError(self.writer.failed)
-
-
-def shows_bar() -> bool:
-    """Whether the outputs are a terminal with a width. Others need lines: `| tee log`, and terminals that say that they are 0 wide."""
-    return sys.stderr.isatty() and sys.stdout.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-
-
-def tell(line: str) -> None:
-    """Print a line at once, above a progress bar if there is one."""
-    try:
-        tqdm.write(line)
-        sys.stdout.flush()
-    except OSError:  # the terminal is closed, or who read the pipe has ended
-        if not signals.received():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the run is to be saved, whether somebody reads it or not
-
-
-@contextmanager
-def hold(cfg: TrainConfig, world: distributed.World) -> Iterator[None]:
-    """Make out_dir and lock it, for a run that writes checkpoints. Raises UserError, on all processes."""
-
-    def take():
-        if cfg.init_from == "resume" and not Path(cfg.out_dir).is_dir():
-            return  # loading says that there is nothing to resume
-        check_writable(cfg.out_dir)
-        if not cfg.eval_only:
-            stack.enter_context(lock(cfg.out_dir))
-
-    with ExitStack() as stack:
-        distributed.agree(take, world)
-        yield
-
-
-def begin_or_resume(cfg: TrainConfig, world: distributed.World) -> TrainConfig:
-    """The TrainConfig with --init_from=auto decided. Raises UserError if a new run would replace another's checkpoint."""
-    mark = (
-        Path(cfg.out_dir) / ".overwrite"
-    )  # while it stands, the checkpoints are still those of the run to be replaced
-    held, replacing, overwrite = distributed.agree(
-        lambda: (bool(checkpoints.find(cfg.out_dir)), mark.exists(), cfg.overwrite), world
-    )
-    # Workers that torchrun started again must not overwrite what they had begun. Only the node of the failure counts that start.
-    again = distributed.most(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), world) > 0 and overwrite
-    if cfg.init_from == "auto" or again:
-        cfg = cfg.model_copy(update={"init_from": "resume" if held and not (again and replacing) else "scratch"})
-    if world.is_main and held and overwrite and cfg.init_from != "resume" and not cfg.eval_only:
-        mark.touch()
-    if held and not (cfg.init_from == "resume" or overwrite or cfg.eval_only):
-        raise UserError(
-            f"--out_dir={cfg.out_dir}: it holds a run; go on with it by --init_from=auto, begin anew by --overwrite, "
-            "or give another --out_dir"
-        )
-    return cfg
-
-
-def check_residual(cfg: TrainConfig, cuda: bool) -> None:
-    """Raise UserError if the residual stream cannot have its dtype: it must not be narrower than the branches added to it."""
-    if cfg.residual == "bf16" and not (cuda and cfg.dtype == "bfloat16"):
-        here = f"with --dtype={cfg.dtype}" if cuda else f"on --device={cfg.device}, which computes in float32"
-        raise UserError(f"--residual=bf16: it needs a CUDA GPU and --dtype=bfloat16, and this is {here}; leave it out")
-
-
-def check_parallel(cfg: TrainConfig, cuda: bool) -> None:
-    """Raise UserError if FSDP cannot train in this dtype."""
-    if cfg.parallel == "fsdp" and cuda and cfg.dtype == "float16":
-        raise UserError(
-            "--parallel=fsdp: it does not train in float16, whose loss scaler knows no shards; give --dtype=bfloat16 or --parallel=ddp"
-        )
-
-
-def digest(saved: dict[str, Any]) -> str:
-    """A short text that differs where two checkpoints do: of a sharded one its id, else of some of each weight."""
-    if "id" in saved:
-        return saved["id"][:12]
-    found = hashlib.sha256()
-    for name, weight in saved["model"].items():
-        flat = weight.flatten()
-        found.update(f"{name} {tuple(weight.shape)} {flat[:64].tolist()} {flat[-64:].tolist()}".encode())
-    return found.hexdigest()[:12]
-
-
-def data_digest(tokens: data.Tokens, places: int = 16, length: int = 1024) -> str:
-    """A short text that differs where two streams of tokens do: of the head, the tail and some places between."""
-    length = min(length, len(tokens))
-    starts = sorted({(len(tokens) - length) * i // (places - 1) for i in range(places)})
-    return hashlib.sha256(tokens.read(starts, length).tobytes()).hexdigest()[:12]
-
-
-def find_separator(meta: dict[str, Any] | None, tokens: data.Tokens) -> int:
-    """The token at which --doc_mask separates documents. Raises UserError if the dataset has none."""
-    separator = tokenizer.separator(meta)
-    if not tokens.holds(separator):
-        raise UserError(
-            f"--doc_mask=True: {tokens.paths[0]} has no separator, token {separator}; it is one document: leave the flag out"
-        )
-    print(f"documents begin at token {separator}, and attention stays within them")
-    return separator
-
-
-def check_writable(out_dir: str) -> None:
-    """Make out_dir. Raises UserError if it cannot be written."""
-    try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass
-    except OSError as e:
-        raise UserError(f"--out_dir={out_dir}: cannot be written ({e.strerror}); give another folder") from None
-
-
-def import_wandb() -> Any:
-    """The module wandb. Raises UserError if it cannot be imported."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "--wandb_log=True: wandb is not installed; pip install wandb, or give --wandb_log=False"
-        ) from None
-    if not hasattr(wandb, "init"):
-        raise UserError(f"--wandb_log=True: {wandb.__path__} is a folder, not the package wandb; run elsewhere")
-    return wandb

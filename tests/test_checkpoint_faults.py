@@ -27,7 +27,7 @@ from conftest import TINY
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from fastgpt import checkpoint, files, lock, metrics
+from fastgpt import checkpoint, files, lock, metrics, plot
 from fastgpt.config import GPTConfig, UserError
 from fastgpt.model import GPT
 
@@ -447,7 +447,7 @@ def test_a_broken_line_is_passed_over(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"iter": 0, "loss": 1}\n' + line + b'\n{"iter": 2, "loss": "x"}\n')
     assert [r["iter"] for r in metrics.read_metrics(path)] == [0, 2]
-    metrics.plot_losses(metrics.read_metrics(path), tmp_path / "loss.png", "t")
+    plot.plot_losses(metrics.read_metrics(path), tmp_path / "loss.png", "t")
     metrics.MetricsFile(tmp_path, keep_before=3).close()
     assert path.read_bytes() == b'{"iter": 0, "loss": 1}\n{"iter": 2, "loss": "x"}\n'
 

@@ -1,21 +1,16 @@
 """The command line itself: its help, what it prints of settings, its completion, and what it does without."""
 
-import fcntl
-import io
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import fastgpt as package
-from fastgpt import cli, completion, trainer, usage
+from fastgpt import cli, completion, usage
 from fastgpt.config import SampleConfig, TrainConfig
 from fastgpt.parse import parse, parse_train
 
@@ -160,25 +155,6 @@ def test_settings_that_cannot_be_are_not_printed(fastgpt):
     status, out, err = fastgpt("train", "--n_head=5", "--n_embd=384", "--print_config")
     assert (status, out) == (2, "")
     assert "--n_head=5" in err
-
-
-# ---- the terminal ----
-
-
-def test_a_bar_is_for_terminals_with_a_width(monkeypatch):
-    main, terminal = os.openpty()
-    try:
-        with open(terminal, "w") as file:
-            monkeypatch.setattr(trainer, "sys", SimpleNamespace(stdout=file, stderr=file))
-            shown = []
-            for columns in (0, 80):
-                fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("HHHH", 24 * (columns > 0), columns, 0, 0))
-                shown.append(trainer.shows_bar())
-            trainer.sys.stdout = io.StringIO()  # as in `| tee log`
-            shown.append(trainer.shows_bar())
-    finally:
-        os.close(main)
-    assert shown == [False, True, False]
 
 
 # ---- completion ----

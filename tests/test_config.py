@@ -49,6 +49,7 @@ def test_every_flag_of_nanogpt_has_its_default(gpu):
         "timeout",
         "join_timeout",
     }
+    own |= {"sample_every_eval", "tracker", "patience", "target_loss"}
     own |= {"micro_batch", "recompute", "doc_mask", "residual", "activation", "cuda_graphs", "runner"}
     assert got.keys() - NANOGPT_DEFAULTS.keys() == own
 
@@ -87,7 +88,7 @@ def test_the_cpu_is_for_machines_without_a_gpu_not_for_those_where_it_does_not_w
 
 def test_the_base_is_quickstart_only_where_nothing_names_a_run(tmp_path):
     quick = settings()
-    assert quick == TrainConfig(**preset("quickstart"))
+    assert quick == TrainConfig(**preset("quickstart"), preset="quickstart")
     assert settings("--batch_size=3") == quick.model_copy(update={"batch_size": 3})
     file = tmp_path / "empty.py"
     file.write_text("")

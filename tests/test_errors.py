@@ -203,7 +203,10 @@ def test_what_is_not_installed(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     says(refused("--init_from=gpt2"), "--init_from=gpt2", "pip install huggingface_hub safetensors tokenizers")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    says(refused("--wandb_log=True"), "--wandb_log=True", "pip install wandb", "--wandb_log=False")
+    says(refused("--wandb_log=True"), "--wandb_log=True", "pip install wandb, or leave the flag out")
+    says(refused("--tracker=wandb"), "--tracker=wandb", "pip install wandb")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    says(refused("--tracker=tensorboard"), "--tracker=tensorboard", "pip install tensorboard")
 
 
 def test_wrong_flags_and_commands(refused):

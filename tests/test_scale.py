@@ -74,6 +74,7 @@ def assert_trained_alike(*out_dirs):
 
 
 FSDP = "--parallel=fsdp"
+FILES = ["config.json", "loss.png", "metrics.jsonl", "train.log"]
 
 
 def test_one_two_and_four_processes_train_as_one_by_ddp_and_by_fsdp(dataset, fastgpt):
@@ -82,7 +83,7 @@ def test_one_two_and_four_processes_train_as_one_by_ddp_and_by_fsdp(dataset, fas
     half = ("--out_dir=half", FSDP, "--max_iters=4")
     said = in_processes(4, trainings, (("--out_dir=ddp4",), 0), (("--out_dir=fsdp4", FSDP), 0), (half, 0))
     assert said.count("tokens per iteration") == 3
-    assert sorted(os.listdir("fsdp4")) == ["ckpt-0000004", "ckpt-0000008", "loss.png", "metrics.jsonl"]
+    assert sorted(os.listdir("fsdp4")) == ["ckpt-0000004", "ckpt-0000008", *FILES]
     for copy in ("two", "again", "file"):
         shutil.copytree("half", copy)
     status, out, err = fastgpt("export", "--out_dir=file")
@@ -395,7 +396,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint(folder):
     assert f"out/ckpt-0000001: {reason}; the next save tries again\n" in log0
     assert "\niter 1: " in log0  # the run went on
     assert error(log0).endswith(f"out/ckpt-0000002: {reason}")
-    assert sorted(os.listdir("out")) == ["ckpt-0000001", "loss.png", "metrics.jsonl"]
+    assert sorted(os.listdir("out")) == ["ckpt-0000001", *FILES]
     assert (folder / "rest.pt").read_bytes() == before
 
 

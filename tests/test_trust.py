@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import LOOPBACK, SECONDS, TINY, command, in_two_processes
 
-from fastgpt import data, health, signals, step, trainer
+from fastgpt import data, health, reporter, signals, step, trainer
 from fastgpt.cli import entry, main
 
 TRAIN = ["train", "--dataset=letters", *TINY]
@@ -318,12 +318,12 @@ def test_a_closed_terminal_keeps_no_run_from_saving(monkeypatch):
     def closed(*args):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(trainer.tqdm, "write", closed)
+    monkeypatch.setattr(reporter.tqdm, "write", closed)
     with pytest.raises(OSError, match="Input/output"):
-        trainer.tell("a line")
+        reporter.tell("a line")
     monkeypatch.setattr(signals._State, "received", signal.SIGHUP)
     with open(os.dup(1), "wb") as kept:
-        trainer.tell("a line")
+        reporter.tell("a line")
         os.dup2(kept.fileno(), 1)
 
 
