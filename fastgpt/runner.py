@@ -73,6 +73,7 @@ class Work:
     doc_mask: bool = False
     residual: str = "fp32"
     replays: bool = True
+    activation: str = "gelu"
 
     @property
     def first(self) -> str:
@@ -269,6 +270,7 @@ def measure(work: Work, runner: Runner, device: str) -> dict[str, float]:
     model = GPT(work.config).to(device)
     model.set_recompute(work.recompute)
     model.set_residual(RESIDUAL[work.residual])
+    model.set_activation(work.activation)
     if work.doc_mask:
         model.set_doc_mask(work.config.vocab_size - 1)
     kernels = work.kernels_of(runner, device)
