@@ -60,7 +60,6 @@ bench = [
     "liger-kernel; sys_platform == 'linux'",
     "quack-kernels; sys_platform == 'linux'",
 ]
-readme = (here / "README.md").read_text(encoding="utf-8")
 setup(
     name="fastgpt",
     version=version,

@@ -273,7 +273,14 @@ class Run:
         several, replays = self.accumulation > 1, self.world.size == 1 or self.accumulation > 1
         modes = cfg.recompute, cfg.doc_mask, cfg.residual
         return runner.Work(
-            self.model.config, self.sequences, several, cfg.kernels, str(self.dtype)[6:], *modes, replays, cfg.activation
+            self.model.config,
+            self.sequences,
+            several,
+            cfg.kernels,
+            str(self.dtype)[6:],
+            *modes,
+            replays,
+            cfg.activation,
         )
 
     def make_graphs(self) -> graphs.Graphs | None:
