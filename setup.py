@@ -50,6 +50,8 @@ test = [
     "peft",
     "numpy>=2",
     "pyarrow",
+    "tensorboard",
+    "wandb",
     "setuptools>=77",  # tests build the package, without a network
 ]
 bench = [
