@@ -27,9 +27,8 @@ T95 = (
 
 def interval(values: list[float]) -> tuple[float, float]:
     """(mean, half the width of its 95% confidence interval) of at least two values."""
-    return statistics.fmean(values), T95[min(len(values) - 1, 30) - 1] * statistics.stdev(values) / math.sqrt(
-        len(values)
-    )
+    t = T95[min(len(values) - 1, 30) - 1]
+    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))
 
 
 class Results:

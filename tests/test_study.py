@@ -87,6 +87,27 @@ def test_a_study_runs_what_is_missing(fastgpt, corpus, here):
     assert "s: its runs have iters=60, not 61; give another --out, or --iters=60" in err
 
 
+def test_runs_differ_in_what_they_compare_alone(corpus):
+    """The first loss is that of weights and first batch: it changes with what changes these."""
+
+    def run(seed=1, **changes):
+        setting = study.Setting(1, "nanogpt", "gelu", 0.01, 20)._replace(**changes)
+        return study.run(study.train_config(StudyConfig(**TINY), setting, seed))
+
+    base, *others = (
+        run(),
+        run(lr=0.02),
+        run(warmup=0),
+        run(scheme="pytorch"),
+        run(activation="relu"),
+        run(depth=2),
+        run(seed=2),
+    )
+    assert [r["first"] == base["first"] for r in others] == [True, True, False, False, False, False]
+    assert len({r["val"] for r in (base, *others)}) == 7
+    assert {k: v for k, v in run().items() if k != "seconds"} == {k: v for k, v in base.items() if k != "seconds"}
+
+
 def test_a_plan_runs_nothing(fastgpt, corpus):
     status, out, _ = fastgpt("study", *FLAGS, "--plan")
     assert status == 0
