@@ -26,6 +26,7 @@ from torch import Tensor
 from fastgpt.claims import ELSEWHERE, Claim, Fault, claims
 from fastgpt.config import GPTConfig, TrainConfig, UserError
 from fastgpt.files import link, remove_parts, replacing, sync_folder
+from fastgpt.init import SCHEMES
 from fastgpt.model import ACTIVATIONS, GPT
 from fastgpt.parse import check_value
 
@@ -290,6 +291,7 @@ def check_plain(tree: dict[str, Any]) -> None:
         if not isinstance(thing, kind):
             raise Fault(f"{describe(thing)} stands in place of a {kind}")
     activation_of(tree)
+    scheme_of(tree)
 
 
 def activation_of(checkpoint: dict[str, Any]) -> str:
@@ -297,6 +299,14 @@ def activation_of(checkpoint: dict[str, Any]) -> str:
     name = (checkpoint.get("config") or {}).get("activation", "gelu")
     if type(name) is not str or name not in ACTIVATIONS:
         raise Fault(f"its activation is {describe(name)}; GPT has {', '.join(ACTIVATIONS)}")
+    return name
+
+
+def scheme_of(checkpoint: dict[str, Any]) -> str:
+    """The name of the scheme of a checkpoint's initial weights; nanoGPT's name none. Raises Fault for an unknown one."""
+    name = (checkpoint.get("config") or {}).get("init_scheme", "nanogpt")
+    if type(name) is not str or name not in SCHEMES:
+        raise Fault(f"its init_scheme is {describe(name)}; there are {', '.join(SCHEMES)}")
     return name
 
 
@@ -468,13 +478,13 @@ def say_changes(checkpoint: dict[str, Any], cfg: TrainConfig) -> None:
 
 
 def keep_shape(checkpoint: dict[str, Any], cfg: TrainConfig, given: Collection[str]) -> TrainConfig:
-    """The TrainConfig with the checkpoint's shape and activation for each of these that is not in `given`; prints what changed.
+    """The TrainConfig with the checkpoint's shape, activation and init_scheme where they are not in `given`; prints what changed.
 
     A smaller block_size may be given: the model is cropped to it. Raises UserError for any other given shape that differs.
     """
     args, changed = asdict(GPTConfig(**checkpoint["model_args"])), {}
-    args["activation"] = activation_of(checkpoint)
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation"):
+    args |= {"activation": activation_of(checkpoint), "init_scheme": scheme_of(checkpoint)}
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation", "init_scheme"):
         asked = getattr(cfg, name)
         if asked == args[name] or (name == "block_size" and name in given and asked < args[name]):
             continue

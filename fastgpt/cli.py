@@ -14,6 +14,8 @@ COMMANDS = {
     "export": "write a trained model for transformers, llm.c or nanoGPT, or as safetensors",
     "prepare": "turn a text file or folder into a dataset",
     "verify": "check every kernel against PyTorch on this machine; exit status 1 if one fails",
+    "inspect": "show a model's weights against its init's rules, and with --signals how large signals are by layer",
+    "study": "train many small models, to compare initial weights, warm-up, learning rates and depths",
     "tune": "find the kernels' fastest launch configurations on this GPU, for later runs",
     "bench": "measure training steps and kernels against other libraries; also compare, count, roofline, report, scaling",
     "completion": "print a script for bash, zsh or fish that completes commands, flags and values",
@@ -91,9 +93,11 @@ def run(command: str, argv: list[str]) -> int | None:
         return None
     from fastgpt.config import (
         ExportConfig,
+        InspectConfig,
         PlotConfig,
         PrepareConfig,
         SampleConfig,
+        StudyConfig,
         TuneConfig,
         UserError,
         VerifyConfig,
@@ -146,6 +150,14 @@ def run(command: str, argv: list[str]) -> int | None:
         from fastgpt.tune import tune
 
         tune(parse(TuneConfig, argv, "fastgpt tune")[0])
+    elif command == "inspect":
+        from fastgpt.inspection import base, inspect
+
+        return inspect(parse(InspectConfig, argv, "fastgpt inspect", base)[0])
+    elif command == "study":
+        from fastgpt.study import defaults, study
+
+        study(parse(StudyConfig, argv, "fastgpt study", defaults)[0])
     elif command == "bench":
         from fastgpt.benchmarks.command import bench
 

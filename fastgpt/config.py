@@ -9,10 +9,12 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from fastgpt.init import SCHEMES
 
 
 class UserError(Exception):
@@ -93,6 +95,10 @@ RunnerName = Literal["auto", "graphs", "compile", "eager"]
 Recompute = Literal["none", "gelu", "block"]
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 DType = Literal["float32", "bfloat16", "float16"]
+if TYPE_CHECKING:
+    InitScheme = str
+else:
+    InitScheme = Literal[tuple(SCHEMES)]  # the names in that table
 Preset = Literal["", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "shakespeare-char", "tiny"]
 
 
@@ -165,6 +171,7 @@ class TrainConfig(Settings):
     doc_mask: bool = Field(False, description="keep attention within documents; the dataset's separator tokens say where one begins")
     activation: Activation = Field("gelu", description="between the Linears of an MLP: gelu, nanoGPT's, by erf; gelu_tanh, as OpenAI trained GPT-2; relu")
     residual: Residual = Field("fp32", description="dtype of the residual stream between blocks; bf16 moves fewer bytes, and rounds")
+    init_scheme: InitScheme = Field("nanogpt", description="initial weights of a new model: nanogpt, or to compare with it " + ", ".join(list(SCHEMES)[1:]))
     overwrite: bool = Field(False, description="begin anew in an out_dir that holds a run: its first checkpoint replaces that run's")
     save_minutes: float | None = Field(None, gt=0, description="save a checkpoint also when this many minutes have passed since the last one")
     max_bad_steps: int = Field(8, gt=0, description="updates in a row whose loss or gradients are not finite, after which the run stops with exit status 3; each is left out")
@@ -273,6 +280,31 @@ class StepShape(Settings):
         return GPTConfig(self.block_size, self.vocab_size, **shape, dropout=0.0, bias=self.bias)
 
 
+class StudyConfig(Settings):
+    """Train small models on the embedded text, one for each combination of the lists, which have commas, and compare their losses."""
+
+    EXAMPLES = ["fastgpt study --schemes=nanogpt,no_rescale --seeds=5 --out=out-study", "fastgpt study --size=gpu"]
+
+    out: PathText = Field("out-study", description="folder of the results; runs that it has are not run again")
+    size: Literal["cpu", "gpu"] = Field("cpu", description="sets the defaults of all flags below: cpu, or gpu for models that take a GPU hours")
+    schemes: str = Field(",".join(SCHEMES), description="initial weights, as --init_scheme of train")
+    activations: str = Field("gelu", description="as --activation of train")
+    learning_rates: str = Field("0.001,0.01", description="peak learning rates; a cosine brings each down to a tenth")
+    warmups: str = Field("0,20", description="iterations of warm-up")
+    depths: str = Field("12", description="numbers of blocks")
+    seeds: int = Field(5, ge=2, le=1000, description="runs of each combination, with seeds from 1 on")
+    iters: int = Field(200, gt=0, description="updates of a run")
+    n_head: int = Field(4, gt=0, le=2**20, description="attention heads; divides n_embd")
+    n_embd: int = Field(64, gt=0, le=2**20, description="width")
+    block_size: int = Field(64, gt=0, le=2**24, description="tokens of a sequence")
+    batch_size: int = Field(4, gt=0, le=2**24, description="sequences of an update")
+    eval_iters: int = Field(50, gt=0, description="batches of held-out text that measure a trained model, the same for all")
+    device: str = Field("cpu", description="cpu, cuda, cuda:1")
+    processes: int = Field(0, ge=0, le=1024, description="runs at a time; 0: one for each CPU core, and on a GPU one")
+    plan: bool = Field(False, description="say what would run and how long it takes, and stop")
+    page: PathText = Field("", description="run nothing: write the results in --out between the marks of this Markdown page")
+
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # pydantic has a deprecated method `json`, which nobody calls here
 
@@ -283,6 +315,19 @@ with warnings.catch_warnings():
 
         dtype: Literal["all", DType] = Field("all", description="the dtype to check in: float32, float16 or bfloat16; all: in each of them")
         json: PathText = Field("", description="file to write the report to, as JSON")
+
+
+    class InspectConfig(TrainConfig):
+        """Show a model's weights against its init's rules. The flags of training say which model. --out_dir alone: the checkpoint in it."""
+
+        GROUPS = TrainConfig.GROUPS | {"json": "what to show"}
+        EXAMPLES: ClassVar[list[str]] = ["fastgpt inspect --preset=gpt2", "fastgpt inspect --out_dir=out-quickstart --signals"]
+
+        json: PathText = Field("", description="file to write the report to, as JSON")
+        signals: bool = Field(False, description="measure signals and gradients by layer, and draw them into --out")
+        out: PathText = Field("out-inspect", description="folder for signals.png, signals.html and rescale.png")
+        sequences: int = Field(4, gt=0, le=2**16, description="sequences of held-out text, of at most 256 tokens, that are the models' input")
+        depths: str = Field("", description="with --signals: numbers of blocks, as 12,24,48, at which the stream with the rescale and without is compared")
 
 
 class TuneConfig(StepShape):
@@ -339,6 +384,12 @@ def preset(name: str) -> dict[str, Any]:
         return quickstart()
     return {}
 
+
+# What --size=gpu of a study changes: GPT-2's width, its depth and four times that, and ten times as many updates.
+STUDY_ON_GPU = dict(
+    device="cuda", schemes="nanogpt,no_rescale", depths="12,48", learning_rates="0.0006,0.003", warmups="0,100", iters=2000,
+    n_head=12, n_embd=768, block_size=256, batch_size=64,
+)  # fmt: skip
 
 QUICKSTART_OUT = "out-quickstart"
 

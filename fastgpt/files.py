@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastgpt.config import cache_folder
+from fastgpt.config import UserError, cache_folder
 
 CONFIG = 2**16  # bytes that a config file may have
 KEPT = 2**20  # or a file of the cache
@@ -105,6 +105,16 @@ def replacing(path: Path, private: bool = False) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write(path: Path, content: bytes, flag: str) -> None:
+    """Write a file that a flag names, whole or not at all, and its folder if there is none. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as f:
+            f.write(content)
+    except OSError as e:
+        raise UserError(f"{flag}: {path} cannot be written ({e.strerror})") from None
 
 
 def temporary(path: Path) -> Path:

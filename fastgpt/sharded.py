@@ -111,6 +111,7 @@ def one(folder: Path, whole: bool) -> dict[str, Any]:
         if not missing:
             checkpoints.gpt_config(rest["model_args"])
             checkpoints.activation_of(rest)
+            checkpoints.scheme_of(rest)
     except Exception as e:  # a damaged file can fail in any way
         raise UserError(f"{folder / REST}: not readable ({type(e).__name__}); the checkpoint is damaged") from None
     if missing:

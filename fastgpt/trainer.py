@@ -19,6 +19,7 @@ from fastgpt import (
     graphs,
     health,
     huggingface,
+    init,
     metrics,
     ops,
     optim,
@@ -133,6 +134,8 @@ class Run:
             raise UserError("--sample_every_eval=True: it says not how many tokens; give --sample_tokens=200")
         ops.parse(cfg.kernels)  # raises for a wrong word before any work
         check_residual(cfg, self.cuda)
+        if cfg.init_scheme != "nanogpt" and not (saved or cfg.init_from == "scratch"):
+            raise UserError(f"--init_scheme={cfg.init_scheme}: the weights are those of {cfg.init_from}; leave it out")
         check_parallel(cfg, self.cuda)
         torch.manual_seed(cfg.seed + world.rank)
         self.dtype, self.autocast, self.scaler = mixed_precision(world.device, cfg.dtype)
@@ -300,6 +303,7 @@ class Run:
         if cfg.init_from == "scratch":
             print("Initializing a new model from scratch")
             model = GPT(cfg.gpt_config(vocab_size))
+            init.apply(model, cfg.init_scheme)
             model.set_activation(cfg.activation)
             return model
         if saved:

@@ -50,7 +50,7 @@ def test_every_flag_of_nanogpt_has_its_default(gpu):
         "join_timeout",
     }
     own |= {"sample_every_eval", "tracker", "patience", "target_loss"}
-    own |= {"micro_batch", "recompute", "doc_mask", "residual", "activation", "cuda_graphs", "runner"}
+    own |= {"micro_batch", "recompute", "doc_mask", "residual", "activation", "init_scheme", "cuda_graphs", "runner"}
     assert got.keys() - NANOGPT_DEFAULTS.keys() == own
 
 
