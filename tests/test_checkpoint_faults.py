@@ -237,11 +237,11 @@ def test_a_lock_that_its_holder_removes_is_not_taken(workdir, monkeypatch):
     """Between opening the file and locking it: the lock would be on a file that nobody else finds."""
     real, opened = lock.try_lock, []
 
-    def slow(f, path):
+    def slow(f, path, *more):
         opened.append(f)
         if len(opened) == 1:
             path.unlink()
-        return real(f, path)
+        return real(f, path, *more)
 
     monkeypatch.setattr(lock, "try_lock", slow)
     with lock.lock("."):

@@ -181,11 +181,11 @@ def test_a_lucky_time_is_measured_again(few):
 
 @interpreted
 def test_what_is_wrong_or_does_not_run_is_rejected_with_its_reason(monkeypatch, capsys):
-    def planted(h, w_fc, b_fc, w_proj, b_proj, recompute=False, row="", sound=gelu_mlp.gelu_mlp):
+    def planted(h, w_fc, b_fc, w_proj, b_proj, recompute=False, row="", approximate="none", sound=gelu_mlp.gelu_mlp):
         config = configs.MLPConfig.of(row) if row else shipped("gelu_mlp")
         if config.forward.group == 16:
             raise RuntimeError("out of resource: shared memory\nand more")
-        y = sound(h, w_fc, b_fc, w_proj, b_proj, recompute, row)
+        y = sound(h, w_fc, b_fc, w_proj, b_proj, recompute, row, approximate)
         return y * (1.001 if config.forward.block_m == 128 else 1)
 
     monkeypatch.setattr(gelu_mlp, "gelu_mlp", planted)
