@@ -664,6 +664,12 @@ def test_what_stands_there_is_kept_and_a_failure_leaves_nothing(runs, workdir, f
     assert "--to=a: it is a folder" in refused("--format=llmc", "--to=a", "--overwrite")
     Path("a/mine.txt").write_text("")
     assert "it has mine.txt, which no export wrote" in refused("--format=hf", "--to=a", "--overwrite")
+    os.remove("a/mine.txt")
+    os.remove("a/config.json")
+    Path("a/config.json").mkdir()
+    Path("a/config.json/mine.txt").write_text("")
+    assert "it has config.json, which no export wrote" in refused("--format=hf", "--to=a", "--overwrite")
+    shutil.rmtree("a/config.json")
     assert "is one file already; --format=hf" in refused()
     assert "--to=b/x: cannot be written" in refused("--format=llmc", "--to=b/x")
 
@@ -671,13 +677,51 @@ def test_what_stands_there_is_kept_and_a_failure_leaves_nothing(runs, workdir, f
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export, "data_of", full)
-    os.remove("a/mine.txt")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     for how, to in places.items():
         for words in ([f"--to={to}", "--overwrite"], ["--to=new"]):
             assert "cannot be written (No space left on device)" in refused(f"--format={how}", *words)
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
     assert sorted(os.listdir()) == ["a", "b", "c"]
+
+
+def test_only_what_an_export_wrote_is_overwritten(runs, workdir, fastgpt):
+    shutil.copytree(runs / "plain", "out")
+    Path("thesis.tex").write_text("years of work")
+    os.mkfifo("pipe")
+    for to in ("thesis.tex", "out/ckpt.pt", "pipe"):
+        before = os.path.isfile(to) and Path(to).read_bytes()
+        for how in ("safetensors", "llmc"):
+            status, _, err = fastgpt("export", f"--format={how}", f"--to={to}", "--overwrite")
+            assert (status, err.count("\n")) == (2, 1)
+            assert f"--to={to}: no export with --format={how} wrote this file" in err
+            assert (os.path.isfile(to) and Path(to).read_bytes()) == before
+    os.remove("pipe")
+    for how, place in {"hf": "a", "safetensors": "b"}.items():  # what a link names is written, and the link stays
+        os.symlink(Path(f"real-{place}").absolute(), place)
+        for more in ([], ["--overwrite", "--dtype=bfloat16"]):
+            assert fastgpt("export", f"--format={how}", f"--to={place}", *more)[0] == 0
+        assert Path(place).is_symlink()
+        assert Path(place).samefile(f"real-{place}")
+    assert sorted(os.listdir()) == ["a", "b", "out", "real-a", "real-b", "thesis.tex"]
+    assert {t.dtype for t in [*load_file("a/model.safetensors").values(), *load_file("b").values()]} == {torch.bfloat16}
+
+
+def test_a_forks_checkpoint_without_a_loss_is_exported(runs, workdir, fastgpt):
+    saved = torch.load(runs / "plain/ckpt.pt", weights_only=True)
+    itself = []
+    itself.append(itself)
+    os.mkdir("out")
+    for changes, said in (
+        ({"best_val_loss": None}, None),
+        ({"best_val_loss": torch.tensor(1.5)}, None),
+        ({"config": {("a", "b"): 1, **saved["config"]}}, None),
+        ({"config": {"a": itself}}, "settings cannot be written as JSON"),
+    ):
+        torch.save({**saved, **changes}, "out/ckpt.pt")
+        status, _, err = fastgpt("export", "--format=safetensors", "--to=x", "--overwrite")
+        assert (status, err.count("\n")) == ((2, 1) if said else (0, 0)), err
+        assert (said or "") in err
 
 
 def test_the_default_places_are_in_the_run(runs):
