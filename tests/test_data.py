@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fastgpt import __version__, data, documents, tokenizer
+from fastgpt import __version__, data, documents, huggingface, tokenizer
 from fastgpt import prepare as preparing
 from fastgpt.config import TrainConfig, UserError
 from fastgpt.lock import lock
@@ -123,6 +123,13 @@ def test_an_npy_file_must_be_whole_and_has_no_negative_ids(workdir):
         for check in (stream.check_ids, lambda s=stream: s.read([0, 120], 60)):
             with pytest.raises(UserError, match=r"b\.npy: token id -1 is negative"):
                 check()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_text_in_place_of_token_files_is_refused(workdir, name):
+    (workdir / name).write_text("It was the best of times, it was the worst of times.")
+    with pytest.raises(UserError, match=f"{name}: it is text, and no token file; fastgpt prepare --input={name} "):
+        data.Tokens([name], 50304)
 
 
 def test_a_folder_of_shards_is_a_dataset(workdir):
@@ -712,6 +719,44 @@ def test_two_cannot_prepare_one_folder(workdir):
         preparing.prepare("a.txt", "bytes", "data/x")
 
 
+def test_what_another_wrote_while_the_text_was_read_is_not_overwritten(workdir, monkeypatch):
+    (workdir / "a.txt").write_text("some text")
+    (workdir / "b.txt").write_text("more text")
+    survey = documents.survey
+
+    def slow(*args, **named):
+        monkeypatch.setattr(documents, "survey", survey)
+        preparing.prepare("b.txt", "bytes", "data/x")
+        return survey(*args, **named)
+
+    monkeypatch.setattr(documents, "survey", slow)
+    with pytest.raises(UserError, match="--out=data/x: it holds a dataset with another --input"):
+        preparing.prepare("a.txt", "bytes", "data/x")
+    assert bytes(np.concatenate(read("data/x")).astype(np.uint8)) == b"more text"
+
+
+def test_an_input_may_lie_in_out_but_not_be_it(workdir):
+    (workdir / "data/x/texts").mkdir(parents=True)
+    (workdir / "data/x/texts/a.txt").write_text("some text")
+    for _ in range(2):
+        preparing.prepare("data/x/texts", "bytes", "data/x")
+        assert bytes(np.concatenate(read("data/x")).astype(np.uint8)) == b"some text"
+    for source, out in (("data/x", "data/x"), ("data/x/texts/..", "data/../data/x")):
+        with pytest.raises(UserError, match="it is the folder of --input"):
+            preparing.prepare(source, "bytes", out)
+
+
+def test_names_of_files_are_shown_without_control_characters(workdir, capsys):
+    (workdir / "in").mkdir()
+    for suffix in (b"\xff", b"t\x1b[31m", b"txt"):
+        Path(os.fsdecode(b"in/a." + suffix)).write_text("text")
+    preparing.prepare("in", "bytes", "data/x")
+    taken = capsys.readouterr().out.splitlines()[0]
+    assert taken.isprintable()
+    assert "3 documents" in taken
+    assert ".txt" in taken
+
+
 # ---- stopped, and run again ----
 
 
@@ -753,6 +798,39 @@ def test_a_stopped_preparation_goes_on_where_it_was(workdir, gpt2, name, monkeyp
     manifests = [json.loads(Path(f"data/{of}/manifest.json").read_text()) for of in ("whole", "x")]
     assert manifests[0] == manifests[1]
     assert sorted(os.listdir("data/x")) == sorted(os.listdir("data/whole"))
+
+
+def test_with_another_tokenizer_in_its_folder_a_preparation_begins_anew(workdir, monkeypatch):
+    def tokenizer_of(first):
+        letters = {c: i for i, c in enumerate((first, *"etx ".replace(first, "")))}
+        Path("hf/tokenizer.json").write_text(json.dumps(huggingface.byte_level({**letters, "Ġ": 4}, [], {})))
+
+    (workdir / "hf").mkdir()
+    (workdir / "a.txt").write_text("text " * 2000)
+    monkeypatch.setattr(documents.pieces, "__defaults__", (2**12, False, 0))
+    monkeypatch.setattr(documents.blocks, "__defaults__", (2**12,))
+    monkeypatch.setattr(preparing, "SAVE_SECONDS", -1)
+    tokenizer_of("e")
+    with monkeypatch.context() as m:
+        m.setattr(preparing, "deque", Dying)
+        with contextlib.suppress(Killed):
+            preparing.prepare("a.txt", "hf", "data/x")
+    assert Path("data/x/.part/state.json").exists()
+    tokenizer_of("t")
+    preparing.prepare("a.txt", "hf", "data/x")
+    assert tokenizer.from_meta(data.load_meta("data/x")).decode(np.concatenate(read("data/x"))) == "text " * 2000
+
+
+class Dying(deque):
+    """A queue in a process that is killed as it takes the second thing out."""
+
+    taken = 0
+
+    def popleft(self):
+        self.taken += 1
+        if self.taken == 2:
+            raise Killed
+        return super().popleft()
 
 
 @pytest.mark.parametrize("moved", range(4))
