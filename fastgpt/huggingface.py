@@ -24,6 +24,7 @@ from fastgpt.checkpoint import gpt_config, shapes_of
 from fastgpt.claims import Claim, Fault, claims
 from fastgpt.config import GPTConfig, UserError
 from fastgpt.model import GPT
+from fastgpt.parse import shown
 from fastgpt.tokenizer import END_OF_TEXT, HuggingFace
 
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -61,6 +62,8 @@ def find(name: str) -> Path:
     """The folder of a model: a local one, or what the hub has under this id, downloaded into Hugging Face's cache. Raises UserError."""
     if os.path.isdir(name):
         return Path(name)
+    if os.path.exists(name):
+        raise UserError(f"--init_from={name}: it is no folder; give the one that has config.json and the weights")
     if not MODEL_ID.fullmatch(name):
         raise UserError(
             f"--init_from={name}: there is no such folder, and an id of the hub looks like gpt2 or org/name"
@@ -113,13 +116,17 @@ def read_config(folder: Path) -> tuple[GPTConfig, str, list[float]]:
     """(GPTConfig, name of its activation, factor of each block's queries) of a folder's config.json. Raises Fault."""
     c = read_json(folder / "config.json", files.CONFIG)
     sizes = {ours: c.get(ours, c.get(theirs, DEFAULTS[ours])) for ours, theirs in SIZES.items()}
+    for field, other in SIZES.items():
+        if field in c and c.get(other, c[field]) != c[field]:
+            raise Fault(f"config.json has {field} = {shown(c[field])} and {other} = {shown(c[other])}, which are one")
     args = {k: v for k, v in sizes.items() if k != "n_positions"}
     config = gpt_config({**args, "block_size": sizes["n_positions"], "dropout": 0.0, "bias": True}, "config.json")
 
     only: dict[str, list[Any]] = {
         "model_type": ["gpt2"], "n_inner": [None, 4 * config.n_embd], "n_ctx": [config.block_size], "layer_norm_epsilon": [1e-5],
         "tie_word_embeddings": [True], "add_cross_attention": [False], "is_encoder_decoder": [False], "pruned_heads": [None, {}],
-        "quantization_config": [None], "compression_config": [None], "auto_map": [None, {}],
+        "quantization_config": [None], "compression_config": [None], "auto_map": [None, {}], "is_causal": [True],
+        "per_layer_config": [None, {}],
         "architectures": [None, ["GPT2LMHeadModel"], ["GPT2Model"]],
         "scale_attn_weights": [True, False], "scale_attn_by_inverse_layer_idx": [True, False],
         "activation_function": [*ACTIVATION_NAMES],
@@ -244,7 +251,10 @@ def of_pickle(path: Path) -> dict[str, Entry]:
 
     @cache
     def loaded():
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as e:  # of what torch.save writes beside data.pkl, anything may be missing
+            raise Fault(f"{path.name}: PyTorch cannot read it ({' '.join(str(e).split())[:200]})") from None
 
     return {
         key: Entry(c.shape, c.dtype if c.dtype.is_floating_point else None, partial(lambda key: loaded()[key], key))

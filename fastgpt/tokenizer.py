@@ -81,7 +81,7 @@ class Bytes(Tiktoken):
 
 
 class Chars:
-    """One token for each character of a corpus. `itos` maps ids, from 0, to characters, as in nanoGPT."""
+    """One token for each character of a corpus. `itos` maps ids to characters, as in nanoGPT."""
 
     end_of_text = None
     cut_anywhere = True
@@ -89,7 +89,7 @@ class Chars:
     def __init__(self, itos: dict[int, str]):
         self.itos = itos
         self.stoi = {c: i for i, c in itos.items()}
-        self.n_vocab = len(itos)
+        self.n_vocab = max(itos, default=-1) + 1
 
     @classmethod
     def of(cls, chars: Iterable[str]) -> "Chars":
@@ -228,7 +228,7 @@ def from_meta(meta: dict[str, Any] | None) -> Tokenizer:
         return get_tokenizer(name)
     if isinstance(itos, (list, tuple)):
         itos = dict(enumerate(itos))
-    if not isinstance(itos, dict) or not all(type(i) is int and type(c) is str for i, c in itos.items()):
+    if not isinstance(itos, dict) or not all(type(i) is int and i >= 0 and type(c) is str for i, c in itos.items()):
         raise UserError(
             "the dataset's meta.pkl has no `itos` from ids to characters: its tokens cannot be shown as text"
         )

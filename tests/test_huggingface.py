@@ -8,6 +8,7 @@ import random
 import shutil
 import stat
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,8 @@ def test_files_as_they_are_on_the_hub(tmp_path):
         ("n_inner", 32), ("layer_norm_epsilon", 1e-6), ("tie_word_embeddings", False), ("add_cross_attention", True), ("n_ctx", 32),
         ("model_type", "llama"), ("architectures", ["GPT2ForSequenceClassification"]), ("activation_function", "silu"),
         ("quantization_config", {"bits": 4}), ("auto_map", {"AutoModelForCausalLM": "x.Y"}), ("scale_attn_weights", 2), ("n_head", 3),
-        ("n_layer", 10**9), ("n_embd", 16.0), ("vocab_size", True), ("n_positions", 2**40),
+        ("n_layer", 10**9), ("n_embd", 16.0), ("vocab_size", True), ("n_positions", 2**40), ("is_causal", False),
+        ("num_attention_heads", 4), ("num_hidden_layers", 2), ("per_layer_config", {"0": {"scale_attn_weights": False}}),
     ],
 )  # fmt: skip
 def test_a_config_that_asks_for_another_function_is_refused_by_field_and_value(tmp_path, fastgpt, field, value):
@@ -207,6 +209,16 @@ def test_files_that_lie_or_want_to_run(workdir):
     Path("m/pytorch_model.bin").write_bytes(pickle.dumps(weights))
     with pytest.raises(UserError, match=r"pytorch_model\.bin: not a readable checkpoint"):
         huggingface.load("m")
+    torch.save(weights, "m/pytorch_model.bin")
+    with zipfile.ZipFile("m/pytorch_model.bin") as z:
+        records = {name: z.read(name) for name in z.namelist()}
+    with zipfile.ZipFile("m/pytorch_model.bin", "w") as z:
+        for name in [name for name in records if not name.endswith("version")]:
+            z.writestr(name, records[name])
+    with pytest.raises(UserError, match=r"m: pytorch_model\.bin: PyTorch cannot read it"):
+        huggingface.load("m")
+    with pytest.raises(UserError, match=r"=m/config\.json: it is no folder; give the one that has"):
+        huggingface.load("m/config.json")
     os.remove("m/pytorch_model.bin")
     with pytest.raises(UserError, match=r"it has neither model\.safetensors nor pytorch_model\.bin"):
         huggingface.load("m")
@@ -722,6 +734,24 @@ def test_a_forks_checkpoint_without_a_loss_is_exported(runs, workdir, fastgpt):
         status, _, err = fastgpt("export", "--format=safetensors", "--to=x", "--overwrite")
         assert (status, err.count("\n")) == ((2, 1) if said else (0, 0)), err
         assert (said or "") in err
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({"vocab_size": 256, "tokenizer": ["bytes"]}, "the checkpoint's meta: its tokenizer is ['bytes']"),
+        ({"tokenizer": "bytes"}, "the checkpoint's meta: it has no vocab_size"),
+        ({"vocab_size": 256, "itos": {i * 1000: "a" for i in range(9)}}, "256 tokens, but the tokenizer 8001"),
+        ({"vocab_size": 256, "itos": {-1: "a", 0: "b"}}, "no `itos` from ids to characters"),
+    ],
+)
+def test_a_checkpoint_with_another_tokenizer_than_it_can_be_is_a_line(runs, workdir, fastgpt, meta, said):
+    saved = torch.load(runs / "plain/ckpt.pt", weights_only=True)
+    os.mkdir("out")
+    torch.save({**saved, "fastgpt": {**saved["fastgpt"], "meta": meta}}, "out/ckpt.pt")
+    status, _, err = fastgpt("sample", "--device=cpu", "--num_samples=1", "--max_new_tokens=3", "--start=a")
+    assert (status, err.count("\n")) == (2, 1)
+    assert said in err
 
 
 def test_the_default_places_are_in_the_run(runs):
