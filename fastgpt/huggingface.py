@@ -25,7 +25,7 @@ from fastgpt.claims import Claim, Fault, claims
 from fastgpt.config import GPTConfig, UserError
 from fastgpt.model import GPT
 from fastgpt.parse import shown
-from fastgpt.tokenizer import END_OF_TEXT, HuggingFace
+from fastgpt.tokenizer import END_OF_TEXT, HuggingFace, from_meta
 
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 TEXTS = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"]
@@ -333,6 +333,18 @@ def tokenizer_meta(folder: str | Path, vocab_size: int | None = None) -> dict[st
         return HuggingFace(json.dumps(spec, ensure_ascii=False, separators=(",", ":"))).meta()
     except (Fault, UserError) as e:
         raise UserError(f"{folder}: {e}") from None
+
+
+def compare_tokenizers(name: str, vocab_size: int, meta: dict[str, Any] | None, ids: list[int]) -> None:
+    """Print a line if the tokenizer of weights reads a dataset's first ids as another text than the dataset's own does."""
+    try:
+        both = [from_meta(m) for m in (tokenizer_meta(find(name), vocab_size), meta)]
+    except UserError:  # there is none, or it cannot be loaded: nothing to compare
+        return
+    known = both[0].decodable(vocab_size) & both[1].decodable(vocab_size)
+    ids = [i for i in ids if known[i]]
+    if both[0].decode(ids) != both[1].decode(ids):
+        print(f"warning: {name} has another tokenizer than the dataset: its weights know these token ids as other text")
 
 
 def of_vocab_and_merges(folder: Path) -> dict[str, Any]:

@@ -228,7 +228,11 @@ def from_meta(meta: dict[str, Any] | None) -> Tokenizer:
         return get_tokenizer(name)
     if isinstance(itos, (list, tuple)):
         itos = dict(enumerate(itos))
-    if not isinstance(itos, dict) or not all(type(i) is int and i >= 0 and type(c) is str for i, c in itos.items()):
+    if (
+        not itos
+        or not isinstance(itos, dict)
+        or not all(type(i) is int and i >= 0 and type(c) is str for i, c in itos.items())
+    ):
         raise UserError(
             "the dataset's meta.pkl has no `itos` from ids to characters: its tokens cannot be shown as text"
         )

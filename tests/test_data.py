@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shlex
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import pyarrow
 import pytest
 import tiktoken
 import torch
+from conftest import TINY
 from helpers import write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -289,6 +291,30 @@ def test_a_meta_without_characters_trains_but_is_no_tokenizer(workdir, extra):
     meta = data.load_meta(workdir)
     with pytest.raises(UserError, match=r"meta\.pkl has no `itos`"):
         tokenizer.from_meta(meta)
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({"itos": list("abc")}, None),
+        ({"itos": {}}, r"meta\.pkl has no `itos`"),
+        ({"tokenizer": "none/such"}, "tokenizer none/such: unknown"),
+    ],
+)
+def test_a_run_that_is_to_sample_looks_at_its_tokenizer_first(workdir, fastgpt, meta, said):
+    """Ids that are no tokens are left out of a sample."""
+    (workdir / "data/x").mkdir(parents=True)
+    (workdir / "data/x/meta.pkl").write_bytes(pickle.dumps({"vocab_size": 10, **meta}))
+    for split in ("train", "val"):
+        np.arange(7, 10).repeat(50).astype("<u2").tofile(workdir / f"data/x/{split}.bin")
+    status, out, err = fastgpt("train", "--dataset=x", *TINY, "--max_iters=1", "--eval_interval=1", "--sample_tokens=9")
+    if said is None:
+        assert status == 0, err
+        assert Path("out/ckpt.pt").exists()
+    else:
+        assert (status, err.count("\n")) == (2, 1)
+        assert re.search(said, err)
+        assert "step 0" not in out
 
 
 def test_ids_in_an_encodings_holes_are_not_decodable():

@@ -817,6 +817,21 @@ def test_weights_and_a_flag_that_contradict(workdir, dataset, fastgpt):
             assert "is another function" in err
 
 
+def test_a_dataset_of_another_tokenizer_than_the_weights_is_said(workdir, fastgpt):
+    save("m", vocab_size=40)
+    chars = list(huggingface.BYTE_CHARS.values())[:40]  # themselves
+    Path("m/tokenizer.json").write_text(json.dumps(huggingface.byte_level({c: i for i, c in enumerate(chars)}, [], {})))
+    for name, itos in (("own", chars), ("other", chars[::-1])):
+        os.makedirs(f"data/{name}")
+        Path(f"data/{name}/meta.pkl").write_bytes(pickle.dumps({"vocab_size": 40, "itos": itos}))
+        for split in ("train", "val"):
+            (np.arange(400) % 40).astype("<u2").tofile(f"data/{name}/{split}.bin")
+        words = [f"--dataset={name}", f"--out_dir={name}", *TINY, "--max_iters=1", "--eval_interval=1"]
+        status, out, err = fastgpt("train", "--init_from=m", *words)
+        assert status == 0, err
+        assert ("warning: m has another tokenizer than the dataset" in out) == (name == "other")
+
+
 def test_recomputed_blocks_with_another_activation_have_the_same_bits(workdir):
     from fastgpt.model import draws
 
