@@ -221,7 +221,8 @@ def write_hf(checkpoint: dict[str, Any], to: Path, dtype: str) -> None:
         print(
             "this run kept attention within documents (--doc_mask); transformers attends across them: give it one at a time"
         )
-    spec, end_of_text = tokenizer_files(find_meta(checkpoint), c.vocab_size)
+    meta = find_meta(checkpoint)
+    spec, end_of_text = tokenizer_files(meta, c.vocab_size)
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     config = {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": c.vocab_size, "n_positions": c.block_size,
@@ -230,7 +231,8 @@ def write_hf(checkpoint: dict[str, Any], to: Path, dtype: str) -> None:
         "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
         "tie_word_embeddings": True, "torch_dtype": dtype, **ids,
     }  # fmt: skip
-    texts: dict[str, Any] = {"config.json": config, "generation_config.json": ids}
+    generation = {**ids, "suppress_tokens": not_tokens(meta, c.vocab_size) or None}
+    texts: dict[str, Any] = {"config.json": config, "generation_config.json": generation}
     if spec is not None:
         marks = (
             {"bos_token": tokenizer.END_OF_TEXT, "eos_token": tokenizer.END_OF_TEXT} if end_of_text is not None else {}
@@ -291,6 +293,15 @@ def tokenizer_files(meta: dict[str, Any] | None, vocab_size: int) -> tuple[dict[
     spec = byte_level(vocab | special, merges, special, pattern)
     spec["model"]["ignore_merges"] = encoding.name != "gpt2"  # as tiktoken: a word that is a token is that token
     return spec, tok.end_of_text
+
+
+def not_tokens(meta: dict[str, Any] | None, vocab_size: int) -> list[int]:
+    """The ids of a model that its dataset's tokenizer does not have, as of a padded vocabulary. `fastgpt sample` draws none of them."""
+    try:
+        known = tokenizer.from_meta(meta).decodable(vocab_size)
+    except UserError:
+        return list(range(tokenizer.GPT2_END_OF_TEXT + 1, vocab_size)) if meta is None else []
+    return (~known).nonzero().flatten().tolist()
 
 
 def written(token: bytes) -> str:

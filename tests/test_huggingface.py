@@ -736,6 +736,26 @@ def test_a_forks_checkpoint_without_a_loss_is_exported(runs, workdir, fastgpt):
         assert (said or "") in err
 
 
+def test_ids_that_are_no_tokens_are_not_drawn_by_transformers(runs, workdir, fastgpt):
+    saved = torch.load(runs / "plain/ckpt.pt", weights_only=True)
+    saved["fastgpt"]["meta"] = {"vocab_size": 256, "itos": {i: chr(i) for i in range(128) if i != 32}}
+    wte = saved["model"]["transformer.wte.weight"]
+    wte[200] = 9 * wte[101]  # likelier than any token
+    saved["model"]["lm_head.weight"] = wte
+    os.mkdir("out")
+    torch.save(saved, "out/ckpt.pt")
+    status, _, err = fastgpt("export", "--format=hf")
+    assert status == 0, err
+    from transformers import AutoModelForCausalLM
+
+    theirs, prompt = AutoModelForCausalLM.from_pretrained("out/hf"), torch.tensor([[116, 104]])
+    ours, allowed = huggingface.load("out/hf"), tokenizer.from_meta(saved["fastgpt"]["meta"]).decodable(256)
+    text = ours.eval().generate(prompt, 14, temperature=0, allowed=allowed)
+    assert torch.equal(greedy(theirs, prompt, 14), text)
+    assert not torch.equal(ours.generate(prompt, 14, temperature=0), text)
+    assert export.not_tokens({"vocab_size": 50304, "itos": {}}, 50304) == []
+
+
 @pytest.mark.parametrize(
     ("meta", "said"),
     [
