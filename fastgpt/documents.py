@@ -135,10 +135,12 @@ def find(source: Path, out: Path) -> tuple[list[Path], Counter]:
     if real == here:
         raise UserError(f"--out={out}: it is the folder of --input; give a folder in it, or another")
     out_is_around = real in here.parents
-    found = sorted(p for p in source.rglob("*") if p.is_file())
+    failed: list[OSError] = []
+    walk = os.walk(source, onerror=failed.append)  # Path.rglob would leave out such a folder without a word
+    found = sorted(p for folder, _, names in walk for name in names if (p := Path(folder, name)).is_file())
     found = [p for p in found if out_is_around or real not in Path(os.path.realpath(p)).parents]
     seen = [p for p in found if not any(part.startswith(".") for part in p.relative_to(source).parts)]
-    return seen, Counter({"hidden": len(found) - len(seen)} if len(seen) < len(found) else {})
+    return seen, +Counter({"hidden": len(found) - len(seen), "unreadable folder": len(failed)})
 
 
 @dataclass

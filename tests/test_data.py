@@ -772,6 +772,19 @@ def test_an_input_may_lie_in_out_but_not_be_it(workdir):
             preparing.prepare(source, "bytes", out)
 
 
+def test_a_folder_that_cannot_be_read_is_said(workdir, monkeypatch, capsys):
+    (workdir / "in").mkdir()
+    (workdir / "in/a.txt").write_text("text")
+
+    def walk(source, onerror):
+        onerror(PermissionError(13, "Permission denied", "in/b"))
+        return os.walk(source)
+
+    monkeypatch.setattr(documents, "os", SimpleNamespace(**vars(os) | {"walk": walk}))
+    preparing.prepare("in", "bytes", "data/x")
+    assert "passed over: 1 unreadable folder\n" in capsys.readouterr().out
+
+
 def test_names_of_files_are_shown_without_control_characters(workdir, capsys):
     (workdir / "in").mkdir()
     for suffix in (b"\xff", b"t\x1b[31m", b"txt"):
