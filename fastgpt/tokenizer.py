@@ -96,11 +96,18 @@ class Chars:
         return cls(dict(enumerate(sorted(chars))))
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of a text, uint32. Every character must be known (prepare has collected them)."""
-        codes = [ord(c) for c in self.stoi]
-        table = np.zeros(max(codes) + 1, dtype=np.uint32)
+        """The ids of a text, uint32. Raises UserError for a character that is not known: prepare has collected them."""
+        codes, unknown = [ord(c) for c in self.stoi], np.iinfo(np.uint32).max
+        table = np.full(max(codes) + 2, unknown, dtype=np.uint32)  # the last one is for all characters above
         table[codes] = list(self.stoi.values())
-        return table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)]
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        ids = table[np.minimum(points, len(table) - 1)]
+        if (ids == unknown).any():
+            new = text[int((ids == unknown).argmax())]
+            raise UserError(
+                f"the character {new!r} was not in the text when it was first read: it has changed; begin again"
+            )
+        return ids
 
     def encode_prompt(self, text: str) -> list[int]:
         unknown = sorted(set(text) - self.stoi.keys())

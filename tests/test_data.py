@@ -772,6 +772,12 @@ def test_an_input_may_lie_in_out_but_not_be_it(workdir):
             preparing.prepare(source, "bytes", out)
 
 
+@pytest.mark.parametrize("new", ["b", "z", "\U0010ffff"])
+def test_a_character_that_came_later_is_no_other(new):
+    with pytest.raises(UserError, match=f"the character {new!r}".replace("\\", r"\\") + " was not in the text"):
+        tokenizer.Chars.of("ac").encode_array("aca" + new)
+
+
 def test_a_folder_that_cannot_be_read_is_said(workdir, monkeypatch, capsys):
     (workdir / "in").mkdir()
     (workdir / "in/a.txt").write_text("text")
