@@ -1,5 +1,6 @@
 """The command `fastgpt`: train, sample, export, prepare, verify, tune, bench. A user's error is one line on stderr and exit status 2."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -66,6 +67,13 @@ def reported(run: Callable[[], int | None]) -> int:
         if not (rank and isinstance(e, config().Diverged)):  # all ranks raise that, and one says it
             print(f"fastgpt: {f'rank {rank}: ' * bool(rank)}error: {one_line(str(e))}", file=sys.stderr)
         return e.status
+    except (
+        OSError
+    ) as e:  # of a user's path, as it is looked up: a folder that this user may not search, a name of 5,000 characters
+        if e.errno not in (errno.EACCES, errno.ENAMETOOLONG) or not e.filename:
+            raise
+        print(f"fastgpt: error: {one_line(f'{e.filename}: {e.strerror}')}", file=sys.stderr)
+        return 2
 
 
 def config() -> Any:

@@ -127,14 +127,20 @@ def checked(text: object, name: str, where: str) -> str:
 def find(source: Path, out: Path) -> tuple[list[Path], Counter]:
     """(the files of an input, why others were passed over: {reason: number of files}).
 
-    Of a folder these are all but the hidden ones and those in `out`.
+    Of a folder these are all but the hidden ones and those in `out`. Raises UserError if both are one.
     """
     if source.is_file():
         return [source], Counter()
-    real = Path(os.path.realpath(out))  # unlike resolve, it does not fail where links form a circle
-    found = sorted(p for p in source.rglob("*") if p.is_file() and real not in Path(os.path.realpath(p)).parents)
+    real, here = (Path(os.path.realpath(p)) for p in (out, source))  # resolve fails where links form a circle
+    if real == here:
+        raise UserError(f"--out={out}: it is the folder of --input; give a folder in it, or another")
+    out_is_around = real in here.parents
+    failed: list[OSError] = []
+    walk = os.walk(source, onerror=failed.append)  # Path.rglob would leave out such a folder without a word
+    found = sorted(p for folder, _, names in walk for name in names if (p := Path(folder, name)).is_file())
+    found = [p for p in found if out_is_around or real not in Path(os.path.realpath(p)).parents]
     seen = [p for p in found if not any(part.startswith(".") for part in p.relative_to(source).parts)]
-    return seen, Counter({"hidden": len(found) - len(seen)} if len(seen) < len(found) else {})
+    return seen, +Counter({"hidden": len(found) - len(seen), "unreadable folder": len(failed)})
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgpt import checkpoint as checkpoints
 from fastgpt import sharded, tokenizer
 from fastgpt.config import ExportConfig, GPTConfig, UserError
-from fastgpt.files import replacing
+from fastgpt.files import opened, replacing
 from fastgpt.huggingface import BYTE_CHARS, CONV1D, byte_level
 from fastgpt.sample import find_meta
 
@@ -30,6 +30,13 @@ HF_FILES = {"config.json", "generation_config.json", "model.safetensors", "token
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}  # transformers'
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 LLMC_VERSIONS = {"float32": 3, "bfloat16": 5}
+LLMC_MAGIC = 20240326
+# How the files begin that are written here: with these bytes, from a place on.
+BEGINNINGS = {
+    "nanogpt": (0, b"PK"),
+    "safetensors": (8, b'{"__metadata__"'),
+    "llmc": (0, LLMC_MAGIC.to_bytes(4, "little")),
+}
 
 
 def export(cfg: ExportConfig) -> None:
@@ -42,6 +49,7 @@ def export(cfg: ExportConfig) -> None:
             raise UserError(
                 f"--dtype={cfg.dtype}: a checkpoint to go on from is float32; leave it out with --format=nanogpt"
             )
+    to = to.resolve() if to.is_symlink() else to  # what a link names is replaced, and not the link
     check_target(to, cfg)
     checkpoint = sharded.load(out)
     source = f"{checkpoint.pop('path')}, iteration {checkpoint['iter_num']}"
@@ -95,10 +103,22 @@ def check_target(to: Path, cfg: ExportConfig) -> None:
         return
     if to.is_dir() != folder:
         raise UserError(f"--to={to}: it is a {'file' if folder else 'folder'}; give another place")
-    if folder and (others := {path.name for path in to.iterdir()} - HF_FILES):
+    if folder and (others := [path.name for path in to.iterdir() if path.name not in HF_FILES or path.is_dir()]):
         raise UserError(f"--to={to}: it has {min(others)}, which no export wrote; give another folder")
+    if not folder and not begins_as(to, cfg.format):
+        raise UserError(f"--to={to}: no export with --format={cfg.format} wrote this file; give another place")
     if not cfg.overwrite:
         raise UserError(f"--to={to}: it exists; replace it by --overwrite, or give another --to")
+
+
+def begins_as(path: Path, format: str) -> bool:
+    """Whether a file begins as one that is written in this format."""
+    place, beginning = BEGINNINGS[format]
+    try:
+        with opened(path) as f:
+            return f.read(64)[place:].startswith(beginning)
+    except OSError:
+        return False
 
 
 # ---- the weights ----
@@ -142,10 +162,17 @@ def write_safetensors(f: BinaryIO, weights: Iterable[tuple[str, Tensor]], dtype:
 
 def metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
     """What a safetensors file says of a checkpoint: each of its settings as JSON."""
-    about = {name: checkpoint.get(name) for name in ("model_args", "config", "iter_num")}
-    about["best_val_loss"] = float(checkpoint["best_val_loss"])
+    about = {name: checkpoint.get(name) for name in ("model_args", "config", "iter_num", "best_val_loss")}
+    if isinstance(about["best_val_loss"], Tensor):  # nanoGPT's
+        about["best_val_loss"] = about["best_val_loss"].tolist()
     about["tokenizer"] = (checkpoint.get("fastgpt") or {}).get("meta")
-    return {"format": "pt", **{name: json.dumps(value, default=str) for name, value in about.items()}}
+    try:
+        return {
+            "format": "pt",
+            **{name: json.dumps(value, default=str, skipkeys=True) for name, value in about.items()},
+        }
+    except (ValueError, RecursionError):  # of lists that hold themselves
+        raise UserError("--format=safetensors: the checkpoint's settings cannot be written as JSON") from None
 
 
 def write_llmc(f: BinaryIO, checkpoint: dict[str, Any], dtype: str) -> None:
@@ -163,7 +190,7 @@ def write_llmc(f: BinaryIO, checkpoint: dict[str, Any], dtype: str) -> None:
     padded = -(-c.vocab_size // 128) * 128
     header = np.zeros(256, dtype="<i4")
     header[:8] = (
-        20240326, LLMC_VERSIONS[dtype], c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, padded,
+        LLMC_MAGIC, LLMC_VERSIONS[dtype], c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, padded,
     )  # fmt: skip
     f.write(header.tobytes())
     model = checkpoint["model"]
@@ -194,7 +221,8 @@ def write_hf(checkpoint: dict[str, Any], to: Path, dtype: str) -> None:
         print(
             "this run kept attention within documents (--doc_mask); transformers attends across them: give it one at a time"
         )
-    spec, end_of_text = tokenizer_files(find_meta(checkpoint), c.vocab_size)
+    meta = find_meta(checkpoint)
+    spec, end_of_text = tokenizer_files(meta, c.vocab_size)
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     config = {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": c.vocab_size, "n_positions": c.block_size,
@@ -203,7 +231,8 @@ def write_hf(checkpoint: dict[str, Any], to: Path, dtype: str) -> None:
         "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
         "tie_word_embeddings": True, "torch_dtype": dtype, **ids,
     }  # fmt: skip
-    texts: dict[str, Any] = {"config.json": config, "generation_config.json": ids}
+    generation = {**ids, "suppress_tokens": not_tokens(meta, c.vocab_size) or None}
+    texts: dict[str, Any] = {"config.json": config, "generation_config.json": generation}
     if spec is not None:
         marks = (
             {"bos_token": tokenizer.END_OF_TEXT, "eos_token": tokenizer.END_OF_TEXT} if end_of_text is not None else {}
@@ -264,6 +293,15 @@ def tokenizer_files(meta: dict[str, Any] | None, vocab_size: int) -> tuple[dict[
     spec = byte_level(vocab | special, merges, special, pattern)
     spec["model"]["ignore_merges"] = encoding.name != "gpt2"  # as tiktoken: a word that is a token is that token
     return spec, tok.end_of_text
+
+
+def not_tokens(meta: dict[str, Any] | None, vocab_size: int) -> list[int]:
+    """The ids of a model that its dataset's tokenizer does not have, as of a padded vocabulary. `fastgpt sample` draws none of them."""
+    try:
+        known = tokenizer.from_meta(meta).decodable(vocab_size)
+    except UserError:
+        return list(range(tokenizer.GPT2_END_OF_TEXT + 1, vocab_size)) if meta is None else []
+    return (~known).nonzero().flatten().tolist()
 
 
 def written(token: bytes) -> str:

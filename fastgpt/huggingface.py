@@ -24,7 +24,8 @@ from fastgpt.checkpoint import gpt_config, shapes_of
 from fastgpt.claims import Claim, Fault, claims
 from fastgpt.config import GPTConfig, UserError
 from fastgpt.model import GPT
-from fastgpt.tokenizer import END_OF_TEXT, HuggingFace
+from fastgpt.parse import shown
+from fastgpt.tokenizer import END_OF_TEXT, HuggingFace, from_meta
 
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 TEXTS = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"]
@@ -61,6 +62,8 @@ def find(name: str) -> Path:
     """The folder of a model: a local one, or what the hub has under this id, downloaded into Hugging Face's cache. Raises UserError."""
     if os.path.isdir(name):
         return Path(name)
+    if os.path.exists(name):
+        raise UserError(f"--init_from={name}: it is no folder; give the one that has config.json and the weights")
     if not MODEL_ID.fullmatch(name):
         raise UserError(
             f"--init_from={name}: there is no such folder, and an id of the hub looks like gpt2 or org/name"
@@ -113,13 +116,17 @@ def read_config(folder: Path) -> tuple[GPTConfig, str, list[float]]:
     """(GPTConfig, name of its activation, factor of each block's queries) of a folder's config.json. Raises Fault."""
     c = read_json(folder / "config.json", files.CONFIG)
     sizes = {ours: c.get(ours, c.get(theirs, DEFAULTS[ours])) for ours, theirs in SIZES.items()}
+    for field, other in SIZES.items():
+        if field in c and c.get(other, c[field]) != c[field]:
+            raise Fault(f"config.json has {field} = {shown(c[field])} and {other} = {shown(c[other])}, which are one")
     args = {k: v for k, v in sizes.items() if k != "n_positions"}
     config = gpt_config({**args, "block_size": sizes["n_positions"], "dropout": 0.0, "bias": True}, "config.json")
 
     only: dict[str, list[Any]] = {
         "model_type": ["gpt2"], "n_inner": [None, 4 * config.n_embd], "n_ctx": [config.block_size], "layer_norm_epsilon": [1e-5],
         "tie_word_embeddings": [True], "add_cross_attention": [False], "is_encoder_decoder": [False], "pruned_heads": [None, {}],
-        "quantization_config": [None], "compression_config": [None], "auto_map": [None, {}],
+        "quantization_config": [None], "compression_config": [None], "auto_map": [None, {}], "is_causal": [True],
+        "per_layer_config": [None, {}],
         "architectures": [None, ["GPT2LMHeadModel"], ["GPT2Model"]],
         "scale_attn_weights": [True, False], "scale_attn_by_inverse_layer_idx": [True, False],
         "activation_function": [*ACTIVATION_NAMES],
@@ -244,7 +251,10 @@ def of_pickle(path: Path) -> dict[str, Entry]:
 
     @cache
     def loaded():
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as e:  # of what torch.save writes beside data.pkl, anything may be missing
+            raise Fault(f"{path.name}: PyTorch cannot read it ({' '.join(str(e).split())[:200]})") from None
 
     return {
         key: Entry(c.shape, c.dtype if c.dtype.is_floating_point else None, partial(lambda key: loaded()[key], key))
@@ -323,6 +333,18 @@ def tokenizer_meta(folder: str | Path, vocab_size: int | None = None) -> dict[st
         return HuggingFace(json.dumps(spec, ensure_ascii=False, separators=(",", ":"))).meta()
     except (Fault, UserError) as e:
         raise UserError(f"{folder}: {e}") from None
+
+
+def compare_tokenizers(name: str, vocab_size: int, meta: dict[str, Any] | None, ids: list[int]) -> None:
+    """Print a line if the tokenizer of weights reads a dataset's first ids as another text than the dataset's own does."""
+    try:
+        both = [from_meta(m) for m in (tokenizer_meta(find(name), vocab_size), meta)]
+    except UserError:  # there is none, or it cannot be loaded: nothing to compare
+        return
+    known = both[0].decodable(vocab_size) & both[1].decodable(vocab_size)
+    ids = [i for i in ids if known[i]]
+    if both[0].decode(ids) != both[1].decode(ids):
+        print(f"warning: {name} has another tokenizer than the dataset: its weights know these token ids as other text")
 
 
 def of_vocab_and_merges(folder: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from fastgpt import tokenizer as tokenizers
 from fastgpt.config import UserError, cache_folder
 from fastgpt.documents import Input, Piece, Survey
 from fastgpt.lock import lock
+from fastgpt.parse import shown
 
 EMBEDDED = "python-stdlib"
 SPLITS = ("train", "val")
@@ -66,7 +67,7 @@ def prepare(
     if not overwrite:
         check_free(out, recipe)
     part = out / ".part"
-    key = identity(recipe, found)
+    key = identity({**recipe, "meta": tokenizer and tokenizer.meta()}, found)  # a folder may hold another tokenizer now
     found_before = read_survey(part, key, inputs)
     text = found_before or documents.survey(inputs, passed, tokenizer is None, named)
     check_enough(text, source)
@@ -74,6 +75,8 @@ def prepare(
     try:
         out.mkdir(parents=True, exist_ok=True)
         with lock(out, "--out"):
+            if not overwrite:
+                check_free(out, recipe)  # another may have written it while the text was read
             if not found_before:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir()
@@ -132,7 +135,7 @@ def check_enough(text: Survey, source: Path) -> None:
 
 def said(counts: Counter) -> str:
     """Counts as words: `3 .py, 1 .txt`."""
-    return ", ".join(f"{n:,} {name}" for name, n in counts.most_common())
+    return ", ".join(f"{n:,} {name if name.isprintable() else shown(name)}" for name, n in counts.most_common())
 
 
 def suffixes(inputs: Iterable[Input]) -> Counter:

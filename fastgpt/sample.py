@@ -8,6 +8,7 @@ import torch
 from fastgpt import checkpoint as checkpoints
 from fastgpt import data, distributed, files, health, huggingface, sharded, tokenizer
 from fastgpt.config import SampleConfig, UserError
+from fastgpt.meta import check_meta
 from fastgpt.step import mixed_precision
 
 
@@ -67,7 +68,11 @@ def sample(cfg: SampleConfig) -> None:
 def find_meta(saved: dict[str, Any]) -> dict[str, Any] | None:
     """The meta in a checkpoint, else that of the dataset in its config. None means GPT-2's encoding."""
     if "meta" in saved.get("fastgpt", {}):
-        return saved["fastgpt"]["meta"]
+        meta = saved["fastgpt"]["meta"]
+        try:
+            return meta and check_meta(meta)
+        except ValueError as e:
+            raise UserError(f"the checkpoint's meta: {e}; it is damaged, or another program wrote it") from None
     dataset = saved.get("config", {}).get("dataset")
     try:
         meta = data.load_meta(data.dataset_folder(dataset)) if dataset else None

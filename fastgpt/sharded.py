@@ -27,6 +27,11 @@ from fastgpt.config import UserError
 from fastgpt.files import sync_folder
 
 REST = "rest.pt"
+# What is in it.
+KINDS: dict[str, Any] = dict(
+    model_args=dict, iter_num=int, config=dict, fastgpt=dict, names=list, optimizer=dict, id=str,
+    best_val_loss=(float, int, Tensor),
+)  # fmt: skip
 # What torch.distributed.checkpoint's metadata of tensors consist of. Entries of bytes are left out: to load one runs its pickle.
 CLASSES = {
     *(
@@ -107,15 +112,17 @@ def one(folder: Path, whole: bool) -> dict[str, Any]:
     """The checkpoint in one folder. Raises UserError."""
     try:
         rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
-        missing = {"model_args", "iter_num", "names", "optimizer", "id"} - rest.keys()
-        if not missing:
+        wrong = [name for name, kind in KINDS.items() if not isinstance(rest.get(name), kind)]
+        if not wrong:
             checkpoints.gpt_config(rest["model_args"])
             checkpoints.activation_of(rest)
             checkpoints.scheme_of(rest)
     except Exception as e:  # a damaged file can fail in any way
         raise UserError(f"{folder / REST}: not readable ({type(e).__name__}); the checkpoint is damaged") from None
-    if missing:
-        raise UserError(f"{folder / REST}: not a part of a checkpoint of fastgpt: it has no {sorted(missing)[0]!r}")
+    if wrong:
+        raise UserError(
+            f"{folder / REST}: not a part of a checkpoint of fastgpt: {wrong[0]} is missing, or something else"
+        )
     rest["path"] = folder
     sizes = sizes_of(folder)
     return single(folder, rest, sizes) if whole else {**rest, "folder": str(folder)}
@@ -241,6 +248,10 @@ def single(folder: Path, rest: dict[str, Any], sizes: dict[str, tuple[int, ...]]
     model = {name.removeprefix("model."): t for name, t in into.items() if name.startswith("model.")}
     if "transformer.wte.weight" in model:
         model["lm_head.weight"] = model["transformer.wte.weight"]  # tied
+    found = {name: tuple(t.shape) for name, t in model.items()}
+    shapes = checkpoints.shapes_of(checkpoints.gpt_config(rest["model_args"]))
+    if wrong := sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name)):
+        raise UserError(f"{folder}: its {wrong[0]} is not the one of its model_args; it is damaged")
     state: dict[int, dict[str, Tensor]] = {}
     for i, name in enumerate(rest["names"]):
         keys = [f"optimizer.{name}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")]

@@ -7,6 +7,7 @@ has its own, which names any integer dtype.
 import bisect
 import io
 import os
+import shlex
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -67,6 +68,11 @@ class Tokens:
                     f"but the file has {size:,}; fetch it again"
                 )
             return dtype, HEADER_BYTES, count
+        if path.endswith((".txt", ".jsonl", ".jsonl.gz", ".parquet")):
+            raise UserError(
+                f"{path}: it is text, and no token file; fastgpt prepare --input={shlex.quote(path)} --out=data/NAME "
+                "makes a dataset of it"
+            )
         dtype = np.dtype("<u4" if self.vocab_size > 65536 else "<u2")
         if size == 0:
             raise UserError(f"{path}: the file is empty; prepare the data again")

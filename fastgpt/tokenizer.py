@@ -81,7 +81,7 @@ class Bytes(Tiktoken):
 
 
 class Chars:
-    """One token for each character of a corpus. `itos` maps ids, from 0, to characters, as in nanoGPT."""
+    """One token for each character of a corpus. `itos` maps ids to characters, as in nanoGPT."""
 
     end_of_text = None
     cut_anywhere = True
@@ -89,18 +89,25 @@ class Chars:
     def __init__(self, itos: dict[int, str]):
         self.itos = itos
         self.stoi = {c: i for i, c in itos.items()}
-        self.n_vocab = len(itos)
+        self.n_vocab = max(itos, default=-1) + 1
 
     @classmethod
     def of(cls, chars: Iterable[str]) -> "Chars":
         return cls(dict(enumerate(sorted(chars))))
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of a text, uint32. Every character must be known (prepare has collected them)."""
-        codes = [ord(c) for c in self.stoi]
-        table = np.zeros(max(codes) + 1, dtype=np.uint32)
+        """The ids of a text, uint32. Raises UserError for a character that is not known: prepare has collected them."""
+        codes, unknown = [ord(c) for c in self.stoi], np.iinfo(np.uint32).max
+        table = np.full(max(codes) + 2, unknown, dtype=np.uint32)  # the last one is for all characters above
         table[codes] = list(self.stoi.values())
-        return table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)]
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        ids = table[np.minimum(points, len(table) - 1)]
+        if (ids == unknown).any():
+            new = text[int((ids == unknown).argmax())]
+            raise UserError(
+                f"the character {new!r} was not in the text when it was first read: it has changed; begin again"
+            )
+        return ids
 
     def encode_prompt(self, text: str) -> list[int]:
         unknown = sorted(set(text) - self.stoi.keys())
@@ -228,7 +235,11 @@ def from_meta(meta: dict[str, Any] | None) -> Tokenizer:
         return get_tokenizer(name)
     if isinstance(itos, (list, tuple)):
         itos = dict(enumerate(itos))
-    if not isinstance(itos, dict) or not all(type(i) is int and type(c) is str for i, c in itos.items()):
+    if (
+        not itos
+        or not isinstance(itos, dict)
+        or not all(type(i) is int and i >= 0 and type(c) is str for i, c in itos.items())
+    ):
         raise UserError(
             "the dataset's meta.pkl has no `itos` from ids to characters: its tokens cannot be shown as text"
         )

@@ -151,6 +151,11 @@ class Run:
         for tokens in (train_tokens, val_tokens):
             tokens.vocab_size = min(tokens.vocab_size, self.model.config.vocab_size)
             tokens.check_ids()
+        if not saved and cfg.init_from != "scratch":
+            first = train_tokens.read([0], min(len(train_tokens), 256))[0].tolist()
+            huggingface.compare_tokenizers(cfg.init_from, self.model.config.vocab_size, self.meta, first)
+        if cfg.sample_tokens and world.is_main and not world.sharded:
+            tokenizer.from_meta(self.meta)  # raises for one that cannot be loaded, before any work
         return saved, train_tokens, val_tokens
 
     def facts(self, saved: dict[str, Any] | None, *streams: data.Tokens) -> dict[str, Any]:
@@ -610,7 +615,8 @@ class Run:
             )
         self.model.train()
         self.model.set_residual(RESIDUAL[self.cfg.residual])
-        self.report.sample(self.iter_num, tok.decode(ids[0].tolist()))
+        known = [i for i in ids[0].tolist() if allowed[i]]  # the data may begin with an id that is no token
+        self.report.sample(self.iter_num, tok.decode(known))
 
     def finish(self) -> None:
         """Say how the run ended, write a sample, name all files. Raises UserError if it did not end well."""

@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +22,13 @@ import pyarrow
 import pytest
 import tiktoken
 import torch
+from conftest import TINY
 from helpers import write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fastgpt import __version__, data, documents, tokenizer
+from fastgpt import __version__, data, documents, huggingface, tokenizer
 from fastgpt import prepare as preparing
 from fastgpt.config import TrainConfig, UserError
 from fastgpt.lock import lock
@@ -123,6 +125,13 @@ def test_an_npy_file_must_be_whole_and_has_no_negative_ids(workdir):
         for check in (stream.check_ids, lambda s=stream: s.read([0, 120], 60)):
             with pytest.raises(UserError, match=r"b\.npy: token id -1 is negative"):
                 check()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_text_in_place_of_token_files_is_refused(workdir, name):
+    (workdir / name).write_text("It was the best of times, it was the worst of times.")
+    with pytest.raises(UserError, match=f"{name}: it is text, and no token file; fastgpt prepare --input={name} "):
+        data.Tokens([name], 50304)
 
 
 def test_a_folder_of_shards_is_a_dataset(workdir):
@@ -282,6 +291,30 @@ def test_a_meta_without_characters_trains_but_is_no_tokenizer(workdir, extra):
     meta = data.load_meta(workdir)
     with pytest.raises(UserError, match=r"meta\.pkl has no `itos`"):
         tokenizer.from_meta(meta)
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({"itos": list("abc")}, None),
+        ({"itos": {}}, r"meta\.pkl has no `itos`"),
+        ({"tokenizer": "none/such"}, "tokenizer none/such: unknown"),
+    ],
+)
+def test_a_run_that_is_to_sample_looks_at_its_tokenizer_first(workdir, fastgpt, meta, said):
+    """Ids that are no tokens are left out of a sample."""
+    (workdir / "data/x").mkdir(parents=True)
+    (workdir / "data/x/meta.pkl").write_bytes(pickle.dumps({"vocab_size": 10, **meta}))
+    for split in ("train", "val"):
+        np.arange(7, 10).repeat(50).astype("<u2").tofile(workdir / f"data/x/{split}.bin")
+    status, out, err = fastgpt("train", "--dataset=x", *TINY, "--max_iters=1", "--eval_interval=1", "--sample_tokens=9")
+    if said is None:
+        assert status == 0, err
+        assert Path("out/ckpt.pt").exists()
+    else:
+        assert (status, err.count("\n")) == (2, 1)
+        assert re.search(said, err)
+        assert "step 0" not in out
 
 
 def test_ids_in_an_encodings_holes_are_not_decodable():
@@ -712,6 +745,63 @@ def test_two_cannot_prepare_one_folder(workdir):
         preparing.prepare("a.txt", "bytes", "data/x")
 
 
+def test_what_another_wrote_while_the_text_was_read_is_not_overwritten(workdir, monkeypatch):
+    (workdir / "a.txt").write_text("some text")
+    (workdir / "b.txt").write_text("more text")
+    survey = documents.survey
+
+    def slow(*args, **named):
+        monkeypatch.setattr(documents, "survey", survey)
+        preparing.prepare("b.txt", "bytes", "data/x")
+        return survey(*args, **named)
+
+    monkeypatch.setattr(documents, "survey", slow)
+    with pytest.raises(UserError, match="--out=data/x: it holds a dataset with another --input"):
+        preparing.prepare("a.txt", "bytes", "data/x")
+    assert bytes(np.concatenate(read("data/x")).astype(np.uint8)) == b"more text"
+
+
+def test_an_input_may_lie_in_out_but_not_be_it(workdir):
+    (workdir / "data/x/texts").mkdir(parents=True)
+    (workdir / "data/x/texts/a.txt").write_text("some text")
+    for _ in range(2):
+        preparing.prepare("data/x/texts", "bytes", "data/x")
+        assert bytes(np.concatenate(read("data/x")).astype(np.uint8)) == b"some text"
+    for source, out in (("data/x", "data/x"), ("data/x/texts/..", "data/../data/x")):
+        with pytest.raises(UserError, match="it is the folder of --input"):
+            preparing.prepare(source, "bytes", out)
+
+
+@pytest.mark.parametrize("new", ["b", "z", "\U0010ffff"])
+def test_a_character_that_came_later_is_no_other(new):
+    with pytest.raises(UserError, match=f"the character {new!r}".replace("\\", r"\\") + " was not in the text"):
+        tokenizer.Chars.of("ac").encode_array("aca" + new)
+
+
+def test_a_folder_that_cannot_be_read_is_said(workdir, monkeypatch, capsys):
+    (workdir / "in").mkdir()
+    (workdir / "in/a.txt").write_text("text")
+
+    def walk(source, onerror):
+        onerror(PermissionError(13, "Permission denied", "in/b"))
+        return os.walk(source)
+
+    monkeypatch.setattr(documents, "os", SimpleNamespace(**vars(os) | {"walk": walk}))
+    preparing.prepare("in", "bytes", "data/x")
+    assert "passed over: 1 unreadable folder\n" in capsys.readouterr().out
+
+
+def test_names_of_files_are_shown_without_control_characters(workdir, capsys):
+    (workdir / "in").mkdir()
+    for suffix in (b"\xff", b"t\x1b[31m", b"txt"):
+        Path(os.fsdecode(b"in/a." + suffix)).write_text("text")
+    preparing.prepare("in", "bytes", "data/x")
+    taken = capsys.readouterr().out.splitlines()[0]
+    assert taken.isprintable()
+    assert "3 documents" in taken
+    assert ".txt" in taken
+
+
 # ---- stopped, and run again ----
 
 
@@ -753,6 +843,39 @@ def test_a_stopped_preparation_goes_on_where_it_was(workdir, gpt2, name, monkeyp
     manifests = [json.loads(Path(f"data/{of}/manifest.json").read_text()) for of in ("whole", "x")]
     assert manifests[0] == manifests[1]
     assert sorted(os.listdir("data/x")) == sorted(os.listdir("data/whole"))
+
+
+def test_with_another_tokenizer_in_its_folder_a_preparation_begins_anew(workdir, monkeypatch):
+    def tokenizer_of(first):
+        letters = {c: i for i, c in enumerate((first, *"etx ".replace(first, "")))}
+        Path("hf/tokenizer.json").write_text(json.dumps(huggingface.byte_level({**letters, "Ġ": 4}, [], {})))
+
+    (workdir / "hf").mkdir()
+    (workdir / "a.txt").write_text("text " * 2000)
+    monkeypatch.setattr(documents.pieces, "__defaults__", (2**12, False, 0))
+    monkeypatch.setattr(documents.blocks, "__defaults__", (2**12,))
+    monkeypatch.setattr(preparing, "SAVE_SECONDS", -1)
+    tokenizer_of("e")
+    with monkeypatch.context() as m:
+        m.setattr(preparing, "deque", Dying)
+        with contextlib.suppress(Killed):
+            preparing.prepare("a.txt", "hf", "data/x")
+    assert Path("data/x/.part/state.json").exists()
+    tokenizer_of("t")
+    preparing.prepare("a.txt", "hf", "data/x")
+    assert tokenizer.from_meta(data.load_meta("data/x")).decode(np.concatenate(read("data/x"))) == "text " * 2000
+
+
+class Dying(deque):
+    """A queue in a process that is killed as it takes the second thing out."""
+
+    taken = 0
+
+    def popleft(self):
+        self.taken += 1
+        if self.taken == 2:
+            raise Killed
+        return super().popleft()
 
 
 @pytest.mark.parametrize("moved", range(4))

@@ -264,3 +264,21 @@ def test_a_real_process_exits_with_2_and_one_line(dataset):
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prepare", "--input=LONG", "--out=x"],
+        ["export", "--out_dir=LONG"],
+        ["export", "--format=hf", "--to=LONG"],
+        ["sample", "--out_dir=LONG"],
+        ["train", "--dataset=LONG"],
+    ],
+)
+def test_a_path_that_cannot_be_looked_up_is_a_line(workdir, fastgpt, words):
+    """As a name that is too long; a folder that this user may not search is another."""
+    status, _, err = fastgpt(*[word.replace("LONG", "x" * 300) for word in words])
+    assert (status, err.count("\n")) == (2, 1)
+    assert "x" * 300 in err
+    assert "File name too long" in err

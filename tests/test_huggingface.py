@@ -8,6 +8,7 @@ import random
 import shutil
 import stat
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,8 @@ def test_files_as_they_are_on_the_hub(tmp_path):
         ("n_inner", 32), ("layer_norm_epsilon", 1e-6), ("tie_word_embeddings", False), ("add_cross_attention", True), ("n_ctx", 32),
         ("model_type", "llama"), ("architectures", ["GPT2ForSequenceClassification"]), ("activation_function", "silu"),
         ("quantization_config", {"bits": 4}), ("auto_map", {"AutoModelForCausalLM": "x.Y"}), ("scale_attn_weights", 2), ("n_head", 3),
-        ("n_layer", 10**9), ("n_embd", 16.0), ("vocab_size", True), ("n_positions", 2**40),
+        ("n_layer", 10**9), ("n_embd", 16.0), ("vocab_size", True), ("n_positions", 2**40), ("is_causal", False),
+        ("num_attention_heads", 4), ("num_hidden_layers", 2), ("per_layer_config", {"0": {"scale_attn_weights": False}}),
     ],
 )  # fmt: skip
 def test_a_config_that_asks_for_another_function_is_refused_by_field_and_value(tmp_path, fastgpt, field, value):
@@ -207,6 +209,16 @@ def test_files_that_lie_or_want_to_run(workdir):
     Path("m/pytorch_model.bin").write_bytes(pickle.dumps(weights))
     with pytest.raises(UserError, match=r"pytorch_model\.bin: not a readable checkpoint"):
         huggingface.load("m")
+    torch.save(weights, "m/pytorch_model.bin")
+    with zipfile.ZipFile("m/pytorch_model.bin") as z:
+        records = {name: z.read(name) for name in z.namelist()}
+    with zipfile.ZipFile("m/pytorch_model.bin", "w") as z:
+        for name in [name for name in records if not name.endswith("version")]:
+            z.writestr(name, records[name])
+    with pytest.raises(UserError, match=r"m: pytorch_model\.bin: PyTorch cannot read it"):
+        huggingface.load("m")
+    with pytest.raises(UserError, match=r"=m/config\.json: it is no folder; give the one that has"):
+        huggingface.load("m/config.json")
     os.remove("m/pytorch_model.bin")
     with pytest.raises(UserError, match=r"it has neither model\.safetensors nor pytorch_model\.bin"):
         huggingface.load("m")
@@ -664,6 +676,12 @@ def test_what_stands_there_is_kept_and_a_failure_leaves_nothing(runs, workdir, f
     assert "--to=a: it is a folder" in refused("--format=llmc", "--to=a", "--overwrite")
     Path("a/mine.txt").write_text("")
     assert "it has mine.txt, which no export wrote" in refused("--format=hf", "--to=a", "--overwrite")
+    os.remove("a/mine.txt")
+    os.remove("a/config.json")
+    Path("a/config.json").mkdir()
+    Path("a/config.json/mine.txt").write_text("")
+    assert "it has config.json, which no export wrote" in refused("--format=hf", "--to=a", "--overwrite")
+    shutil.rmtree("a/config.json")
     assert "is one file already; --format=hf" in refused()
     assert "--to=b/x: cannot be written" in refused("--format=llmc", "--to=b/x")
 
@@ -671,13 +689,89 @@ def test_what_stands_there_is_kept_and_a_failure_leaves_nothing(runs, workdir, f
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export, "data_of", full)
-    os.remove("a/mine.txt")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     for how, to in places.items():
         for words in ([f"--to={to}", "--overwrite"], ["--to=new"]):
             assert "cannot be written (No space left on device)" in refused(f"--format={how}", *words)
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
     assert sorted(os.listdir()) == ["a", "b", "c"]
+
+
+def test_only_what_an_export_wrote_is_overwritten(runs, workdir, fastgpt):
+    shutil.copytree(runs / "plain", "out")
+    Path("thesis.tex").write_text("years of work")
+    os.mkfifo("pipe")
+    for to in ("thesis.tex", "out/ckpt.pt", "pipe"):
+        before = os.path.isfile(to) and Path(to).read_bytes()
+        for how in ("safetensors", "llmc"):
+            status, _, err = fastgpt("export", f"--format={how}", f"--to={to}", "--overwrite")
+            assert (status, err.count("\n")) == (2, 1)
+            assert f"--to={to}: no export with --format={how} wrote this file" in err
+            assert (os.path.isfile(to) and Path(to).read_bytes()) == before
+    os.remove("pipe")
+    for how, place in {"hf": "a", "safetensors": "b"}.items():  # what a link names is written, and the link stays
+        os.symlink(Path(f"real-{place}").absolute(), place)
+        for more in ([], ["--overwrite", "--dtype=bfloat16"]):
+            assert fastgpt("export", f"--format={how}", f"--to={place}", *more)[0] == 0
+        assert Path(place).is_symlink()
+        assert Path(place).samefile(f"real-{place}")
+    assert sorted(os.listdir()) == ["a", "b", "out", "real-a", "real-b", "thesis.tex"]
+    assert {t.dtype for t in [*load_file("a/model.safetensors").values(), *load_file("b").values()]} == {torch.bfloat16}
+
+
+def test_a_forks_checkpoint_without_a_loss_is_exported(runs, workdir, fastgpt):
+    saved = torch.load(runs / "plain/ckpt.pt", weights_only=True)
+    itself = []
+    itself.append(itself)
+    os.mkdir("out")
+    for changes, said in (
+        ({"best_val_loss": None}, None),
+        ({"best_val_loss": torch.tensor(1.5)}, None),
+        ({"config": {("a", "b"): 1, **saved["config"]}}, None),
+        ({"config": {"a": itself}}, "settings cannot be written as JSON"),
+    ):
+        torch.save({**saved, **changes}, "out/ckpt.pt")
+        status, _, err = fastgpt("export", "--format=safetensors", "--to=x", "--overwrite")
+        assert (status, err.count("\n")) == ((2, 1) if said else (0, 0)), err
+        assert (said or "") in err
+
+
+def test_ids_that_are_no_tokens_are_not_drawn_by_transformers(runs, workdir, fastgpt):
+    saved = torch.load(runs / "plain/ckpt.pt", weights_only=True)
+    saved["fastgpt"]["meta"] = {"vocab_size": 256, "itos": {i: chr(i) for i in range(128) if i != 32}}
+    wte = saved["model"]["transformer.wte.weight"]
+    wte[200] = 9 * wte[101]  # likelier than any token
+    saved["model"]["lm_head.weight"] = wte
+    os.mkdir("out")
+    torch.save(saved, "out/ckpt.pt")
+    status, _, err = fastgpt("export", "--format=hf")
+    assert status == 0, err
+    from transformers import AutoModelForCausalLM
+
+    theirs, prompt = AutoModelForCausalLM.from_pretrained("out/hf"), torch.tensor([[116, 104]])
+    ours, allowed = huggingface.load("out/hf"), tokenizer.from_meta(saved["fastgpt"]["meta"]).decodable(256)
+    text = ours.eval().generate(prompt, 14, temperature=0, allowed=allowed)
+    assert torch.equal(greedy(theirs, prompt, 14), text)
+    assert not torch.equal(ours.generate(prompt, 14, temperature=0), text)
+    assert export.not_tokens({"vocab_size": 50304, "itos": {}}, 50304) == []
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({"vocab_size": 256, "tokenizer": ["bytes"]}, "the checkpoint's meta: its tokenizer is ['bytes']"),
+        ({"tokenizer": "bytes"}, "the checkpoint's meta: it has no vocab_size"),
+        ({"vocab_size": 256, "itos": {i * 1000: "a" for i in range(9)}}, "256 tokens, but the tokenizer 8001"),
+        ({"vocab_size": 256, "itos": {-1: "a", 0: "b"}}, "no `itos` from ids to characters"),
+    ],
+)
+def test_a_checkpoint_with_another_tokenizer_than_it_can_be_is_a_line(runs, workdir, fastgpt, meta, said):
+    saved = torch.load(runs / "plain/ckpt.pt", weights_only=True)
+    os.mkdir("out")
+    torch.save({**saved, "fastgpt": {**saved["fastgpt"], "meta": meta}}, "out/ckpt.pt")
+    status, _, err = fastgpt("sample", "--device=cpu", "--num_samples=1", "--max_new_tokens=3", "--start=a")
+    assert (status, err.count("\n")) == (2, 1)
+    assert said in err
 
 
 def test_the_default_places_are_in_the_run(runs):
@@ -741,6 +835,21 @@ def test_weights_and_a_flag_that_contradict(workdir, dataset, fastgpt):
         else:
             assert status == 2
             assert "is another function" in err
+
+
+def test_a_dataset_of_another_tokenizer_than_the_weights_is_said(workdir, fastgpt):
+    save("m", vocab_size=40)
+    chars = list(huggingface.BYTE_CHARS.values())[:40]  # themselves
+    Path("m/tokenizer.json").write_text(json.dumps(huggingface.byte_level({c: i for i, c in enumerate(chars)}, [], {})))
+    for name, itos in (("own", chars), ("other", chars[::-1])):
+        os.makedirs(f"data/{name}")
+        Path(f"data/{name}/meta.pkl").write_bytes(pickle.dumps({"vocab_size": 40, "itos": itos}))
+        for split in ("train", "val"):
+            (np.arange(400) % 40).astype("<u2").tofile(f"data/{name}/{split}.bin")
+        words = [f"--dataset={name}", f"--out_dir={name}", *TINY, "--max_iters=1", "--eval_interval=1"]
+        status, out, err = fastgpt("train", "--init_from=m", *words)
+        assert status == 0, err
+        assert ("warning: m has another tokenizer than the dataset" in out) == (name == "other")
 
 
 def test_recomputed_blocks_with_another_activation_have_the_same_bits(workdir):

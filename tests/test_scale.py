@@ -360,11 +360,19 @@ def test_no_code_in_a_folder_is_run_and_damage_is_one_line(folder, fastgpt):
     metadata = pickle.loads(good[".metadata"])
     metadata.state_dict_metadata["model.transformer.wte.weight"].size = torch.Size([2**40, 16])
     huge = pickle.dumps(metadata)
+    metadata = pickle.loads(good[".metadata"])
+    del metadata.state_dict_metadata["model.transformer.ln_f.weight"]
+    lacking = pickle.dumps(metadata)
+    torch.save({**torch.load(folder / "rest.pt"), "names": 5}, folder / "rest.pt")
+    other = (folder / "rest.pt").read_bytes()
+    (folder / "rest.pt").write_bytes(good["rest.pt"])
     for name, content, reason in (
         (".metadata", pickle.dumps(Evil(), 2), "it asks for posix.mkdir"),
         (".metadata", outside, "a part is outside"),
         (".metadata", huge, "it promises more than its files hold"),
+        (".metadata", lacking, "its transformer.ln_f.weight is not the one of its model_args"),
         (".metadata", good[".metadata"][:-20], "is damaged"),
+        ("rest.pt", other, "names is missing, or something else"),
         ("rest.pt", pickle.dumps(Evil(), 2), "not readable"),
         ("rest.pt", good["rest.pt"][:100], "not readable"),
         ("__1_0.distcp", good["__1_0.distcp"][:500], "or it is damaged"),
