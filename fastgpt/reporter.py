@@ -53,11 +53,14 @@ class Log:
 
     def keep(self, text: str) -> None:
         """Keep a text that is not printed."""
-        self.text += text
-        if self.begun:
-            *lines, self.text = self.text.split("\n")
-            for line in lines:
-                self.file.add(line.encode(errors="replace"))
+        with (
+            tqdm.get_lock()
+        ):  # the writer of checkpoints tells from a thread of its own; and `tell` takes this lock before the file's
+            self.text += text
+            if self.begun:
+                *lines, self.text = self.text.split("\n")
+                for line in lines:
+                    self.file.add(line.encode(errors="replace"))
 
     def begin(self, line: str) -> None:
         """The run begins: mark the place."""

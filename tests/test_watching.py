@@ -7,6 +7,7 @@ import random
 import re
 import shlex
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -93,6 +94,28 @@ def test_what_is_printed_in_pieces_is_logged_in_lines(tmp_path):
     assert log.file.path.read_bytes() == b"mark\none line\nand ?\n"
     assert said == ["one", " line\nand \ud800"]
     assert log.encoding == "ascii"
+
+
+def test_a_thread_that_tells_and_one_that_prints_do_not_wait_for_each_other(tmp_path, capsys):
+    """On a full disk: the one has tqdm's lock and wants the log, the other has the log and wants to tell that it fails."""
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    log = reporter.Log(tmp_path, SimpleNamespace(write=lambda text: None))
+    log.begun = True
+    printing = threading.Thread(target=log.write, args=("printed\n",), daemon=True)
+
+    def tells():
+        with reporter.tqdm.get_lock():  # as in tqdm.write
+            printing.start()
+            printing.join(0.2)
+            log.write("told\n")
+
+    telling = threading.Thread(target=tells, daemon=True)
+    telling.start()
+    telling.join(20)
+    printing.join(20)
+    assert not telling.is_alive()
+    assert not printing.is_alive()
+    assert [*log.file.pending] == [b"told\n", b"printed\n"]
 
 
 def test_a_terminal_without_a_size_gets_lines():
