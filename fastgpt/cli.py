@@ -37,8 +37,10 @@ examples:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line, and return the exit status."""
     command, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if os.environ.get("RANK", "0") != "0":  # under torchrun only rank 0 prints
+    if os.environ.get("RANK", "0") != "0" or sys.stdout is None:  # under torchrun only rank 0 prints
         sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:  # it was closed, as by `2>&-`
+        sys.stderr = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # the terminal may lack characters: do not fail
     return reported(lambda: run(command, argv))

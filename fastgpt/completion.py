@@ -20,7 +20,8 @@ def schemas() -> dict[str, type[Settings]]:
     from fastgpt.benchmarks import command, compare, count, report, roofline, scaling
 
     return {
-        "train": config.TrainConfig, "sample": config.SampleConfig, "export": config.ExportConfig, "prepare": config.PrepareConfig,
+        "train": config.TrainConfig, "plot": config.PlotConfig, "sample": config.SampleConfig, "export": config.ExportConfig,
+        "prepare": config.PrepareConfig,
         "verify": config.VerifyConfig, "tune": config.TuneConfig, "bench": command.BenchConfig,
         "bench compare": compare.CompareConfig, "bench count": count.CountConfig, "bench report": report.ReportConfig,
         "bench roofline": roofline.RooflineConfig, "bench scaling": scaling.ScalingConfig,
@@ -76,7 +77,7 @@ BASH = r"""_fastgpt() {
     if [[ -z $key && -z $flags ]]; then return; fi
     IFS=$'\n'
     if [[ -z $key ]]; then
-        COMPREPLY+=($(compgen -d -- "$cur"; compgen -f -X '!*.py' -- "$cur"; compgen -f -X '!*.toml' -- "$cur"))
+        COMPREPLY+=($(compgen -d -- "$cur"; for end in py toml json jsonl; do compgen -f -X "!*.$end" -- "$cur"; done))
         compopt -o filenames 2> /dev/null
         return
     fi
@@ -128,7 +129,7 @@ _fastgpt() {
     case $command in
 %(flags)s
     esac
-    _arguments -S $flags '--help[print every flag]' '--print_config[print all settings]' '*:config file:_files -g "*.(py|toml)"'
+    _arguments -S $flags '--help[print every flag]' '--print_config[print all settings]' '*:config file:_files -g "*.(py|toml|json|jsonl)"'
 }
 compdef _fastgpt fastgpt
 """

@@ -42,15 +42,16 @@ def read(path: str, settings: Container[str], known: dict[str, Any], say: Callab
 
 
 def read_start(path: str, say: Callable[[str], Any]) -> Found:
-    """What was given to a run when it began, and no more, of its config.json. Raises UserError."""
+    """What was given to a run when it began, and no more, of its config.json; but no leave to overwrite. Raises UserError."""
     try:
-        given = files.read_json(path, files.DATA)["given"]
-        found = {str(name): (value, path) for name, value in given.items()}
+        last = files.read_json(path, files.DATA)
+        given = [*last.get("earlier", []), last][0]["given"]
+        found = {str(name): (value, path) for name, value in given.items() if name != "overwrite"}
     except OSError as e:
         raise UserError(f"{path}: cannot be read as a run's config.json: {e.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{path}: not the config.json of a run ({type(e).__name__}: {e})") from None
-    say(f"Overriding config with {path}: " + " ".join(f"--{name}={value!r:.100}" for name, value in given.items()))
+    say(f"Overriding config with {path}: " + " ".join(f"--{name}={value!r:.100}" for name, (value, _) in found.items()))
     return found
 
 
@@ -142,8 +143,14 @@ class Reader:
         for node in body:
             self.line = node.lineno
             match node:
-                case ast.Import() | ast.ImportFrom() | ast.Pass() | ast.Expr(value=ast.Constant()):
-                    pass  # a docstring, or an import for what is read without it
+                case ast.Import(names=names) | ast.ImportFrom(names=names):  # for what is read without it
+                    bound = {alias.asname or alias.name.partition(".")[0] for alias in names}
+                    if bound & {"*", *self.known, *CALLS}:
+                        raise Unread(
+                            f"{short(node)} is not read: nothing is taken from another file; give both files, one after the other"
+                        )
+                case ast.Pass() | ast.Expr(value=ast.Constant()):
+                    pass
                 case ast.If():
                     self.run(node.body if self.value(node.test) else node.orelse)
                 case ast.Assign():

@@ -212,7 +212,11 @@ class GPT(nn.Module):
         self.residual_dtype = dtype
 
     def set_activation(self, name: str) -> None:
-        """Set what stands between an MLP's Linears: one of ACTIVATIONS. It belongs to the weights, as the sizes in GPTConfig do."""
+        """Set what stands between an MLP's Linears: one of ACTIVATIONS. It belongs to the weights, as the sizes in GPTConfig do.
+
+        Raises UserError for an unknown name."""
+        if name not in ACTIVATIONS:
+            raise UserError(f"there is no activation {name!r}; there are {', '.join(ACTIVATIONS)}")
         self.activation = name
         for module in self.modules():
             if isinstance(module, MLP):
@@ -234,7 +238,10 @@ class GPT(nn.Module):
             kind = weight.device.type
             auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
             narrow = self.residual_dtype not in (None, torch.float32)
-            shape = Shape.of(batch_size, self.config, doc_mask=self.separator is not None, narrow_residual=narrow)
+            modes = dict(
+                doc_mask=self.separator is not None, narrow_residual=narrow, tanh=self.activation == "gelu_tanh"
+            )
+            shape = Shape.of(batch_size, self.config, **modes)
             kernels = choose(kernels, shape, dtype or auto, weight.device, compiled)
         for module in self.modules():
             if isinstance(module, (GPT, LayerNorm, modules.CausalSelfAttention, modules.MLP)):

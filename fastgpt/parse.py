@@ -41,10 +41,10 @@ INSTEAD = [
     ("eval_every eval_freq eval_steps val_every val_interval", "eval_interval", ""),
     ("save_every save_interval save_steps checkpoint_interval", "eval_interval", "a checkpoint follows an evaluation"),
     ("log_every log_freq log_steps logging_steps", "log_interval", ""),
-    ("resume resume_from load checkpoint ckpt ckpt_path model_path", "init_from out_dir", ""),
-    ("model model_type model_size size", "preset init_from", ""),
+    ("resume resume_from resume_from_checkpoint load checkpoint ckpt ckpt_path model_path", "init_from out_dir", ""),
+    ("model model_type model_size model_name model_name_or_path size pretrained", "preset init_from", ""),
     ("data data_dir data_path train_file corpus", "dataset input", "train_data and val_data take files of tokens"),
-    ("output output_dir save_dir save_path outdir outfile output_file", "out_dir out to json", ""),
+    ("output out output_dir save_dir save_path outdir outfile output_file", "out_dir out to json", ""),
     ("file text text_file source", "input", ""),
     ("encoding enc vocab", "tokenizer", ""),
     ("precision amp bf16 fp16 mixed_precision half", "dtype", ""),
@@ -176,13 +176,15 @@ def instead(schema: type[Settings], key: str) -> str:
         if right or not settings:
             says = "; ".join(filter(None, [right and f"it is {right!r} here", note]))
             theirs.update(dict.fromkeys(names.split(), says))
-    near = close(key.lower(), [*theirs, *schema.model_fields])
-    return theirs.get(near or "") or (f"the nearest is {near!r}" if near else "--help lists them all")
+    if likely := close(key.lower(), [*theirs, *schema.model_fields], 0.85):  # it, but for a letter
+        return theirs.get(likely, f"the nearest is {likely!r}")
+    near = close(key.lower(), schema.model_fields)
+    return f"the nearest is {near!r}" if near else "--help lists them all"
 
 
-def close(word: str, words: Iterable[str]) -> str | None:
+def close(word: str, words: Iterable[str], likeness: float = 0.6) -> str | None:
     """The word most like another, or None where none is like it."""
-    return next(iter(difflib.get_close_matches(word[:LONGEST], list(words), n=1, cutoff=0.6)), None)
+    return next(iter(difflib.get_close_matches(word[:LONGEST], list(words), n=1, cutoff=likeness)), None)
 
 
 def check_value(schema: type[Settings], name: str, value: Any, where: str) -> Any:

@@ -22,7 +22,7 @@ import fastgpt
 from fastgpt import files, health, metrics, plot, signals, tracker
 from fastgpt.config import TrainConfig, UserError
 
-MOST_STARTS = 100  # of a run, that config.json keeps
+MOST_STARTS = 100  # of a run, that config.json keeps beside the first
 
 
 def tell(line: str) -> None:
@@ -53,11 +53,14 @@ class Log:
 
     def keep(self, text: str) -> None:
         """Keep a text that is not printed."""
-        self.text += text
-        if self.begun:
-            *lines, self.text = self.text.split("\n")
-            for line in lines:
-                self.file.add(line.encode(errors="replace"))
+        with (
+            tqdm.get_lock()
+        ):  # the writer of checkpoints tells from a thread of its own; and `tell` takes this lock before the file's
+            self.text += text
+            if self.begun:
+                *lines, self.text = self.text.split("\n")
+                for line in lines:
+                    self.file.add(line.encode(errors="replace"))
 
     def begin(self, line: str) -> None:
         """The run begins: mark the place."""
@@ -107,7 +110,8 @@ class Reporter:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if error:
             name = "error" if isinstance(error, UserError) else type(error).__name__
-            self.log.keep(f"{name}: {' '.join(str(error).split())}\n")
+            begun = "\n" * bool(self.log.text)  # a line that could not be printed to its end
+            self.log.keep(f"{begun}{name}: {' '.join(str(error).split())}\n")
         if self.bar:
             self.bar.close()
         if self.trackers:
@@ -131,7 +135,8 @@ class Reporter:
         self.cfg, self.tokens, self.at_peak = cfg, tokens, at_peak
         path = self.out_dir / "config.json"
         before = earlier(path) if resumed else {}
-        run_id = before.get("id") or secrets.token_hex(8)
+        # An evaluation alone is a run of its own for trackers: another process may be training this one.
+        run_id = (not cfg.eval_only and before.get("id")) or secrets.token_hex(8)
         now, command = time.strftime("%Y-%m-%d %H:%M:%S %z"), shlex.join([program(), *sys.argv[1:]])
         self.trackers = tracker.Trackers(cfg, run_id, start, tell)
         self.metrics = metrics.MetricsFile(self.out_dir, math.inf if cfg.eval_only else start if resumed else 0, tell)
@@ -141,7 +146,8 @@ class Reporter:
         )
         if cfg.eval_only:
             return  # no start of the run: another process may be training it
-        starts = [*before.pop("earlier", []), before][-MOST_STARTS:] if before else []
+        starts = [*before.pop("earlier", []), before] if before else []
+        starts[1:-MOST_STARTS] = []  # the first one, and the last ones
         config = dict(
             id=run_id, started=now, iteration=start, command=command, given=self.given, settings=cfg.model_dump(),
             versions=versions(), device=device_name(device), processes=processes, earlier=starts,
@@ -253,7 +259,7 @@ def earlier(path: Path) -> dict[str, Any]:
 def program() -> str:
     """The command's name, as it would be written again."""
     name = Path(sys.argv[0]).name
-    return "fastgpt" if name == "cli.py" else name
+    return "fastgpt" if name in ("cli.py", "__main__.py") else name
 
 
 def versions() -> dict[str, str | None]:

@@ -83,7 +83,8 @@ class Work:
     @property
     def shape(self) -> Shape:
         """The Shape by which kernels are chosen."""
-        return Shape.of(self.sequences, self.config, doc_mask=self.doc_mask, narrow_residual=self.residual == "bf16")
+        narrow, tanh = self.residual == "bf16", self.activation == "gelu_tanh"
+        return Shape.of(self.sequences, self.config, doc_mask=self.doc_mask, narrow_residual=narrow, tanh=tanh)
 
     def key(self, device: str) -> dict[str, Any]:
         """Everything that its time depends on."""

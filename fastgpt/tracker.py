@@ -36,7 +36,7 @@ class TensorBoard:
         return SummaryWriter
 
     def __init__(self, cfg: TrainConfig, run_id: str, start: int):
-        self.writer = self.find()(str(Path(cfg.out_dir) / "tensorboard"), purge_step=start or None)
+        self.writer = self.find()(str(Path(cfg.out_dir) / "tensorboard"), purge_step=None if cfg.eval_only else start)
 
     def log(self, iteration: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -279,17 +279,8 @@ class Run:
         """What a micro-step of this run computes."""
         cfg = self.cfg
         several, replays = self.accumulation > 1, self.world.size == 1 or self.accumulation > 1
-        modes = cfg.recompute, cfg.doc_mask, cfg.residual
-        return runner.Work(
-            self.model.config,
-            self.sequences,
-            several,
-            cfg.kernels,
-            str(self.dtype)[6:],
-            *modes,
-            replays,
-            cfg.activation,
-        )
+        modes = cfg.recompute, cfg.doc_mask, cfg.residual, replays, cfg.activation
+        return runner.Work(self.model.config, self.sequences, several, cfg.kernels, str(self.dtype)[6:], *modes)
 
     def make_graphs(self) -> graphs.Graphs | None:
         """The Graphs of the micro-steps; None if DDP averages in each of them."""

@@ -69,13 +69,13 @@ def row(flag: str, says: str, width: int) -> list[str]:
 
 
 def config_text(cfg: Settings, given: Container[str], prog: str) -> str:
-    """Settings as a config file, which gives the same settings again. What is at its default, and was not given, is a comment."""
-    lines = [f"# {prog}: its settings. A line behind # is a default."]
+    """Settings as a config file, which gives the same settings again. What was not given is a comment; but a preset is named."""
+    lines = [f"# {prog}: its settings. A line behind # is a default, or the preset's."]
     for title, names in groups(type(cfg)).items():
         lines += ["", f"# ---- {title} ----"]
         for name in names:
             value: Any = getattr(cfg, name)
-            field = type(cfg).model_fields[name]
-            default = name not in given and value == field.get_default(call_default_factory=True)
+            named = name == "preset" and value != type(cfg).model_fields[name].default
+            default = name not in given and not named
             lines.append(f"{'# ' * default}{name} = {value!r}")
     return "\n".join(lines) + "\n"

@@ -258,4 +258,5 @@ def linear_cross_entropy(
         )
     dtype, grad = compute_dtype(h), needs_grad(h, weight)
     low = cast(weight, dtype, shadow)
+    targets = targets.long()  # a uint8, which PyTorch takes too, is never -100
     return _LinearCrossEntropy.apply(h.to(dtype), weight, low, targets, ignore_index, grad, row).view(())

@@ -204,6 +204,9 @@ def test_a_wrong_setting_is_named_with_the_nearest_right_one(words, said):
     [
         (["--frobnicate=1"], "there is no setting 'frobnicate'; --help lists them all"),
         (["--zeal=1"], "'zeal'; --help"),
+        (["--eps=1"], "'eps'; --help"),
+        (["--epsilon=1"], "'epsilon'; --help"),
+        (["--num_workers=1"], "'num_workers'; --help"),
         (["--dtype=quick"], "'float32', 'bfloat16' or 'float16'"),
         (["--n_layer=two"], "should be a valid integer"),
         (["--compile=maybe"], "should be a valid boolean"),

@@ -151,6 +151,12 @@ def test_auto_measures_on_the_problem_that_the_model_is(tiny, monkeypatch):
     assert asked[1][4] is True
     model.set_kernels("auto", dtype=torch.float16)
     assert asked[2][2] == torch.float16
+    model.set_activation("gelu_tanh")
+    model.set_kernels()
+    assert asked[3][1].tanh
+    with pytest.raises(ops.UserError, match="there is no activation 'silu'; there are gelu, gelu_tanh, relu"):
+        model.set_activation("silu")
+    assert model.activation == "gelu_tanh"
 
 
 WRONG = {

@@ -150,6 +150,16 @@ def test_targets_of_any_stride():
         torch.testing.assert_close(linear_cross_entropy(h, weight, targets), reference(h, weight, targets))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_targets_of_any_integers(dtype):
+    h, weight, targets = (
+        torch.randn(5, 16, device=DEVICE),
+        torch.randn(9, 16, device=DEVICE),
+        torch.arange(5, device=DEVICE),
+    )
+    assert torch.equal(linear_cross_entropy(h, weight, targets.to(dtype)), linear_cross_entropy(h, weight, targets))
+
+
 def test_without_a_gradient_none_is_made(monkeypatch):
     h, weight, targets = randn(1, 5, 8).requires_grad_(), randn(11, 8), torch.randint(11, (1, 5), device=DEVICE)
     with torch.no_grad():

@@ -319,12 +319,14 @@ def test_whatever_a_run_does_graphs_give_eagers_bits(made_up, dataset, fastgpt, 
 
 def test_plain_pytorch_keeps_the_update_that_was_chosen(monkeypatch):
     chosen = replace(ops.all_triton(), rows=(("adamw", "a row"),))
-    asked = []
-    monkeypatch.setattr(runner, "choose", lambda *args: asked.append(args[-2:]) or chosen)
+    asked, shapes = [], []
+    monkeypatch.setattr(runner, "choose", lambda *args: (shapes.append(args[1]), asked.append(args[-2:])) and chosen)
     assert WORK.kernels_of(PLAIN, "cpu") == ops.Kernels(adamw="triton", rows=chosen.rows)
     assert WORK.kernels_of(GRAPHS, "cpu") == chosen
     assert WORK.kernels_of(COMPILE, "cpu") == chosen
     assert asked == [(False, False), (False, True), (True, False)], "measured under the runner that will run"
+    replace(WORK, activation="gelu_tanh").kernels_of(PLAIN, "cpu")
+    assert [shape.tanh for shape in shapes] == [False, False, False, True]
 
 
 def test_a_default_that_does_not_fit_begins_again_smaller(made_up, dataset, fastgpt, monkeypatch):

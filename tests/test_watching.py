@@ -7,6 +7,7 @@ import random
 import re
 import shlex
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -63,6 +64,14 @@ def test_the_log_says_why_a_run_ended(train, fastgpt):
     assert Path("out/train.log").read_text().splitlines()[-1] == err.strip().removeprefix("fastgpt: ")
 
 
+def test_the_reason_has_a_line_of_its_own(train, monkeypatch):
+    """A pipe that breaks within a line, as of `| head`."""
+    monkeypatch.setattr(reporter.Reporter, "first", lambda self, seconds: (print("half", end=""), [][0]))
+    with pytest.raises(IndexError):
+        train()
+    assert Path("out/train.log").read_text().endswith("\nhalf\nIndexError: list index out of range\n")
+
+
 def test_a_log_that_cannot_be_written_ends_no_run(train):
     Path("out").mkdir()
     Path("out/train.log").symlink_to("/dev/full")
@@ -85,6 +94,28 @@ def test_what_is_printed_in_pieces_is_logged_in_lines(tmp_path):
     assert log.file.path.read_bytes() == b"mark\none line\nand ?\n"
     assert said == ["one", " line\nand \ud800"]
     assert log.encoding == "ascii"
+
+
+def test_a_thread_that_tells_and_one_that_prints_do_not_wait_for_each_other(tmp_path, capsys):
+    """On a full disk: the one has tqdm's lock and wants the log, the other has the log and wants to tell that it fails."""
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    log = reporter.Log(tmp_path, SimpleNamespace(write=lambda text: None))
+    log.begun = True
+    printing = threading.Thread(target=log.write, args=("printed\n",), daemon=True)
+
+    def tells():
+        with reporter.tqdm.get_lock():  # as in tqdm.write
+            printing.start()
+            printing.join(0.2)
+            log.write("told\n")
+
+    telling = threading.Thread(target=tells, daemon=True)
+    telling.start()
+    telling.join(20)
+    printing.join(20)
+    assert not telling.is_alive()
+    assert not printing.is_alive()
+    assert [*log.file.pending] == [b"told\n", b"printed\n"]
 
 
 def test_a_terminal_without_a_size_gets_lines():
@@ -139,6 +170,20 @@ def test_a_run_is_repeated_from_its_config(train, fastgpt):
     )
     assert config("again")["given"] == {**config()["given"], "out_dir": "again"}
     assert same(weights(), weights("again"))
+
+
+def test_what_is_repeated_is_the_first_start_and_overwrites_nothing(train, fastgpt):
+    train("--overwrite", "--seed=3", "--max_iters=4")
+    train("--init_from=resume", "--max_iters=5")
+    path = Path("out/config.json")
+    path.write_text(json.dumps({**config(), "earlier": [*config()["earlier"], *[{"given": {}}] * 200]}))
+    train("--init_from=resume", "--max_iters=6")
+    assert len(config()["earlier"]) == 1 + reporter.MOST_STARTS
+    status, _, err = fastgpt("train", "out/config.json")
+    assert (status, "it holds a run" in err) == (2, True)
+    assert fastgpt("train", "out/config.json", "--out_dir=again")[0] == 0
+    assert {k: config("again")["given"][k] for k in ("seed", "max_iters")} == {"seed": 3, "max_iters": 4}
+    assert config("again")["given"].keys().isdisjoint({"overwrite", "init_from"})
 
 
 def test_the_preset_without_words_is_named(monkeypatch):
@@ -382,9 +427,11 @@ def test_a_tracker_is_told_what_the_metrics_hold(train, recorder):
 def test_a_run_that_goes_on_has_its_id(train, recorder):
     train("--wandb_log=True")
     train("--tracker=wandb", "--init_from=resume", "--max_iters=9")
+    train("--tracker=wandb", "--init_from=resume", "--eval_only")
     train("--tracker=tensorboard", "--wandb_log=True", "--overwrite", "--max_iters=1")
-    first, second, *both = (made.begun for made in recorder.made)
+    first, second, evaluated, *both = (made.begun for made in recorder.made)
     assert second == (first[0], 8)
+    assert evaluated[0] != first[0], "the run may be going on in another process"
     assert len(both) == 2
     assert both[0][0] == both[1][0] != first[0]
 
@@ -438,6 +485,10 @@ def test_tensorboard_shows_one_curve_of_a_run_that_was_resumed(train):
     assert [it for it, _ in steps] == list(range(10))
     assert shown["train/batch_loss"] == steps
     assert [it for it, _ in shown["val/loss"]] == [0, 4, 8, 10]
+    train("--tracker=tensorboard", "--init_from=resume", "--eval_only")  # another process may be training on
+    assert [it for it, _ in scalars("out/tensorboard")["val/loss"]] == [0, 4, 8, 10, 10]
+    train("--tracker=tensorboard", "--overwrite", "--max_iters=1")
+    assert [it for it, _ in scalars("out/tensorboard")["val/loss"]] == [0, 1]
 
 
 @pytest.mark.slow
