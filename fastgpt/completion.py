@@ -21,8 +21,8 @@ def schemas() -> dict[str, type[Settings]]:
 
     return {
         "train": config.TrainConfig, "plot": config.PlotConfig, "sample": config.SampleConfig, "export": config.ExportConfig,
-        "prepare": config.PrepareConfig,
-        "verify": config.VerifyConfig, "tune": config.TuneConfig, "bench": command.BenchConfig,
+        "prepare": config.PrepareConfig, "verify": config.VerifyConfig, "inspect": config.InspectConfig, "study": config.StudyConfig,
+        "tune": config.TuneConfig, "bench": command.BenchConfig,
         "bench compare": compare.CompareConfig, "bench count": count.CountConfig, "bench report": report.ReportConfig,
         "bench roofline": roofline.RooflineConfig, "bench scaling": scaling.ScalingConfig,
     }  # fmt: skip

@@ -287,7 +287,7 @@ class StudyConfig(Settings):
 
     out: PathText = Field("out-study", description="folder of the results; runs that it has are not run again")
     size: Literal["cpu", "gpu"] = Field("cpu", description="sets the defaults of all flags below: cpu, or gpu for models that take a GPU hours")
-    schemes: str = Field(",".join(SCHEMES), description="initial weights, as --init_scheme of train")
+    schemes: str = Field("all", description="initial weights, as --init_scheme of train; all: each of them")
     activations: str = Field("gelu", description="as --activation of train")
     learning_rates: str = Field("0.001,0.01", description="peak learning rates; a cosine brings each down to a tenth")
     warmups: str = Field("0,20", description="iterations of warm-up")

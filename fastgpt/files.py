@@ -93,8 +93,13 @@ def write_json(path: Path, contents: Any) -> None:
 def replacing(path: Path, private: bool = False) -> Iterator[BinaryIO]:
     """A new file to write, which takes the place of `path` when the block ends well: whole and on the disk, or not at all.
 
-    It has a name that nobody knows before, and is made anew: no link is followed. Only this user can read it, with `private`.
+    It has a name that nobody knows before, and is made anew: no link is followed. Only this user can read it, with `private`. A device or a
+    pipe, such as /dev/stdout, is written to: root could replace it.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with open(path, "wb") as f:
+            yield f
+        return
     part = temporary(path)
     try:
         with open(part, "xb", opener=lambda name, how: os.open(name, how, 0o600 if private else 0o666)) as f:

@@ -22,9 +22,9 @@ from torch import Tensor
 from fastgpt import files
 from fastgpt.checkpoint import gpt_config, shapes_of
 from fastgpt.claims import Claim, Fault, claims
-from fastgpt.config import GPTConfig, UserError
+from fastgpt.config import MODEL_SIZES, GPTConfig, UserError
 from fastgpt.model import GPT
-from fastgpt.parse import shown
+from fastgpt.parse import close, shown
 from fastgpt.tokenizer import END_OF_TEXT, HuggingFace, from_meta
 
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -78,9 +78,11 @@ def find(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=TEXTS + PICKLES))
     except Exception as e:  # the hub and the network fail in many ways
         reason = " ".join(str(e).split())[:300]
+        known = ["scratch", "resume", "auto", *MODEL_SIZES]
+        near = close(name, known)
+        hint = f"the nearest name is {near!r}" if near and near != name else f"known words are {', '.join(known)}"
         raise UserError(
-            f"--init_from={name}: there is no such folder, and no GPT-2 weights could be loaded from the hub: {reason}; known "
-            "words are 'scratch', 'resume', 'auto' and 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'"
+            f"--init_from={name}: there is no such folder, and no GPT-2 weights could be loaded from the hub: {reason}; {hint}"
         ) from None
     return folder
 

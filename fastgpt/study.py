@@ -141,7 +141,8 @@ def words(name: str, text: str, kind: Callable[[str], Any], known: Iterable[str]
 def grid(cfg: StudyConfig) -> list[tuple[Setting, int]]:
     """The (setting, seed) pairs that a StudyConfig asks for: all seeds of one setting after the other."""
     lists = (
-        words("depths", cfg.depths, int, least=1), words("schemes", cfg.schemes, str, init.SCHEMES),
+        words("depths", cfg.depths, int, least=1),
+        list(init.SCHEMES) if cfg.schemes == "all" else words("schemes", cfg.schemes, str, init.SCHEMES),
         words("activations", cfg.activations, str, ACTIVATIONS),
         words("learning_rates", cfg.learning_rates, float), words("warmups", cfg.warmups, int),
     )  # fmt: skip

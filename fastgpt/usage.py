@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from fastgpt.config import Settings, as_path
 
+MOST = 90  # characters of choices
 COLUMN = 30  # where the descriptions begin
 WORDS = {str: "TEXT", int: "INT", float: "FLOAT", bool: "BOOL"}
 
@@ -36,7 +37,8 @@ def is_path(field: FieldInfo) -> bool:
 def kind(field: FieldInfo) -> str:
     """What a setting takes, as --help shows it: {a,b}, INT, PATH, ..."""
     if words := choices(field):
-        return f"{{{','.join(filter(None, words))}}}"
+        text = f"{{{','.join(filter(None, words))}}}"
+        return text if len(text) <= MOST else "NAME"  # the description then has the names
     if is_path(field):
         return "PATH"
     return "|".join(WORDS[t] for t in get_args(field.annotation) or (field.annotation,) if t in WORDS)

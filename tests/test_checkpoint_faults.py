@@ -160,6 +160,17 @@ def test_files_have_the_usual_permissions(workdir):
     assert Path("ckpt.pt").stat().st_mode == Path("usual").stat().st_mode
 
 
+def test_a_pipe_is_written_to_and_stays(workdir):
+    """As `--json=/dev/stdout`, which root could replace by a file."""
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with files.replacing(Path("pipe")) as f:
+        f.write(b"all of it")
+    assert os.read(reader, 100) == b"all of it"
+    assert Path("pipe").is_fifo()
+    os.close(reader)
+
+
 def test_without_hard_links_copies_are_kept(workdir, monkeypatch):
     def none(*_):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))

@@ -152,7 +152,7 @@ def test_a_printed_config_gives_the_same_settings_again(capsys, tmp_path, monkey
     assert not [*tmp_path.glob("out*")], "nothing was trained"
 
 
-@pytest.mark.parametrize("command", [c for c in SCHEMAS if c not in ("train", "bench count")])
+@pytest.mark.parametrize("command", [c for c in SCHEMAS if c not in ("train", "inspect", "bench count")])
 def test_every_command_prints_its_config(capsys, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     Path("a.py").write_text(printed(capsys, *command.split(), "--print-config"))
