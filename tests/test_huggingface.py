@@ -837,7 +837,11 @@ def test_weights_and_a_flag_that_contradict(workdir, dataset, fastgpt):
             assert "is another function" in err
 
 
-def test_a_dataset_of_another_tokenizer_than_the_weights_is_said(workdir, fastgpt):
+def test_a_dataset_of_another_tokenizer_than_the_weights_is_said(workdir, fastgpt, monkeypatch):
+    os.mkdir("gpt2-like")
+    with monkeypatch.context() as m:
+        m.setattr(huggingface, "from_meta", None)
+        huggingface.compare_tokenizers("gpt2-like", 50257, None, [1])  # loads no table
     save("m", vocab_size=40)
     chars = list(huggingface.BYTE_CHARS.values())[:40]  # themselves
     Path("m/tokenizer.json").write_text(json.dumps(huggingface.byte_level({c: i for i, c in enumerate(chars)}, [], {})))
