@@ -18,7 +18,7 @@ import torch
 from conftest import TINY, command, in_processes, run_script
 from safetensors.torch import load_file, save_file
 
-from fastgpt import checkpoint, export, huggingface, sharded, tokenizer
+from fastgpt import checkpoint, export, files, huggingface, sharded, tokenizer
 from fastgpt.config import ExportConfig, GPTConfig, UserError
 from fastgpt.model import ACTIVATIONS, GPT
 
@@ -695,6 +695,21 @@ def test_what_stands_there_is_kept_and_a_failure_leaves_nothing(runs, workdir, f
             assert "cannot be written (No space left on device)" in refused(f"--format={how}", *words)
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
     assert sorted(os.listdir()) == ["a", "b", "c"]
+
+
+def test_a_run_that_saves_meanwhile_leaves_the_export_alone(runs, workdir, fastgpt, monkeypatch):
+    shutil.copytree(runs / "plain", "out")
+
+    def data_of(*args, data_of=export.data_of):
+        files.remove_parts(Path("out"))  # what a run does before it saves
+        return data_of(*args)
+
+    monkeypatch.setattr(export, "data_of", data_of)
+    before = set(os.listdir("out"))
+    for how in ("hf", "safetensors", "llmc"):
+        status, _, err = fastgpt("export", f"--format={how}")
+        assert status == 0, err
+    assert set(os.listdir("out")) - before == {"hf", "model.safetensors", "model.bin"}
 
 
 def test_only_what_an_export_wrote_is_overwritten(runs, workdir, fastgpt):
