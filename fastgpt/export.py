@@ -7,9 +7,11 @@ llmc         the file of weights that llm.c's programs begin from
 """
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +23,7 @@ from torch import Tensor
 from fastgpt import checkpoint as checkpoints
 from fastgpt import sharded, tokenizer
 from fastgpt.config import ExportConfig, GPTConfig, UserError
-from fastgpt.files import opened, replacing
+from fastgpt.files import opened, replacing, sync_folder
 from fastgpt.huggingface import BYTE_CHARS, CONV1D, byte_level
 from fastgpt.sample import find_meta
 
@@ -56,18 +58,32 @@ def export(cfg: ExportConfig) -> None:
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         if cfg.format == "nanogpt":
-            checkpoints.write(checkpoint, to)
+            with aside(to) as path:
+                checkpoints.write(checkpoint, path)
         elif cfg.format == "hf":
             write_hf(checkpoint, to, cfg.dtype)
         elif cfg.format == "safetensors":
-            with replacing(to) as f:
+            with aside(to) as path, replacing(path) as f:
                 write_safetensors(f, of_nanogpt(checkpoint), cfg.dtype, metadata(checkpoint))
         else:
-            with replacing(to) as f:
+            with aside(to) as path, replacing(path) as f:
                 write_llmc(f, checkpoint, cfg.dtype)
     except OSError as e:
         raise UserError(f"--to={to}: cannot be written ({e.strerror})") from None
     print(f"{source}, {says(cfg.format, to, checkpoints.activation_of(checkpoint))}")
+
+
+@contextmanager
+def aside(to: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `to` when the block ends well.
+
+    It is in a folder of its own: a run that is still training removes the unfinished files that it finds in its folder.
+    """
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=to.parent) as folder:
+        path = Path(folder) / to.name
+        yield path
+        os.replace(path, to)
+        sync_folder(to.parent)
 
 
 def says(format: str, to: Path, activation: str) -> str:

@@ -340,7 +340,10 @@ def tokenizer_meta(folder: str | Path, vocab_size: int | None = None) -> dict[st
 def compare_tokenizers(name: str, vocab_size: int, meta: dict[str, Any] | None, ids: list[int]) -> None:
     """Print a line if the tokenizer of weights reads a dataset's first ids as another text than the dataset's own does."""
     try:
-        both = [from_meta(m) for m in (tokenizer_meta(find(name), vocab_size), meta)]
+        own = tokenizer_meta(find(name), vocab_size)
+        if own == meta:  # of GPT-2's nothing is loaded: its table may have to be downloaded
+            return
+        both = [from_meta(own), from_meta(meta)]
     except UserError:  # there is none, or it cannot be loaded: nothing to compare
         return
     known = both[0].decodable(vocab_size) & both[1].decodable(vocab_size)

@@ -18,7 +18,7 @@ import torch
 from conftest import TINY, command, in_processes, run_script
 from safetensors.torch import load_file, save_file
 
-from fastgpt import checkpoint, export, huggingface, sharded, tokenizer
+from fastgpt import checkpoint, export, files, huggingface, sharded, tokenizer
 from fastgpt.config import ExportConfig, GPTConfig, UserError
 from fastgpt.model import ACTIVATIONS, GPT
 
@@ -697,6 +697,21 @@ def test_what_stands_there_is_kept_and_a_failure_leaves_nothing(runs, workdir, f
     assert sorted(os.listdir()) == ["a", "b", "c"]
 
 
+def test_a_run_that_saves_meanwhile_leaves_the_export_alone(runs, workdir, fastgpt, monkeypatch):
+    shutil.copytree(runs / "plain", "out")
+
+    def data_of(*args, data_of=export.data_of):
+        files.remove_parts(Path("out"))  # what a run does before it saves
+        return data_of(*args)
+
+    monkeypatch.setattr(export, "data_of", data_of)
+    before = set(os.listdir("out"))
+    for how in ("hf", "safetensors", "llmc"):
+        status, _, err = fastgpt("export", f"--format={how}")
+        assert status == 0, err
+    assert set(os.listdir("out")) - before == {"hf", "model.safetensors", "model.bin"}
+
+
 def test_only_what_an_export_wrote_is_overwritten(runs, workdir, fastgpt):
     shutil.copytree(runs / "plain", "out")
     Path("thesis.tex").write_text("years of work")
@@ -837,7 +852,11 @@ def test_weights_and_a_flag_that_contradict(workdir, dataset, fastgpt):
             assert "is another function" in err
 
 
-def test_a_dataset_of_another_tokenizer_than_the_weights_is_said(workdir, fastgpt):
+def test_a_dataset_of_another_tokenizer_than_the_weights_is_said(workdir, fastgpt, monkeypatch):
+    os.mkdir("gpt2-like")
+    with monkeypatch.context() as m:
+        m.setattr(huggingface, "from_meta", None)
+        huggingface.compare_tokenizers("gpt2-like", 50257, None, [1])  # loads no table
     save("m", vocab_size=40)
     chars = list(huggingface.BYTE_CHARS.values())[:40]  # themselves
     Path("m/tokenizer.json").write_text(json.dumps(huggingface.byte_level({c: i for i, c in enumerate(chars)}, [], {})))
