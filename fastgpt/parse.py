@@ -198,8 +198,9 @@ def check_value(schema: type[Settings], name: str, value: Any, where: str) -> An
     except OverflowError:
         problem = "is not within 64 bits"
     near = nearest(schema, name, value)
+    named = "" if where.startswith("--") else f"{name}: "  # a file's place does not say which setting
     raise UserError(
-        f"{where}: {shown(value)} {problem}" + (near is not None) * f"; the nearest right value is {near!r}"
+        f"{where}: {named}{shown(value)} {problem}" + (near is not None) * f"; the nearest right value is {near!r}"
     )
 
 

@@ -115,8 +115,8 @@ def test_what_users_of_nanogpt_write_is_read(text, names):
         ("n_layer = lambda: 3", "a.py, line 1: 'lambda: 3' is not read: a value is made of literals"),
         ("batch_sze = 3", "a.py, line 1: there is no setting 'batch_sze'; the nearest is 'batch_size'"),
         ("dim = 3\ndim *= 2", "a.py, line 2: there is no setting 'dim'; it is 'n_embd' here"),
-        ("n_layer = [1]", "a.py, line 1: [1] should be a valid integer"),
-        ("n_layer = {'a': [1]}", "a.py, line 1: {'a': [1]} should be a valid integer"),
+        ("n_layer = [1]", "a.py, line 1: n_layer: [1] should be a valid integer"),
+        ("n_layer = {'a': [1]}", "a.py, line 1: n_layer: {'a': [1]} should be a valid integer"),
     ],
 )  # fmt: skip
 def test_what_is_not_read_names_file_line_and_reason(tmp_path, monkeypatch, text, why):
@@ -203,12 +203,12 @@ def test_toml_may_have_tables(tmp_path, monkeypatch):
     assert (got.seed, got.n_layer, got.bias, got.learning_rate) == (1, 3, True, 1e-3)
     for text, why in (
         ("[model]\nn_layers = 3", "a.toml in [model]: there is no setting 'n_layers'; it is 'n_layer' here"),
-        ("[model]\nn_layer = 'x'", "a.toml in [model]: 'x' should be a valid integer"),
+        ("[model]\nn_layer = 'x'", "a.toml in [model]: n_layer: 'x' should be a valid integer"),
         ("[a]\nn_layer = 3\n[b]\nn_layer = 4", "a.toml: 'n_layer' stands in [a] and in [b]"),
         ("n_layer = 3\n[b]\nn_layer = 4", "a.toml: 'n_layer' stands at the top and in [b]"),
         ("[a.b]\nn_layer = 3", "a.toml in [a]: 'b' is a table in a table"),
         ("[[a]]\nn_layer = 3", "a.toml: there is no setting 'a'"),
-        ("n_layer = [3]", "a.toml: [3] should be a valid integer"),
+        ("n_layer = [3]", "a.toml: n_layer: [3] should be a valid integer"),
     ):
         Path("a.toml").write_text(text)
         assert refused("a.toml").startswith(why)
@@ -222,9 +222,9 @@ def test_toml_may_have_tables(tmp_path, monkeypatch):
             "n_layer = 2\nbatch_sze = 3\n",
             "a.py, line 2: there is no setting 'batch_sze'; the nearest is 'batch_size'",
         ),
-        ("a.py", "n_layer = 'two'\n", "a.py, line 1: 'two' should be a valid integer"),
+        ("a.py", "n_layer = 'two'\n", "a.py, line 1: n_layer: 'two' should be a valid integer"),
         ("a.py", "n_layer = \n", "a.py, line 1: not Python"),
-        ("a.toml", "n_layer = 2.5\n", "a.toml: 2.5 should be a valid integer"),
+        ("a.toml", "n_layer = 2.5\n", "a.toml: n_layer: 2.5 should be a valid integer"),
         ("a.toml", "n_layers = 2\n", "a.toml: there is no setting 'n_layers'; it is 'n_layer' here"),
         ("a.toml", "n_layer : 2\n", "a.toml: not TOML"),
     ],

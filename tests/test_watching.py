@@ -700,10 +700,28 @@ def test_a_browser_draws_the_page(fastgpt, workdir):
     for name in ("a", "b"):
         write_run(name)
     assert fastgpt("plot", "a", "b")[0] == 0
+    clicks = """<script>
+    state.zoom = [3.2, 3.4];  // between two records
+    draw();
+    if (document.querySelector("#panels text").textContent !== "no records") throw "there are records";
+    document.querySelector("#panels svg").dispatchEvent(new MouseEvent("dblclick"));
+    document.title = "clicked";
+    </script>"""
+    Path("plot.html").write_text(Path("plot.html").read_text() + clicks)
     words = f"{browser} --headless --no-sandbox --disable-gpu --virtual-time-budget=2000 --dump-dom file://{workdir}/plot.html"
     page = subprocess.run(shlex.split(words), capture_output=True, text=True, timeout=120).stdout
     panels = page[page.index('<div id="panels">') : page.index('<p id="hint">')]
+    assert "<title>clicked</title>" in page
     assert panels.count("<svg") == 4
     assert panels.count('stroke-dasharray="6 3"') == 4
     assert "4.3 a</text>" in panels
+    for i in range(30):
+        write_run(f"run{i:02}")
+    for runs in (20, 28):  # too many to be named beside their ends
+        assert fastgpt("plot", *[f"run{i:02}" for i in range(runs)])[0] == 0
+        page = subprocess.run(shlex.split(words), capture_output=True, text=True, timeout=120).stdout
+        labels = sorted(float(y) for y in re.findall(r'<text x="[\d.]+" y="([\d.]+)">[\d.]+ run\d\d</text>', page))
+        assert len(labels) == (20 if runs == 20 else 0)
+        assert all(0 < y <= 420 - 42 + 4 for y in labels)
+        assert all(b - a > 14 for a, b in itertools.pairwise(labels))
     assert "no records" not in panels
