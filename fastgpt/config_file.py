@@ -10,12 +10,12 @@ import re
 import sys
 import time
 from collections.abc import Callable, Container
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from fastgpt import files
-from fastgpt.config import UserError
+from fastgpt.config import Preset, UserError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,7 +34,9 @@ def read(path: str, settings: Container[str], known: dict[str, Any], say: Callab
             "\ufeff"
         )  # which some Windows editors begin a file with
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file (flags are written --key=value)") from None
+        preset = path in get_args(Preset)
+        hint = f"; the preset of this name is --preset={path}" if preset else " (flags are written --key=value)"
+        raise UserError(f"{path}: no such config file{hint}") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read as a config file: {e.strerror}") from None
     say(f"Overriding config with {path}:\n{text}")

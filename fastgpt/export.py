@@ -8,6 +8,7 @@ llmc         the file of weights that llm.c's programs begin from
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -91,12 +92,13 @@ def says(format: str, to: Path, activation: str) -> str:
     if format == "hf":
         tanh = " --activation=gelu_tanh" * (activation == "gelu_tanh")
         python = f"in Python: transformers.AutoModelForCausalLM.from_pretrained({str(to)!r})"
-        return f"is now a folder of transformers: {to}\n{python}\nmore text: fastgpt sample --init_from={to}{tanh}"
+        return f"is now a folder of transformers: {to}\n{python}\nmore text: fastgpt sample --init_from={shlex.quote(str(to))}{tanh}"
     if format == "llmc":
-        return f"is now one file of llm.c: {to}\nin llm.c: ./train_gpt2cu -e {to}"
+        return f"is now one file of llm.c: {to}\nin llm.c: ./train_gpt2cu -e {shlex.quote(str(to))}"
     if format == "safetensors":
         return f"is now one file: {to}\nin Python: safetensors.torch.load_file({str(to)!r})"
-    return f"is now one file: {to}" + f"\nmore text: fastgpt sample --out_dir={to.parent}" * (to.name == "ckpt.pt")
+    more = f"\nmore text: fastgpt sample --out_dir={shlex.quote(str(to.parent))}"
+    return f"is now one file: {to}" + more * (to.name == "ckpt.pt")
 
 
 def run_folder(out: Path) -> Path:
@@ -109,7 +111,8 @@ def check_sharded(out: Path) -> None:
     if sharded.newest(out) is None:
         path = checkpoints.checkpoint_path(out)
         is_one = f"{path} is one file already; --format=hf, safetensors or llmc makes another of it"
-        raise UserError(f"--out_dir={out}: {is_one if path.exists() else 'there is no sharded checkpoint'}")
+        none = "there is no sharded checkpoint, nor another; train first, or give another --out_dir"
+        raise UserError(f"--out_dir={out}: {is_one if path.exists() else none}")
 
 
 def check_target(to: Path, cfg: ExportConfig) -> None:

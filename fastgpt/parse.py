@@ -85,6 +85,7 @@ def parse(
             print(usage.help_text(schema, prog), end="", flush=True)
             raise SystemExit(0)
         if not word.startswith("--"):
+            check_file(schema, word)
             # An expression in a file may name any setting: it has the value given before, else its default.
             known = {n: f.get_default(call_default_factory=True) for n, f in schema.model_fields.items()}
             known.update({name: value for name, (value, _) in given.items()})
@@ -138,13 +139,24 @@ def train_base(given: dict[str, Any], has_file: bool) -> dict[str, Any]:
     """
     named = has_file or given.keys() & {"preset", "dataset", "train_data"}
     start = given.get("init_from", "scratch")
-    own = start == "scratch" or (start in ("resume", "auto") and given.get("out_dir", QUICKSTART_OUT) == QUICKSTART_OUT)
+    own = start == "scratch" or (start in ("resume", "auto") and of_quickstart(given.get("out_dir", QUICKSTART_OUT)))
     base = dict(device="cpu", compile=False) if "device" not in given and default_device() == "cpu" else {}
     name = "quickstart" if own and not named else given.get("preset", "")
     base |= {**preset(name), "preset": name}
     if given.get("train_data") and given.get("val_data"):
         base.pop("dataset", None)
     return base
+
+
+def of_quickstart(out_dir: str) -> bool:
+    """Whether a run that goes on in out_dir is one of the preset quickstart: by the folder's name, else by its config.json."""
+    if out_dir == QUICKSTART_OUT:
+        return True
+    try:
+        preset, _ = config_file.read_start(os.path.join(out_dir, "config.json"), lambda text: None)["preset"]
+    except (UserError, KeyError):  # no run of ours
+        return False
+    return preset == "quickstart"
 
 
 def check_heads(cfg: TrainConfig) -> None:
@@ -160,6 +172,14 @@ def literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return text
+
+
+def check_file(schema: type[Settings], word: str) -> None:
+    """Raise UserError for a folder or a text where a config file may stand: it is the value of a flag."""
+    if os.path.isdir(word) and "out_dir" in schema.model_fields:
+        raise UserError(f"{word}: a folder is no config file; write --out_dir={word}")
+    if os.path.exists(word) and "input" in schema.model_fields and not word.endswith((".py", ".toml", ".json")):
+        raise UserError(f"{word}: no config file; write --input={word}")
 
 
 def check_key(schema: type[Settings], key: str, where: str) -> None:

@@ -237,7 +237,7 @@ class Reporter:
         print(f"loss curve: {self.out_dir / 'loss.png'}")
         if saved:
             device = "" if self.cfg.device.startswith("cuda") else f" --device={self.cfg.device}"
-            print(f"more text:  fastgpt sample --out_dir={self.cfg.out_dir}{device}")
+            print(f"more text:  fastgpt sample --out_dir={shlex.quote(self.cfg.out_dir)}{device}")
 
 
 def earlier(path: Path) -> dict[str, Any]:

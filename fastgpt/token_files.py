@@ -49,9 +49,7 @@ class Tokens:
                 size = os.fstat(f.fileno()).st_size
                 begin = f.read(2**16)
         except OSError as e:
-            raise UserError(
-                f"{path}: cannot be read ({e.strerror}); prepare the data, or give another --dataset"
-            ) from None
+            raise UserError(f"{path}: cannot be read ({e.strerror}); prepare the data, or give other files") from None
         if path.endswith(".npy") or begin.startswith(npy.MAGIC_PREFIX):
             return npy_layout(path, begin, size)
         head = np.frombuffer(begin[: min(len(begin), 12) // 4 * 4], dtype="<i4")

@@ -1,8 +1,11 @@
-"""Corrects the bf16 arithmetic of Triton's interpreter, which stores bf16 as 16 bits in an unsigned integer.
+"""Corrects the bf16 arithmetic of Triton's interpreter, which stores bf16 as 16 bits in an unsigned integer; and its masks.
 
 In tl.dot, arithmetic, comparisons, sums, and casts to and from integers and fp64 the interpreter uses these bits as if they were the
 number. Its cast from fp32 truncates; a GPU rounds to nearest even. Both casts with fp32 lose subnormals. The corrected methods widen
 operands to fp32, and round results once. A sum of bf16 is rounded at every step, as on a GPU, but element by element, not in a tree.
+
+From Triton 3.9 on a load refuses a mask that is not bool, and `block & scalar` gives one: a comparison's answer has the dtype of what is
+compared, and repeating it over a block makes integers of it. The corrected method keeps it bool.
 
 Not corrected: atomics, fp8, and fp_downcast_rounding="rtz". A bf16 constant other than 0 raises AttributeError.
 """
@@ -64,12 +67,22 @@ def step_by_step(total: Callable) -> Callable:
     return call
 
 
+def of_bools(splat: Callable) -> Callable:
+    """A builder's repetition of a scalar over a block: of a comparison's answer it stays bool."""
+
+    def call(self, block, x):
+        return splat(self, block, interpreter.TensorHandle(x.data, tl.int1) if x.data.dtype == np.bool_ else x)
+
+    return call
+
+
 MENDS = (
     ("InterpreterBuilder", "cast_impl", through_fp32),
     ("InterpreterBuilder", "create_dot", in_fp32),
     ("InterpreterBuilder", "binary_op", in_fp32),
     ("InterpreterBuilder", "unary_op", in_fp32),  # minus, from Triton 3.8 on
     ("InterpreterBuilder", "create_fma", in_fp32),
+    ("InterpreterBuilder", "create_splat", of_bools),
     ("ReduceOps", "sum", step_by_step),
 )
 

@@ -5,7 +5,16 @@ import ast
 import pytest
 
 from fastgpt import completion, config
-from fastgpt.config import MODEL_SIZES, SampleConfig, TrainConfig, UserError, default_device, default_dtype, preset
+from fastgpt.config import (
+    MODEL_SIZES,
+    PrepareConfig,
+    SampleConfig,
+    TrainConfig,
+    UserError,
+    default_device,
+    default_dtype,
+    preset,
+)
 from fastgpt.parse import INSTEAD, parse, parse_train
 
 NANOGPT_DEFAULTS = dict(
@@ -105,6 +114,33 @@ def test_other_weights_to_start_from_end_the_quickstart():
         assert settings(*words).dataset == "python-stdlib", words
 
 
+def test_a_folder_or_a_text_in_place_of_a_config_file_is_told_its_flag(tmp_path):
+    """`fastgpt sample out-quickstart`, `fastgpt prepare text.txt`."""
+    (text := tmp_path / "text.txt").write_text("To be")
+    for schema, word, flag in (
+        (SampleConfig, tmp_path, "out_dir"),
+        (TrainConfig, tmp_path, "out_dir"),
+        (PrepareConfig, text, "input"),
+    ):
+        with pytest.raises(UserError, match=f"write --{flag}={word}"):
+            parse(schema, [str(word)], "")
+
+
+@pytest.mark.parametrize("start", ["resume", "auto"])
+def test_a_quickstart_in_another_folder_goes_on_as_one(start, tmp_path):
+    """`fastgpt train --out_dir=x`, and then `fastgpt train --out_dir=x --init_from=auto`. config.json says what was trained."""
+    words = [f"--init_from={start}", f"--out_dir={tmp_path}"]
+    for given, dataset in (
+        ('{"preset": "quickstart", "out_dir": "x"}', "python-stdlib"),
+        ('{"preset": "gpt2"}', "openwebtext"),
+        ('{"out_dir": "x"}', "openwebtext"),
+        ("[]", "openwebtext"),
+    ):
+        (tmp_path / "config.json").write_text(f'{{"given": {given}}}')
+        assert settings(*words).dataset == dataset, given
+        assert settings(*words, "--preset=shakespeare-char").dataset == "shakespeare_char", given
+
+
 @pytest.mark.parametrize("name", MODEL_SIZES)
 def test_gpt2_presets_change_size_and_learning_rate_only(name, gpu):
     got, base = settings(f"--preset={name}").model_dump(), NANOGPT_DEFAULTS
@@ -184,6 +220,7 @@ def test_words_apply_from_left_to_right(tmp_path):
         (["--n_layer"], ["--n_layer", "a value is missing"]),
         (["--n_layer", "--n_head=2"], ["--n_layer", "a value is missing"]),
         (["nowhere.py"], ["nowhere.py", "no such config file"]),
+        (["gpt2-xl"], ["gpt2-xl: no such config file; the preset of this name is --preset=gpt2-xl"]),
         (["--lr=3"], ["--lr=3: there is no setting 'lr'; it is 'learning_rate' here"]),
         (["--epochs=3"], ["'epochs'; it is 'max_iters' here; there are no epochs: it counts updates"]),
         (["--config=a.py"], ["'config'; give the file's name alone, as in `fastgpt train FILE.py`"]),

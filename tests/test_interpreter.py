@@ -177,6 +177,34 @@ def test_dot_is_a_product_accumulated_in_fp32(dtype, transposed):
     assert ((out.double() - (a @ b.t() + c)).abs() <= bound).all()
 
 
+@triton.jit
+def _masked(x_ptr, out_ptr, n, N: tl.constexpr):
+    i = tl.arange(0, N)
+    some = tl.load(x_ptr) > 0
+    tl.store(out_ptr + i, tl.load(x_ptr + i, (i < n) & some, other=-1), some & (i > 0))
+
+
+def test_a_mask_of_a_block_and_a_scalar_is_bool(monkeypatch):
+    """Triton 3.9 refuses any other."""
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    masks = []
+
+    def loaded(self, pointers, mask, *args):
+        masks.append(mask.data.dtype)
+        return load(self, pointers, mask, *args)
+
+    def stored(self, pointers, x, mask, *args):
+        masks.append(mask.data.dtype)
+        return store(self, pointers, x, mask, *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", loaded)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", stored)
+    x, out = torch.arange(5, 9), torch.zeros(4, dtype=torch.int64)
+    _masked[(1,)](x, out, 3, 4)
+    assert out.tolist() == [0, 6, 7, -1]
+    assert masks == [bool] * 3
+
+
 @pytest.mark.parametrize("missing", ["create_dot", "ReduceOps", None])
 def test_another_build_is_left_alone_with_one_warning_and_not_verified_in_bf16(missing, monkeypatch):
     """Simulated: a product that is wrong however its operands are widened, and a method or a class that has another name."""

@@ -391,7 +391,7 @@ def test_no_code_in_a_folder_is_run_and_damage_is_one_line(folder, fastgpt):
     assert fastgpt("sample", "--out_dir=out", "--device=cpu", "--num_samples=1", "--start=a")[0] == 0
     assert fastgpt("export", "--out_dir=out")[0] == 0
     assert "is one file already" in fastgpt("export", "--out_dir=out")[2]
-    assert "there is no sharded checkpoint" in fastgpt("export", "--out_dir=data")[2]
+    assert "there is no sharded checkpoint, nor another; train first" in fastgpt("export", "--out_dir=data")[2]
 
 
 def test_a_save_that_fails_leaves_the_last_checkpoint(folder):

@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import TINY, in_two_processes
 
-from fastgpt import metrics, plot, reporter, tracker, trainer
+from fastgpt import export, metrics, plot, reporter, tracker, trainer
 from fastgpt.cli import main
-from fastgpt.config import PlotConfig
+from fastgpt.config import PlotConfig, TrainConfig
 
 TRAIN = ["train", "--dataset=letters", *TINY]
 
@@ -725,3 +725,13 @@ def test_a_browser_draws_the_page(fastgpt, workdir):
         assert all(0 < y <= 420 - 42 + 4 for y in labels)
         assert all(b - a > 14 for a, b in itertools.pairwise(labels))
     assert "no records" not in panels
+
+
+def test_the_commands_of_a_run_in_a_folder_with_a_space_can_be_pasted(capsys):
+    cfg = TrainConfig(out_dir="my run", device="cpu")
+    run = SimpleNamespace(cfg=cfg, out_dir=Path("my run"), metrics=SimpleNamespace(path="my run/metrics.jsonl"))
+    reporter.Reporter.paths(run, Path("my run/ckpt.pt"), "")
+    assert "fastgpt sample --out_dir='my run' --device=cpu" in capsys.readouterr().out
+    assert "--init_from='my run/hf'" in export.says("hf", Path("my run/hf"), "gelu")
+    assert "--out_dir='my run'" in export.says("nanogpt", Path("my run/ckpt.pt"), "gelu")
+    assert "-e 'my run/model.bin'" in export.says("llmc", Path("my run/model.bin"), "gelu")
