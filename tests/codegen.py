@@ -47,6 +47,8 @@ COUNTED = (
     "adamw",
     "gelu_mlp bf16",
     "gelu_mlp bf16 recompute",
+    "gelu_mlp bf16 tanh",
+    "gelu_mlp bf16 tanh recompute",
     "attention bf16 D=64",
     "attention bf16 D=64 dropout",
     "attention bf16 D=64 documents",
