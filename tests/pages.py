@@ -18,11 +18,12 @@ from unittest.mock import patch
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "examples/README.md"]
 IN_CLONE = {  # their commands are to be run in a clone; those of the other pages in any folder
-    "README.md", "docs/add_a_kernel.md", "docs/nanogpt.md", "docs/scaling.md", "examples/README.md",
+    "README.md", "docs/add_a_kernel.md", "docs/initialization.md", "docs/nanogpt.md", "docs/scaling.md", "examples/README.md",
 }  # fmt: skip
 REASONS = (  # why a block may be left out
     r"needs an NVIDIA GPU|needs several GPUs|needs a cluster|needs the network|needs the package \w+|needs 20 GB of data"
     r"|needs files of your own|needs a model in hf/|takes minutes, and CI runs it by itself"
+    r"|takes a minute, and 2 GB of memory|takes half an hour of a core that does nothing else"
 )
 SECONDS = 600  # after which a page is ended
 
