@@ -93,10 +93,10 @@ def write_json(path: Path, contents: Any) -> None:
 def replacing(path: Path, private: bool = False) -> Iterator[BinaryIO]:
     """A new file to write, which takes the place of `path` when the block ends well: whole and on the disk, or not at all.
 
-    It has a name that nobody knows before, and is made anew: no link is followed. Only this user can read it, with `private`. A device or a
-    pipe, such as /dev/stdout, is written to: root could replace it.
+    It has a name that nobody knows before, and is made anew: no link is followed. Only this user can read it, with `private`. A device, and
+    a link to a pipe, as /dev/stdout may be, is written to: root could replace it.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if path.is_char_device() or (path.is_symlink() and path.is_fifo()):
         with open(path, "wb") as f:
             yield f
         return

@@ -420,7 +420,13 @@ def test_a_model_of_a_sharded_checkpoint(workdir):
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     model(*torch.zeros(2, 1, 8, dtype=torch.int64))[1].backward()
     optimizer.step()
-    rest = {"iter_num": 3, "model_args": vars(model.config).copy()}
+    rest = {
+        "iter_num": 3,
+        "model_args": vars(model.config).copy(),
+        "config": {},
+        "fastgpt": {"meta": None},
+        "best_val_loss": torch.tensor(1.0),
+    }
     folder = sharded.save(rest, model, optimizer, ".", distributed.World(0, 1, "cpu"))
     for path in (folder, "."):
         found = GPT.from_checkpoint(path).state_dict()
