@@ -256,6 +256,7 @@ def made_up_gpu(monkeypatch):
         monkeypatch.setattr(module, "CUDA", True)
 
 
+@pytest.mark.slow
 def test_ops_are_replayed_from_graphs_and_one_failure_stops_no_other(made_up_gpu, monkeypatch):
     monkeypatch.setitem(attention.providers, "fastgpt", lambda it: functools.partial(it.by_ops, kernels=ops.TORCH))
     names = {"sdpa", "sdpa-flash", "sdpa-cudnn", "fastgpt"}

@@ -227,6 +227,7 @@ def test_a_shell_that_is_none(fastgpt):
 # ---- what is not there ----
 
 
+@pytest.mark.slow
 def test_bench_needs_pytest_only_where_it_measures(tmp_path):
     """Without pytest and pytest-benchmark its other commands work; measuring says what to install."""
     code = """import sys

@@ -85,7 +85,8 @@ def test_what_becomes_of_every_kernel(sm):
     assert sass.worse(then, sass.figures(rows)) == []
 
 
-@pytest.mark.parametrize("architectures", ["90", pytest.param("80 100 120", marks=slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("architectures", ["90", "80 100 120"])
 def test_what_tune_may_try_compiles(architectures):
     """A sample of it; `python tests/codegen.py --candidates` compiles all, in minutes."""
     found = compiling("codegen.py", "--candidates", "12", *architectures.split())

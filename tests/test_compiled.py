@@ -108,7 +108,7 @@ def test_nothing_is_found_where_nothing_is_planted(compiled, op):
         ("linear_cross_entropy", "several blocks", "_loss_rows", 80, 13),
         # A pipeline ends with a wait for nothing and a barrier behind it; one of three stages has another between its first two fills.
         pytest.param("attention", "tiles", "_attention_forward", 80, 9, marks=slow),
-        ("attention", "tiles", "_attention_backward", 90, 17),
+        pytest.param("attention", "tiles", "_attention_backward", 90, 17, marks=slow),
         ("gelu_mlp", "partial", "_mlp_gemm", 80, 5),
         pytest.param("gelu_mlp", "pipeline", "_mlp_gemm", 90, 7, marks=slow),
         pytest.param("attention", "partial", "_attention_forward", 100, 15, marks=slow),

@@ -121,6 +121,7 @@ def test_a_wrong_mask_is_found(packed, fault, monkeypatch):
     assert not torch.allclose(together, alone(model, idx, targets), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_compiles_without_a_graph_break(packed_by_each):
     model, idx, targets = packed_by_each
     eager = model(idx, targets, return_logits=False)[1]

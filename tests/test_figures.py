@@ -45,6 +45,7 @@ AGAIN = (
 )
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_more_is_named(compiled):
     """A row of logits is read once more."""
     recorded_here()

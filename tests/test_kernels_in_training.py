@@ -246,6 +246,7 @@ def test_another_choice_is_compiled_anew_and_the_same_is_not(tiny):
     torch.testing.assert_close(found[0], found[1])
 
 
+@pytest.mark.slow
 def test_a_second_length_does_not_compile_per_length(tiny):
     model, idx, targets = tiny
     model.set_kernels("triton")

@@ -330,6 +330,7 @@ with pytest.raises(RuntimeError, match="_norm_forward: its tensors are on the cp
 
 
 @pytest.mark.skipif(ops.triton is None, reason="Triton is not installed")
+@pytest.mark.slow
 def test_without_a_gpu_and_the_interpreter_an_error_names_the_cure():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-c", NOWHERE], check=True, env=env)

@@ -109,6 +109,7 @@ def test_they_do_not_hold_the_model(tiny):
     shadows.refresh()
 
 
+@pytest.mark.slow
 def test_training_with_shadows_is_training_without(tiny):
     """The optimizer writes them."""
     model, *batch = tiny

@@ -158,7 +158,12 @@ BY_KERNELS = [
 
 @pytest.mark.parametrize(
     ("cut", "kernels"),
-    [(cut, ops.TORCH) for cut in CUTS] + [(cut, "triton") for cut in BY_KERNELS if ops.triton],
+    [(cut, ops.TORCH) for cut in CUTS]
+    + [
+        pytest.param(cut, "triton", marks=[pytest.mark.slow] * (i % 2))
+        for i, cut in enumerate(BY_KERNELS)
+        if ops.triton
+    ],
 )
 def test_what_stands_in_a_modules_place_is_called_as_nanogpt_calls_it(cut, kernels):
     model, modular = pair(CUTS[cut])
