@@ -119,7 +119,7 @@ def read_config(folder: Path) -> tuple[GPTConfig, str, list[float]]:
     c = read_json(folder / "config.json", files.CONFIG)
     sizes = {ours: c.get(ours, c.get(theirs, DEFAULTS[ours])) for ours, theirs in SIZES.items()}
     for field, other in SIZES.items():
-        if field in c and c.get(other, c[field]) != c[field]:
+        if field in c and other in c and c[other] != c[field]:
             raise Fault(f"config.json has {field} = {shown(c[field])} and {other} = {shown(c[other])}, which are one")
     args = {k: v for k, v in sizes.items() if k != "n_positions"}
     config = gpt_config({**args, "block_size": sizes["n_positions"], "dropout": 0.0, "bias": True}, "config.json")
