@@ -30,9 +30,7 @@ def read(path: str, settings: Container[str], known: dict[str, Any], say: Callab
     if path.endswith(".json"):
         return read_start(path, say)
     try:
-        text = files.read_text(path, files.CONFIG).removeprefix(
-            "\ufeff"
-        )  # which some Windows editors begin a file with
+        text = files.read_text(path, files.CONFIG).removeprefix("\ufeff")  # with which some Windows editors begin
     except FileNotFoundError:
         preset = path in get_args(Preset)
         hint = f"; the preset of this name is --preset={path}" if preset else " (flags are written --key=value)"

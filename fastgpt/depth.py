@@ -23,11 +23,8 @@ from torch.nn import functional as F
 
 from fastgpt.config import GPTConfig
 from fastgpt.model import GPT
+from fastgpt.plot import COLORS, DASHES, MARKERS
 
-# Okabe and Ito's colours, which people see apart who do not see red, green or blue as others do.
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MARKERS = "os^DvXP"
-DASHES = [(6, 3), (2, 2), (9, 3, 2, 3)]
 EPS = 1e-5  # LayerNorm's
 TERMS, NODES = 40, 128  # of the activation's expansion, and of the quadrature that finds it
 
@@ -228,7 +225,7 @@ def draw_rescale(comparison: list[dict[str, Any]], title: str) -> bytes:
         axes.plot(
             at,
             row["predicted"],
-            ls=(0, DASHES[i % len(DASHES)]),
+            ls=(0, DASHES[1:][i % len(DASHES[1:])]),  # points are measured, and no predicted line is solid
             color=COLORS[i % len(COLORS)],
             lw=1.5,
             label=f"{row['depth']} blocks, predicted",

@@ -35,9 +35,8 @@ MOST_HEADER = 2**24  # bytes of a safetensors file that describe its tensors; GP
 MOST_TOKENIZER = 15 * 2**20  # a checkpoint's settings, of which the tokenizer is a part, may have 16 MB
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-BUFFER = re.compile(
-    r"transformer\.h\.\d+\.attn\.(masked_)?bias"
-)  # transformers' causal mask, in files of its earlier versions
+# transformers' causal mask, in files of its earlier versions.
+BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias")
 
 # The names that transformers has for the functions in model.ACTIVATIONS.
 ACTIVATION_NAMES = {

@@ -22,8 +22,8 @@ from fastgpt import checkpoint as checkpoints
 from fastgpt import data, depth, files, huggingface, init, sharded
 from fastgpt.config import GPTConfig, InspectConfig, UserError
 from fastgpt.distributed import check_device
-from fastgpt.model import ACTIVATIONS, GPT
-from fastgpt.parse import check_value, train_base
+from fastgpt.model import ACTIVATIONS, GPT, new_gpt
+from fastgpt.parse import check_heads, check_value, train_base
 from fastgpt.prepare import EMBEDDED, prepare_embedded
 from fastgpt.study import where, words
 
@@ -275,8 +275,7 @@ def new_config(cfg: InspectConfig) -> GPTConfig:
     if cfg.dataset == EMBEDDED:
         prepare_embedded(folder)
     meta = data.load_meta(folder)
-    if cfg.n_embd % cfg.n_head:
-        raise UserError(f"--n_head={cfg.n_head} does not divide n_embd={cfg.n_embd}")
+    check_heads(cfg)
     return cfg.gpt_config(meta["vocab_size"] if meta else 50304)
 
 
@@ -284,9 +283,7 @@ def new_model(c: GPTConfig, scheme: str, activation: str, seed: int) -> tuple[GP
     """(a new model, the state of torch's generator after it) from a seed."""
     torch.manual_seed(seed)
     with redirect_stdout(io.StringIO()):
-        model = GPT(c)
-    init.apply(model, scheme)
-    model.set_activation(activation)
+        model = new_gpt(c, scheme, activation)
     return model, torch.get_rng_state()
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastgpt import init, ops, optim
 from fastgpt import nn as modules
-from fastgpt import ops, optim
 from fastgpt.choose import choose
 from fastgpt.config import GPTConfig, UserError
 from fastgpt.nn import LayerNorm, plain
@@ -128,9 +128,8 @@ def draws(block: nn.Module) -> bool:
             return module.p
         if type(module) is CausalSelfAttention:
             return module.dropout
-        return float(
-            type(module) not in (nn.Linear, nn.GELU, nn.ReLU, LayerNorm, MLP, Block)
-        )  # a user's module may draw
+        # A user's module may draw.
+        return float(type(module) not in (nn.Linear, nn.GELU, nn.ReLU, LayerNorm, MLP, Block))
 
     return any(p(module) > 0 for module in block.modules())
 
@@ -401,6 +400,14 @@ class GPT(nn.Module):
                 logits = self.lm_head(self._hidden(idx, caches)[0][:, [-1], :])
             idx = torch.cat((idx, sample_token(logits[:, -1, :], temperature, top_k, allowed)), dim=1)
         return idx
+
+
+def new_gpt(config: GPTConfig, init_scheme: str = "nanogpt", activation: str = "gelu") -> GPT:
+    """A new GPT on the CPU, with the weights of a scheme of `init.SCHEMES` and an activation of ACTIVATIONS."""
+    model = GPT(config)
+    init.apply(model, init_scheme)
+    model.set_activation(activation)
+    return model
 
 
 def sample_token(

@@ -45,9 +45,7 @@ def remove_empty(folders: list[Path]) -> None:
 
 def begin_or_resume(cfg: TrainConfig, world: distributed.World) -> TrainConfig:
     """The TrainConfig with --init_from=auto decided. Raises UserError if a new run would replace another's checkpoint."""
-    mark = (
-        Path(cfg.out_dir) / ".overwrite"
-    )  # while it stands, the checkpoints are still those of the run to be replaced
+    mark = Path(cfg.out_dir) / ".overwrite"  # while it stands, the checkpoints are those of the run to be replaced
     held, replacing, overwrite = distributed.agree(
         lambda: (bool(checkpoints.find(cfg.out_dir)), mark.exists(), cfg.overwrite), world
     )

@@ -159,7 +159,7 @@ def of_quickstart(out_dir: str) -> bool:
     return preset == "quickstart"
 
 
-def check_heads(cfg: TrainConfig) -> None:
+def check_heads(cfg: Any) -> None:
     """Raise UserError if the heads do not divide the width."""
     if cfg.n_embd % cfg.n_head:
         near = min((h for h in range(1, cfg.n_embd + 1) if cfg.n_embd % h == 0), key=lambda h: abs(h - cfg.n_head))

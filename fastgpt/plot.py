@@ -22,15 +22,8 @@ MARKERS = "os^DvXP"
 MOST_RUNS = len(COLORS) * len(DASHES)
 X_LABELS = {"iter": "iteration", "tokens": "tokens", "hours": "hours of training"}
 PANELS = {"lr": "learning rate", "tokens_per_s": "tokens/s", "grad_norm": "gradient norm"}
-ALIKE = {
-    "out_dir",
-    "init_from",
-    "overwrite",
-    "preset",
-    "wandb_run_name",
-    "sample_tokens",
-    "join_timeout",
-}  # is no news in a legend
+# Settings that are no news in a legend.
+ALIKE = {"out_dir", "init_from", "overwrite", "preset", "wandb_run_name", "sample_tokens", "join_timeout"}
 
 
 class Point(NamedTuple):

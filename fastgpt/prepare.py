@@ -26,11 +26,11 @@ from fastgpt.config import UserError, cache_folder
 from fastgpt.documents import Input, Piece, Survey
 from fastgpt.lock import lock
 from fastgpt.parse import shown
+from fastgpt.tokenizer import Tokenizer
 
 EMBEDDED = "python-stdlib"
 SPLITS = ("train", "val")
 SAVE_SECONDS = 5.0  # from one record of what is done to the next
-Tokenizer = tokenizers.Tokenizer
 
 
 def prepare(
@@ -53,9 +53,8 @@ def prepare(
     inputs = [Input(path, field or "text", errors) for path in found]
     if field and not any(i.rows for i in inputs):
         raise UserError(f"--field={field}: there is no .jsonl and no .parquet in {source}; leave the flag out")
-    tokenizer = (
-        None if tokenizer_name == "chars" else tokenizers.get_tokenizer(tokenizer_name)
-    )  # raises before any work
+    # It raises before any work.
+    tokenizer = None if tokenizer_name == "chars" else tokenizers.get_tokenizer(tokenizer_name)
     if separator and tokenizer and tokenizer.end_of_text is not None:
         raise UserError(f"--separator: {tokenizer_name} has a token of its own between documents; leave the flag out")
     for written, meant in (("\\n", "\n"), ("\\t", "\t"), ("\\0", "\0")):
@@ -192,10 +191,8 @@ def write(text: Survey, recipe: dict[str, Any], tokenizer: Tokenizer | None, par
     (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     if meta is None:
         (out / "meta.pkl").unlink(missing_ok=True)  # left by an earlier tokenizer
-    for name in [
-        "manifest.json",
-        *names,
-    ]:  # it first: if this is cut short, it says that the same command may write here
+    # The manifest first: if this is cut short, it says that the same command may write here.
+    for name in ("manifest.json", *names):
         os.replace(part / name, out / name)
     return state["tokens"]
 

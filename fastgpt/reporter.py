@@ -53,9 +53,8 @@ class Log:
 
     def keep(self, text: str) -> None:
         """Keep a text that is not printed."""
-        with (
-            tqdm.get_lock()
-        ):  # the writer of checkpoints tells from a thread of its own; and `tell` takes this lock before the file's
+        # The writer of checkpoints tells from a thread of its own, and `tell` takes this lock before the file's.
+        with tqdm.get_lock():
             self.text += text
             if self.begun:
                 *lines, self.text = self.text.split("\n")

@@ -6,7 +6,6 @@ the same batches, and are measured on the same held-out text. So their losses ar
 """
 
 import contextlib
-import difflib
 import io
 import itertools
 import json
@@ -31,7 +30,8 @@ from fastgpt import data, files, init, optim
 from fastgpt.config import STUDY_ON_GPU, StudyConfig, TrainConfig, UserError
 from fastgpt.distributed import check_device
 from fastgpt.lock import lock
-from fastgpt.model import ACTIVATIONS, GPT
+from fastgpt.model import ACTIVATIONS, new_gpt
+from fastgpt.parse import check_heads, close
 from fastgpt.prepare import EMBEDDED
 from fastgpt.step import evaluate, mixed_precision, train_step
 from fastgpt.study_page import rewrite, write_all
@@ -82,10 +82,7 @@ def run(cfg: TrainConfig) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()):
         train_tokens, val_tokens, _, vocab_size = data.load_dataset(cfg)
         torch.manual_seed(cfg.seed)
-        model = GPT(cfg.gpt_config(vocab_size))
-        init.apply(model, cfg.init_scheme)
-        model.set_activation(cfg.activation)
-        model.to(cfg.device)
+        model = new_gpt(cfg.gpt_config(vocab_size), cfg.init_scheme, cfg.activation).to(cfg.device)
         dtype, autocast, scaler = mixed_precision(cfg.device, cfg.dtype)
         model.set_kernels(cfg.kernels, cfg.batch_size, dtype)
         kind = cfg.device.split(":")[0]
@@ -130,8 +127,7 @@ def words(name: str, text: str, kind: Callable[[str], Any], known: Iterable[str]
         except ValueError:
             value = None
         if known and word not in known:
-            near = difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
-            raise UserError(f"--{name}={text}: there is no {word!r}; the nearest is {near!r}")
+            raise UserError(f"--{name}={text}: there is no {word!r}; the nearest is {close(word, known, 0)!r}")
         if value is None or (kind is not str and not (math.isfinite(value) and value >= least)):
             raise UserError(f"--{name}={text}: {word!r} is not such a number; write them with commas between")
         found.append(value)
@@ -148,8 +144,7 @@ def grid(cfg: StudyConfig) -> list[tuple[Setting, int]]:
     )  # fmt: skip
     if (count := math.prod(map(len, lists)) * cfg.seeds) > MOST_RUNS:
         raise UserError(f"{count:,} runs are more than {MOST_RUNS:,}; give shorter lists, or several studies")
-    if cfg.n_embd % cfg.n_head:
-        raise UserError(f"--n_head={cfg.n_head} does not divide n_embd={cfg.n_embd}")
+    check_heads(cfg)
     return [(Setting(*values), 1 + i) for values in itertools.product(*lists) for i in range(cfg.seeds)]
 
 

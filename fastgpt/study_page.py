@@ -4,7 +4,6 @@ A mark in a page is `<!--= WORDS -->TEXT<!--/-->`. `fastgpt study --page=FILE --
 FOLDER, as the words say (FIGURES). So a page's figures are never typed, and the same results give the same bytes.
 """
 
-import difflib
 import math
 import re
 import statistics
@@ -14,7 +13,9 @@ from typing import Any
 
 from fastgpt import files, init
 from fastgpt.config import UserError
-from fastgpt.depth import COLORS, MARKERS, figure, png
+from fastgpt.depth import figure, png
+from fastgpt.parse import close
+from fastgpt.plot import COLORS, MARKERS
 
 MARK = re.compile(r"(<!--= (.+?) -->).*?(<!--/-->)", re.DOTALL)
 
@@ -272,8 +273,7 @@ def regenerated(text: str, folder: Path) -> str:
         begin, words, end = mark.groups()
         name, *rest = words.split()
         if name not in FIGURES:
-            near = difflib.get_close_matches(name, FIGURES, n=1, cutoff=0)[0]
-            raise UserError(f"the mark {begin}: there is no {name!r}; the nearest is {near!r}")
+            raise UserError(f"the mark {begin}: there is no {name!r}; the nearest is {close(name, FIGURES, 0)!r}")
         try:
             return f"{begin}{FIGURES[name](folder, *rest)}{end}"
         except (TypeError, KeyError, IndexError, ValueError, AttributeError, StopIteration) as e:

@@ -19,7 +19,6 @@ from fastgpt import (
     graphs,
     health,
     huggingface,
-    init,
     metrics,
     ops,
     optim,
@@ -31,7 +30,7 @@ from fastgpt import (
 )
 from fastgpt.config import RESIDUAL, Diverged, TrainConfig, UserError
 from fastgpt.micro_batch import merge, sequence_bytes, what_fits
-from fastgpt.model import GPT
+from fastgpt.model import GPT, new_gpt
 from fastgpt.opening import begin_or_resume, check_parallel, check_residual, data_digest, digest, find_separator, hold
 from fastgpt.reporter import Quiet, Reporter, tell
 from fastgpt.shadows import Shadows, shadow_dtype
@@ -155,7 +154,7 @@ class Run:
             first = train_tokens.read([0], min(len(train_tokens), 256))[0].tolist()
             huggingface.compare_tokenizers(cfg.init_from, self.model.config.vocab_size, self.meta, first)
         if cfg.sample_tokens and world.is_main and not world.sharded:
-            tokenizer.from_meta(self.meta)  # raises for one that cannot be loaded, before any work
+            self.tokenizer = tokenizer.from_meta(self.meta)  # raises for one that cannot be loaded, before any work
         return saved, train_tokens, val_tokens
 
     def facts(self, saved: dict[str, Any] | None, *streams: data.Tokens) -> dict[str, Any]:
@@ -298,10 +297,7 @@ class Run:
         cfg = self.cfg
         if cfg.init_from == "scratch":
             print("Initializing a new model from scratch")
-            model = GPT(cfg.gpt_config(vocab_size))
-            init.apply(model, cfg.init_scheme)
-            model.set_activation(cfg.activation)
-            return model
+            return new_gpt(cfg.gpt_config(vocab_size), cfg.init_scheme, cfg.activation)
         if saved:
             print(f"Resuming training from {cfg.out_dir}")
             model = checkpoints.build_model(saved, cfg.dropout)
@@ -597,8 +593,7 @@ class Run:
             return
         self.model.eval()
         self.model.set_residual(torch.float32)  # as in `fastgpt sample`
-        tok = tokenizer.from_meta(self.meta)
-        allowed = tok.decodable(self.model.config.vocab_size).to(self.world.device)
+        allowed = self.tokenizer.decodable(self.model.config.vocab_size).to(self.world.device)
         with torch.random.fork_rng([self.world.device] if self.cuda else []), self.autocast:
             start, _ = next(self.sample_batches.take(1))
             ids = self.model.generate(
@@ -607,7 +602,7 @@ class Run:
         self.model.train()
         self.model.set_residual(RESIDUAL[self.cfg.residual])
         known = [i for i in ids[0].tolist() if allowed[i]]  # the data may begin with an id that is no token
-        self.report.sample(self.iter_num, tok.decode(known))
+        self.report.sample(self.iter_num, self.tokenizer.decode(known))
 
     def finish(self) -> None:
         """Say how the run ended, write a sample, name all files. Raises UserError if it did not end well."""
